@@ -1,0 +1,112 @@
+r"""Batch norm in training: the function that is being trained, made per-example.
+
+In training mode batch norm computes :math:`(h - \mu(H)) / \sigma(H)` with the statistics of the whole batch of
+activations :math:`H`. The trained function therefore couples the examples, and no per-example Fisher matrix exists.
+Holding :math:`\mu, \sigma` fixed *with respect to the inputs* uncouples them; keeping them differentiable *with
+respect to the parameters* keeps the gradient of a penalty true to the trained function: it cannot lower the penalty
+by shrinking a weight that the normalisation rescales anyway.
+
+So a pass is first recorded (a forward on the same batch: the training step's own, or one without input gradient) and
+then replayed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fisher_reg.forward import LogitsFunction
+
+Statistics = tuple[Tensor, Tensor]
+Recording = dict[_BatchNorm, list[Statistics]]
+
+
+def training_batch_norms(model: object) -> list[_BatchNorm]:
+    """Return the batch norms of ``model`` that would normalise with batch statistics now.
+
+    Raises:
+        ValueError: If one of them is synchronised across processes, whose statistics no single process knows.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = [module for module in modules if isinstance(module, _BatchNorm) and module.training]
+    if any(isinstance(module, nn.SyncBatchNorm) for module in found) and torch.distributed.is_initialized():
+        raise ValueError(
+            "The penalty cannot differentiate SyncBatchNorm in training mode. Use BatchNorm (each process its own "
+            "statistics: Trainer(sync_batchnorm=False)) or a normalisation without batch statistics, such as GroupNorm."
+        )
+    return found
+
+
+@contextmanager
+def record(model: object) -> Generator[Recording, None, None]:
+    """Collect the statistics that every training batch norm uses during the block, in the order of its calls.
+
+    Means and variances (biased, float32 at least) have shape ``(C,)`` and stay attached to the autograd graph.
+    """
+    recording: Recording = {}
+    with ExitStack() as stack:
+        for module in training_batch_norms(model):
+            handle = module.register_forward_pre_hook(partial(_observe, recording))
+            stack.callback(handle.remove)
+        yield recording
+
+
+@contextmanager
+def replay(recording: Recording) -> Generator[None, None, None]:
+    """Let every recorded batch norm normalise with its recorded statistics instead of computing new ones.
+
+    Running statistics are not moved. A batch norm called more often than recorded starts over with its first ones.
+    """
+    try:
+        for module, statistics in recording.items():
+            module.training = False
+            module.forward = partial(_normalise, module, itertools.cycle(statistics))  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in recording:
+            module.training = True
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def frozen(model: object, function: LogitsFunction, inputs: Tensor) -> Generator[None, None, None]:
+    """Make ``model`` per-example with the statistics of ``inputs``: one call of ``function``, none without batch norm.
+
+    Running statistics and batch counters are not moved.
+    """
+    modules = training_batch_norms(model)
+    tracked = [module.track_running_stats for module in modules]
+    try:
+        for module in modules:
+            module.track_running_stats = False
+        with record(model) as recording:
+            if modules:
+                function(inputs)
+    finally:
+        for module, flag in zip(modules, tracked, strict=True):
+            module.track_running_stats = flag
+    with replay(recording):
+        yield
+
+
+def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    assert isinstance(module, _BatchNorm)
+    hidden = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+    axes = [axis for axis in range(hidden.ndim) if axis != 1]
+    recording.setdefault(module, []).append((hidden.mean(axes), hidden.var(axes, unbiased=False)))
+
+
+def _normalise(module: _BatchNorm, statistics: Iterator[Statistics], hidden: Tensor) -> Tensor:
+    mean, variance = next(statistics)
+    scale = (variance + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    shift = -mean * scale if module.bias is None else module.bias - mean * scale
+    shape = (1, -1) + (1,) * (hidden.ndim - 2)
+    return hidden * scale.view(shape) + shift.view(shape)

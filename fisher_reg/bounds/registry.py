@@ -1,0 +1,108 @@
+"""One rule per layer type: how much longer a perturbation can get in passing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+
+class NoBoundError(NotImplementedError):
+    """No certified bound is known for this network; the message names the part and the remedy."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    r"""All vectors along the last axis lie in :math:`\{\gamma \odot y + \beta : \|y\| \le r\}`."""
+
+    gamma: Tensor
+    beta: Tensor
+    radius: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a layer does to perturbations, and what it makes sure of for the next layer.
+
+    Attributes:
+        norm: Lipschitz constant of the layer, Euclidean to Euclidean.
+        tokens: The range of the output, where the layer bounds it.
+        domain: For which inputs the constant holds, where it is not all of them.
+    """
+
+    norm: float
+    tokens: Tokens | None = None
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a rule may know besides the module.
+
+    Attributes:
+        inputs: The positional and keyword tensors of the call, at the example that fixes the shapes.
+        output: What the module returned.
+        tokens: The range of the first input, where the layer before bounds it.
+        same_inputs: Whether all input tensors are one and the same.
+        transform: What to do with the weight of a linear layer before its norm: a folded batch norm, centred logits.
+    """
+
+    inputs: Sequence[Tensor]
+    output: Any
+    tokens: Tokens | None = None
+    same_inputs: bool = True
+    transform: Callable[[Tensor], Tensor] = lambda weight: weight
+
+
+Rule = Callable[[Any, Layer], "float | Gain"]
+RuleT = TypeVar("RuleT", bound=Rule)
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
+    """Register a function as the bound rule of module types.
+
+    A subclass inherits the rule as long as it does not override ``forward``.
+
+    The function takes the module and a :class:`Layer` and returns the module's Lipschitz constant (or a
+    :class:`Gain`). The module then counts as one layer and is not traced into. A later registration replaces an
+    earlier one.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Example:
+        >>> class Halve(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / 2
+        >>> @register_bound_rule(Halve)
+        ... def _(module, layer):
+        ...     return 0.5
+    """
+
+    def decorate(rule: RuleT) -> RuleT:
+        for module_type in module_types:
+            _RULES[module_type] = rule
+        return rule
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """Return the rule of the module's class, or of the nearest base class whose ``forward`` it still runs."""
+    kind = type(module)
+    return next((_RULES[base] for base in kind.__mro__ if base in _RULES and kind.forward is base.forward), None)
+
+
+def no_rule(what: str, where: str) -> NoBoundError:
+    """Describe the missing rule and how to add it."""
+    return NoBoundError(
+        f"No bound rule for {what} at '{where}'. If it has a Lipschitz constant that you know, put it in a module and "
+        "register that:\n"
+        "    @fisher_reg.register_bound_rule(YourModule)\n"
+        "    def _(module, layer):\n"
+        "        return 1.0  # its Lipschitz constant"
+    )

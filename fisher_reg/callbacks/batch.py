@@ -1,0 +1,69 @@
+"""What both callbacks take from a batch and a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from fisher_reg.forward import LogitsOf
+
+InputsFn = Callable[[Any], Tensor]
+LogitsFn = Callable[[Any, Tensor], Tensor]
+
+
+def logits_model(module: nn.Module, logits_fn: LogitsFn | None) -> nn.Module:
+    """Return the module whose forward gives the logits."""
+    return module if logits_fn is None else LogitsOf(module, logits_fn)
+
+
+def find_inputs(batch: Any) -> Tensor:
+    """Return the inputs of a batch where there is no doubt about them.
+
+    Example:
+        >>> import torch
+        >>> find_inputs((torch.zeros(2, 3), torch.tensor([0, 1]))).shape
+        torch.Size([2, 3])
+
+    Raises:
+        MisconfigurationException: Where the inputs cannot be told; the message shows ``inputs_fn``.
+    """
+    if isinstance(batch, Mapping):
+        candidates = [value for value in batch.values() if _may_be_inputs(value)]
+    else:
+        first = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        candidates = [first] if _may_be_inputs(first) else []
+    if len(candidates) != 1:
+        raise MisconfigurationException(
+            f"The inputs cannot be told from this batch: {_describe(batch)}. They must be a floating-point tensor "
+            "(B, *S): say which with inputs_fn=lambda batch: batch['image'], for example."
+        )
+    inputs: Tensor = candidates[0]
+    return inputs
+
+
+def _may_be_inputs(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of [" + ", ".join(_describe(item) for item in value) + "]"
+    return type(value).__name__
+
+
+def check_at_least_one(owner: object, **values: int) -> None:
+    """Refuse counts below one, naming the owner and the argument.
+
+    Raises:
+        ValueError: For the first such value.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{type(owner).__name__} needs {name} >= 1; got {value}.")

@@ -1,0 +1,213 @@
+"""Measure while training: the estimate and its bounds, each epoch, on a fixed probe."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from fisher_reg.bounds import NoBoundError, NonFiniteWeightsError, UpperBound, fisher_bound
+from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
+from fisher_reg.figures import bound_versus_empirical
+from fisher_reg.likelihood import Categorical, Likelihood, NonFiniteLogitsError
+from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
+from fisher_reg.solvers import Hutchinson, Solver
+
+
+_TRACE = Hutchinson(num_samples=4)
+
+
+class Bound(Protocol):
+    """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
+    ) -> UpperBound:
+        """Return the bound of ``model`` for inputs of the shape of ``inputs``."""
+
+
+class FisherMonitor(pl.Callback):
+    """Measure the input-space Fisher matrix at the end of each validation, on a fixed probe, and log it.
+
+    The probe is the first ``num_samples`` validation inputs (over all processes), taken once. The network is measured
+    in evaluation behaviour and left as it was found; the measurement has no effect on training.
+
+    Logged keys, in nats per squared input unit:
+
+    - ``fisher/lambda_max_mean``, ``_median``, ``_p95``, ``_max``: largest eigenvalue over the probe
+    - ``fisher/trace_mean``: by 4 random sign vectors per example, the same ones each time; its relative standard error
+      is at most ``sqrt(2 / (4 num_samples))``, 4.4 % for the default
+    - ``fisher/unconverged``: examples whose residual is above the solver's tolerance
+    - ``fisher/bound_global``, ``fisher/log10_bound_global`` (finite also where the bound overflows), and
+      ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
+    - ``fisher/seconds``: what the measurement took
+
+    A logger that takes them (TensorBoard's) also gets the histogram ``fisher/lambda_max``, the figure
+    ``fisher/bound_versus_empirical`` (needs matplotlib) and a chart of the log10 curves.
+
+    A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer is warned
+    of once and left out. Neither stops a training.
+
+    Args:
+        every_n_epochs: Measures in the epochs 0, n, 2 n, …, and whenever ``trainer.validate`` is called.
+        num_samples: Size of the probe.
+        solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
+        bounds: Upper bounds to measure beside it; ``()`` for none.
+        likelihood: The output distribution.
+        input_std: Standard deviation of the input normalisation.
+        inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
+            tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping.
+        logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, where ``pl_module(inputs)`` does not.
+        probe: Inputs to measure on instead of validation data; needed without a validation loop.
+
+    Attributes:
+        history: One dictionary per measurement: ``epoch``, ``step`` and the logged values. Kept in checkpoints.
+
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[FisherMonitor()], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        num_samples: int = 256,
+        *,
+        solver: Solver | None = None,
+        bounds: Sequence[Bound] = (fisher_bound,),
+        likelihood: Likelihood = Categorical(),  # noqa: B008
+        input_std: Tensor | None = None,
+        inputs_fn: InputsFn | None = None,
+        logits_fn: LogitsFn | None = None,
+        probe: Tensor | None = None,
+    ) -> None:
+        check_at_least_one(self, every_n_epochs=every_n_epochs, num_samples=num_samples)
+        self.every_n_epochs = every_n_epochs
+        self.num_samples = num_samples
+        self.solver = solver
+        self.bounds = list(bounds)
+        self.likelihood = likelihood
+        self.input_std = input_std
+        self.inputs_fn = inputs_fn or find_inputs
+        self.logits_fn = logits_fn
+        self.history: list[dict[str, float]] = []
+        self._probe: list[Tensor] = [] if probe is None else [probe]
+        self._probe_is_given = probe is not None
+        self._warned: set[str] = set()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a fit that offers nothing to measure on."""
+        if stage == "fit" and not self._probe_is_given and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation batches, "
+                "or give FisherMonitor its inputs: FisherMonitor(probe=inputs)."
+            )
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Take the first inputs of the first due validation as the probe."""
+        missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs in self._probe)
+        if self._probe_is_given or missing <= 0 or not self._is_due(trainer):
+            return
+        with torch.inference_mode(False):
+            self._probe.append(self.inputs_fn(batch)[:missing].detach().cpu().clone())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log."""
+        if self._is_due(trainer):
+            self._measure_and_log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log where no validation does it."""
+        if not trainer.enable_validation and self._is_due(trainer):
+            self._measure_and_log(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the history in checkpoints, so that the curves go on after a resume."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history back."""
+        self.history = list(state_dict["history"])
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        return trainer.validating or (not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0)
+
+    def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        begin = time.perf_counter()
+        model = logits_model(pl_module, self.logits_fn)
+        eigenvalues, logged = self._estimate(model, pl_module.device)
+        logged |= self._bound(model, pl_module.device, float(logged["fisher/lambda_max_max"]))
+        logged["fisher/seconds"] = time.perf_counter() - begin
+        pl_module.log_dict(logged, sync_dist=True, batch_size=1)
+        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                self._draw(getattr(logger, "experiment", None), eigenvalues, trainer.global_step)
+
+    def _estimate(self, model: nn.Module, device: torch.device) -> tuple[Tensor, dict[str, float]]:
+        metric = FisherSpectralNorm(None, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
+        trace = FisherTrace(estimator=_TRACE, likelihood=self.likelihood, input_std=self.input_std)
+        metric, trace = metric.to(device), trace.to(device)
+        try:
+            for inputs in self._probe:
+                metric.update(model, inputs.to(device))
+                trace.update(model, inputs.to(device))
+        except NonFiniteLogitsError as error:
+            metric.reset()
+            trace.reset()
+            self._warn_once(f"FisherMonitor logs NaN for this epoch. {error}")
+        eigenvalues = metric.compute()
+        logged = {f"fisher/lambda_max_{name}": float(value) for name, value in summarize(eigenvalues).items()}
+        logged["fisher/trace_mean"] = float(trace.compute())
+        logged["fisher/unconverged"] = float(metric.unconverged)
+        return eigenvalues, logged
+
+    def _bound(self, model: nn.Module, device: torch.device, largest: float) -> dict[str, float]:
+        logged = {}
+        for bound in list(self.bounds):
+            try:
+                upper = bound(
+                    model, self._probe[0][:1].to(device), likelihood=self.likelihood, input_std=self.input_std
+                )
+            except NoBoundError as error:
+                self._warn_once(f"FisherMonitor leaves out a bound that this network does not have. {error}")
+                self.bounds.remove(bound)
+                continue
+            except NonFiniteWeightsError as error:
+                self._warn_once(f"FisherMonitor logs no bound for this epoch. {error}")
+                continue
+            logged[f"fisher/bound_{upper.level}"] = upper.value
+            logged[f"fisher/log10_bound_{upper.level}"] = upper.log10_value
+            logged[f"fisher/log10_gap_{upper.level}"] = upper.log10_value - _log10(largest)
+        return logged
+
+    def _draw(self, experiment: Any, eigenvalues: Tensor, step: int) -> None:
+        if not all(hasattr(experiment, name) for name in ("add_histogram", "add_figure", "add_custom_scalars")):
+            return
+        finite = eigenvalues[torch.isfinite(eigenvalues)]
+        if finite.numel():
+            experiment.add_histogram("fisher/lambda_max", finite, step)
+        if find_spec("matplotlib") is None:
+            self._warn_once("FisherMonitor draws no figure, since matplotlib is not installed.")
+        else:
+            experiment.add_figure("fisher/bound_versus_empirical", bound_versus_empirical(self.history), step)
+        curves = [key for key in self.history[-1] if "log10_bound" in key or "log10_gap" in key]
+        experiment.add_custom_scalars({"fisher": {"bound versus empirical (decades)": ["Multiline", curves]}})
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else math.nan

@@ -1,0 +1,56 @@
+"""Figures from numbers: what was logged goes in, a matplotlib figure comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
+    r"""Draw the estimate and the bounds above it over the epochs, on a logarithmic axis.
+
+    Args:
+        history: One mapping per measurement, with ``epoch`` and the keys that
+            :class:`fisher_reg.FisherMonitor` logs. Values that are not finite are left out.
+
+    Returns:
+        A figure that belongs to no pyplot state.
+
+    Raises:
+        ModuleNotFoundError: Without matplotlib.
+        ValueError: For an empty history.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not history:
+        raise ValueError("There is nothing to draw: the history is empty. Has the monitor measured an epoch yet?")
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [entry["epoch"] for entry in history]
+
+    def series(key: str) -> list[float]:
+        return [entry.get(key, math.nan) for entry in history]
+
+    levels = [key.removeprefix("fisher/log10_bound_") for key in history[0] if key.startswith("fisher/log10_bound_")]
+    for level in levels:
+        axes.plot(epochs, series(f"fisher/log10_bound_{level}"), "s-", color="tab:red", label=f"{level} upper bound")
+    curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}
+    for name, colour in curves.items():
+        decades = [_log10(value) for value in series(f"fisher/lambda_max_{name}")]
+        axes.plot(epochs, decades, "o-", color=colour, markersize=4, label=rf"$\lambda_{{\max}}(F)$, {name}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
+    axes.set(xlabel="epoch", ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if 0 < value < math.inf else math.nan

@@ -1,0 +1,114 @@
+"""From a module to a function of its inputs that is per-example and differentiable, with everything put back after.
+
+All that depends on how a network is run stands here: modes of batch norm and dropout, kernels, precision, grad mode.
+The rooms above see only a function from ``(B, *S)`` to ``(B, K)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LogitsFunction = Callable[[Tensor], Tensor]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LogitsOf(nn.Module):
+    """A module whose forward returns the logits of another one that returns something else.
+
+    Args:
+        module: The network; its parameters, modes and batch norms stay visible to the Fisher pass.
+        logits_fn: ``logits_fn(module, inputs)`` returns logits ``(B, K)``.
+
+    Example:
+        >>> wrapped = LogitsOf(nn.Linear(2, 3), lambda module, inputs: {"logits": module(inputs)}["logits"])
+        >>> wrapped(torch.zeros(4, 2)).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, module: nn.Module, logits_fn: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.logits_fn = logits_fn
+        self.training = module.training
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits ``(B, K)`` of ``inputs`` ``(B, *S)``."""
+        return self.logits_fn(self.module, inputs)
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Refuse anything but a non-empty floating-point batch.
+
+    Raises:
+        ValueError: With what was given and what to do.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(
+            f"inputs must be a floating-point tensor, since they are differentiated; got {given}. "
+            "Convert images with inputs.float() / 255; for token ids pass the embeddings."
+        )
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.")
+
+
+@contextmanager
+def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
+    """Open a pass that can be differentiated twice, whatever surrounds it, and yield the inputs to use in it.
+
+    Autograd is on even under ``no_grad`` and ``inference_mode``; autocast is off and half precision is promoted to
+    float32, because second derivatives of rounded values are noise; attention uses the one kernel that has second
+    derivatives; compiled modules run eagerly, since compiled code has no double backward.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield inputs.detach().clone().to(torch.float32 if inputs.dtype in _HALF else inputs.dtype)
+
+
+@contextmanager
+def evaluation_behaviour(model: LogitsFunction) -> Generator[None, None, None]:
+    """Put every submodule into evaluation mode; give each its own flag back afterwards, also after an exception.
+
+    Raises:
+        ValueError: If a batch norm keeps no running statistics: it would couple the examples of the batch.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    for module in modules:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"{module} keeps no running statistics, so in evaluation each prediction depends on the whole batch "
+                "and no per-example Fisher matrix exists. Use track_running_stats=True."
+            )
+    flags = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+
+
+def as_function(model: LogitsFunction) -> LogitsFunction:
+    """Return ``model`` as a function that neither changes its argument in place nor computes in half precision."""
+    if not isinstance(model, nn.Module):
+        return lambda inputs: model(inputs.clone())
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    promoted = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype in _HALF}
+    if not promoted:
+        return lambda inputs: model(inputs.clone())
+    return lambda inputs: functional_call(model, promoted, (inputs.clone(),))

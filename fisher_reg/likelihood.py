@@ -1,0 +1,188 @@
+r"""Output distributions: how a change of the logits changes the predicted distribution.
+
+Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, through the factor :math:`L` alone.
+Adding a distribution is adding one class with the five members of :class:`Likelihood`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLogitsError(ValueError):
+    """The model returned NaN or infinite logits, for which no Fisher matrix exists."""
+
+
+class Likelihood(Protocol):
+    r"""What the Fisher operator needs to know of an output distribution with logits ``(B, K)``.
+
+    Attributes:
+        min_outputs: Smallest ``K`` for which the distribution has something to say.
+        shift_invariant: Whether adding one number to all logits leaves the distribution as it is.
+    """
+
+    min_outputs: ClassVar[int]
+    shift_invariant: ClassVar[bool]
+
+    def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
+        r"""Apply :math:`L`, a factor of :math:`\Sigma = L^\top L`, to ``tangent`` ``(B, K)``."""
+
+    def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
+        r"""Apply :math:`L^\top` to ``cotangent`` ``(B, K)``."""
+
+    def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return the logit direction ``(B, K)`` that most likely dominates, and its weight ``(B,)``.
+
+        The direction :math:`c` carries no gradient and its weight :math:`\omega` does;
+        :math:`\omega\,c c^\top \preceq \Sigma` for each example.
+        """
+
+    def largest_eigenvalue(self) -> float:
+        r"""Upper bound of :math:`\lambda_\max(\Sigma(z))` over all logits."""
+
+
+@dataclass(frozen=True)
+class Categorical:
+    r"""One label out of ``K``: :math:`p = \mathrm{softmax}(z)`, :math:`\Sigma = \mathrm{diag}(p) - p p^\top`.
+
+    With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is taken as
+    :math:`\exp(\tfrac12 \log p)`, so that value and gradient stay finite when the softmax saturates.
+    """
+
+    min_outputs: ClassVar[int] = 2
+    shift_invariant: ClassVar[bool] = True
+
+    def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
+        """Apply ``L`` to a logit tangent, ``(B, K)`` to ``(B, K)``."""
+        root = _root_probabilities(logits)
+        return _remove_component(root * tangent, root)
+
+    def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
+        """Apply the transpose of ``L``, ``(B, K)`` to ``(B, K)``."""
+        root = _root_probabilities(logits)
+        return root * _remove_component(cotangent, root)
+
+    def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Contrast the two most probable classes: :math:`c = e_1 - e_2` with weight :math:`p_1 p_2`.
+
+        :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
+
+        Returns:
+            Direction ``(B, K)`` and weight ``(B,)``.
+        """
+        first, second = logits.topk(2, dim=1).indices.unbind(1)
+        direction = torch.zeros_like(logits)
+        direction.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
+        log_p = logits.log_softmax(1)
+        pair = torch.stack([first, second], 1)
+        return direction, log_p.gather(1, pair).sum(1).exp()
+
+    def largest_eigenvalue(self) -> float:
+        """Bound it by 1/2: ``p_j (1 - p_j) + sum_k p_j p_k = 2 p_j (1 - p_j)`` bounds every Gershgorin disc."""
+        return 0.5
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    r"""``K`` independent yes/no labels: :math:`p = \mathrm{sigmoid}(z)`, :math:`\Sigma = \mathrm{diag}(p(1-p))`."""
+
+    min_outputs: ClassVar[int] = 1
+    shift_invariant: ClassVar[bool] = False
+
+    def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
+        """Apply ``L``, which is diagonal, to a logit tangent ``(B, K)``."""
+        return _root_bernoulli_variance(logits) * tangent
+
+    def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
+        """Apply the transpose of ``L``, which is ``L``, to a cotangent ``(B, K)``."""
+        return self.whiten(logits, cotangent)
+
+    def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the least certain label alone, with weight ``p (1 - p)``."""
+        variance = _root_bernoulli_variance(logits).square()
+        uncertain = logits.abs().argmin(1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
+
+    def largest_eigenvalue(self) -> float:
+        """Bound it by 1/4, reached at ``p = 1/2``."""
+        return 0.25
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    r"""Regression with mean :math:`z` and fixed variance: :math:`\Sigma = I / \sigma^2`.
+
+    Args:
+        variance: :math:`\sigma^2`, in squared output units.
+    """
+
+    variance: float = 1.0
+    min_outputs: ClassVar[int] = 1
+    shift_invariant: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.variance > 0:
+            raise ValueError(f"Gaussian needs a positive variance; got {self.variance}.")
+
+    def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
+        """Divide a tangent ``(B, K)`` by the standard deviation."""
+        return tangent / math.sqrt(self.variance)
+
+    def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
+        """Divide a cotangent ``(B, K)`` by the standard deviation."""
+        return cotangent / math.sqrt(self.variance)
+
+    def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the mean of all outputs, with weight ``1 / variance``: no output is special."""
+        direction = torch.full_like(logits, logits.shape[1] ** -0.5)
+        return direction, logits.new_full(logits.shape[:1], 1 / self.variance)
+
+    def largest_eigenvalue(self) -> float:
+        """Return ``1 / variance``, exactly."""
+        return 1 / self.variance
+
+
+def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> None:
+    """Refuse outputs that are not finite ``(B, K)`` logits.
+
+    Raises:
+        ValueError: If the shape is not ``(B, K)`` or ``K`` is too small for the likelihood.
+        NonFiniteLogitsError: If any logit is NaN or infinite; the message counts the examples.
+    """
+    found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
+        raise ValueError(
+            f"The model must return logits of shape (B, K) with B = {batch_size}; it returned {found}. "
+            "If the logits are inside that, say how to get them: logits_fn=lambda model, inputs: model(inputs).logits "
+            "in a callback, LogitsOf(model, logits_fn) elsewhere."
+        )
+    num_outputs = logits.shape[1]
+    if num_outputs < likelihood.min_outputs:
+        raise ValueError(
+            f"{type(likelihood).__name__} needs at least {likelihood.min_outputs} outputs; the model returned "
+            f"K = {num_outputs}. A single logit is a yes/no label: pass likelihood=Bernoulli()."
+        )
+    broken = ~torch.isfinite(logits.detach()).all(1)
+    if broken.any():
+        raise NonFiniteLogitsError(
+            f"The logits of {int(broken.sum())} of {batch_size} examples are NaN or infinite (the first is number "
+            f"{int(broken.int().argmax())}). Check the inputs and the weights for non-finite values."
+        )
+
+
+def _root_probabilities(logits: Tensor) -> Tensor:
+    return (0.5 * logits.log_softmax(1)).exp()
+
+
+def _root_bernoulli_variance(logits: Tensor) -> Tensor:
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return (0.5 * (log_sigmoid(logits) + log_sigmoid(-logits))).exp()
+
+
+def _remove_component(vector: Tensor, unit: Tensor) -> Tensor:
+    return vector - unit * (unit * vector).sum(1, keepdim=True)

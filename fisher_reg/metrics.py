@@ -1,0 +1,142 @@
+"""The estimates as torchmetrics, for anybody's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
+from fisher_reg.forward import LogitsFunction
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.solvers import Solver, TraceEstimator
+
+Reduction = Callable[[Tensor], Any]
+
+
+class _PerExampleMetric(Metric):
+    """Collects one value per example, over batches and processes; reduces them all at once."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    values: list[Tensor] | Tensor
+
+    def __init__(self, reduction: Reduction | None, likelihood: Likelihood, input_std: Tensor | None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.reduction = reduction
+        self.likelihood = likelihood
+        self.input_std = input_std
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def _append(self, values: Tensor) -> None:
+        assert isinstance(self.values, list)
+        self.values.append(values)
+
+    def compute(self) -> Any:
+        """Return the reduction of the values of all examples; without one the values themselves, ``(N,)``."""
+        values = dim_zero_cat(self.values) if len(self.values) else torch.zeros(0, device=self.device)
+        return values if self.reduction is None else self.reduction(values)
+
+
+class FisherSpectralNorm(_PerExampleMetric):
+    """Largest eigenvalue of the input-space Fisher matrix, reduced over all examples seen.
+
+    The model is an argument of ``update`` and not a part of the metric, so that no checkpoint holds it twice. Works
+    under ``no_grad`` and ``inference_mode``. Cost per update: as :func:`fisher_reg.fisher_spectral_norm`.
+
+    Args:
+        reduction: From the values of all examples ``(N,)`` to the result: :func:`torch.mean` (each example counts
+            alike, whatever the batches), ``torch.max``, ``torch.median``,
+            ``functools.partial(torch.quantile, q=0.95)``, or None for the values themselves.
+        solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
+        likelihood: The output distribution.
+        input_std: Standard deviation of the input normalisation.
+        kwargs: For :class:`torchmetrics.Metric`.
+
+    Attributes:
+        unconverged: Number of examples whose residual was above the solver's tolerance.
+
+    Example:
+        >>> metric = FisherSpectralNorm()
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric.update(lambda x: x @ weight.T, torch.zeros(3, 2))
+        >>> metric.compute()
+        tensor(1.0000)
+    """
+
+    unconverged: Tensor
+
+    def __init__(
+        self,
+        reduction: Reduction | None = torch.mean,
+        *,
+        solver: Solver | None = None,
+        likelihood: Likelihood = Categorical(),  # noqa: B008
+        input_std: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(reduction, likelihood, input_std, **kwargs)
+        self.solver = solver
+        self.add_state("unconverged", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, model: LogitsFunction, inputs: Tensor) -> None:
+        """Add the examples of ``inputs`` ``(B, *S)``."""
+        result = fisher_spectral_norm(
+            model, inputs, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std
+        )
+        self._append(result.eigenvalue)
+        with torch.inference_mode(False):
+            self.unconverged = self.unconverged + (~result.converged).sum()
+
+
+class FisherTrace(_PerExampleMetric):
+    """Trace of the input-space Fisher matrix, reduced over all examples seen; see :class:`FisherSpectralNorm`.
+
+    Args:
+        reduction: As there.
+        estimator: As in :func:`fisher_reg.fisher_trace`.
+        likelihood: The output distribution.
+        input_std: Standard deviation of the input normalisation.
+        kwargs: For :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(
+        self,
+        reduction: Reduction | None = torch.mean,
+        *,
+        estimator: TraceEstimator | None = None,
+        likelihood: Likelihood = Categorical(),  # noqa: B008
+        input_std: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(reduction, likelihood, input_std, **kwargs)
+        self.estimator = estimator
+
+    def update(self, model: LogitsFunction, inputs: Tensor) -> None:
+        """Add the examples of ``inputs`` ``(B, *S)``."""
+        self._append(
+            fisher_trace(model, inputs, estimator=self.estimator, likelihood=self.likelihood, input_std=self.input_std)
+        )
+
+
+def summarize(values: Tensor) -> dict[str, Tensor]:
+    """Return mean, median, 95th percentile and maximum of ``(N,)`` values; NaN without any.
+
+    Example:
+        >>> {name: value.item() for name, value in summarize(torch.tensor([0.0, 1.0, 2.0])).items()}
+        {'mean': 1.0, 'median': 1.0, 'p95': 1.899999976158142, 'max': 2.0}
+    """
+    if values.numel() == 0:
+        values = values.new_full((1,), torch.nan)
+    # torch.quantile refuses more than 2**24 values and NaN goes through it unharmed
+    return {
+        "mean": values.mean(),
+        "median": values.quantile(0.5),
+        "p95": values.quantile(0.95),
+        "max": values.max(),
+    }

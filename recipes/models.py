@@ -1,0 +1,107 @@
+"""torchvision's own classes at sizes that suit small images, fed with pixels in [0, 1].
+
+Normalisation is the first layer of every network, so that inputs, attacks and Fisher eigenvalues are in pixel units.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import DenseNet, ResNet, VisionTransformer
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.vgg import VGG, make_layers
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a model must know of its data.
+
+    Attributes:
+        num_classes: Number of labels.
+        num_channels: 1 or 3, or any other number.
+        image_size: Height and width.
+        mean: Per channel, in pixel units.
+        std: Per channel, in pixel units.
+    """
+
+    num_classes: int
+    num_channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Normalize(nn.Module):
+    """``(pixels - mean) / std`` per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise images ``(B, C, H, W)``."""
+        return (pixels - self.mean) / self.std
+
+
+def vgg(spec: ImageSpec, layers: Sequence[int | str], batch_norm: bool = True) -> nn.Module:
+    """Build a :class:`torchvision.models.VGG` with the given layers (widths, and ``"M"`` for a pooling)."""
+    network = VGG(make_layers(list(layers), batch_norm=batch_norm), num_classes=spec.num_classes)
+    stem = network.features[0]
+    network.features[0] = nn.Conv2d(spec.num_channels, stem.out_channels, 3, padding=1)
+    nn.init.kaiming_normal_(network.features[0].weight, mode="fan_out", nonlinearity="relu")
+    network.avgpool = nn.AdaptiveAvgPool2d(1)
+    network.classifier = nn.Linear(next(width for width in reversed(layers) if width != "M"), spec.num_classes)
+    return _with_normalization(network, spec)
+
+
+def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1) -> nn.Module:
+    """Build a :class:`torchvision.models.ResNet` of basic blocks; a stage of 0 blocks, from the end, is left out."""
+    kept = [blocks for blocks in layers if blocks > 0]
+    network = ResNet(BasicBlock, [max(1, blocks) for blocks in layers], num_classes=spec.num_classes)
+    for stage in range(len(kept), len(layers)):
+        setattr(network, f"layer{stage + 1}", nn.Identity())
+    network.conv1 = nn.Conv2d(spec.num_channels, 64, 3, stride=stem_stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+    network.fc = nn.Linear(64 * 2 ** (len(kept) - 1), spec.num_classes)
+    return _with_normalization(network, spec)
+
+
+def densenet(
+    spec: ImageSpec, growth_rate: int, block_config: Sequence[int], num_init_features: int, stem_stride: int = 1
+) -> nn.Module:
+    """Build a :class:`torchvision.models.DenseNet` with a 3 x 3 stem and no first pooling."""
+    network = DenseNet(growth_rate, tuple(block_config), num_init_features, num_classes=spec.num_classes)
+    network.features.conv0 = nn.Conv2d(
+        spec.num_channels, num_init_features, 3, stride=stem_stride, padding=1, bias=False
+    )
+    nn.init.kaiming_normal_(network.features.conv0.weight)
+    network.features.pool0 = nn.Identity()
+    return _with_normalization(network, spec)
+
+
+def vit(spec: ImageSpec, patch_size: int, num_layers: int, num_heads: int, hidden_dim: int, mlp_dim: int) -> nn.Module:
+    """Build a :class:`torchvision.models.VisionTransformer`."""
+    network = VisionTransformer(
+        image_size=spec.image_size,
+        patch_size=patch_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        hidden_dim=hidden_dim,
+        mlp_dim=mlp_dim,
+        num_classes=spec.num_classes,
+    )
+    network.conv_proj = nn.Conv2d(spec.num_channels, hidden_dim, patch_size, patch_size)
+    return _with_normalization(network, spec)
+
+
+def _with_normalization(network: nn.Module, spec: ImageSpec) -> nn.Module:
+    return nn.Sequential(OrderedDict(normalize=Normalize(spec.mean, spec.std), network=network))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fisher_reg import Bernoulli, Categorical, Gaussian, NonFiniteLogitsError
+from fisher_reg.likelihood import check_logits
+
+CASES = [
+    (Categorical(), lambda z: torch.diag(z.softmax(0)) - torch.outer(z.softmax(0), z.softmax(0))),
+    (Bernoulli(), lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))),
+    (Gaussian(variance=4.0), lambda z: torch.eye(len(z), dtype=z.dtype) / 4),
+]
+
+
+@pytest.mark.parametrize(("likelihood", "covariance"), CASES)
+def test_factor_squared_is_the_fisher_matrix_of_the_logits(likelihood, covariance):
+    logits = torch.randn(5, 4, dtype=torch.float64) * 3
+    for z in logits:
+        basis, rows = torch.eye(4, dtype=torch.float64), z.expand(4, 4)
+        factor = likelihood.whiten(rows, basis).T
+        assert_close(factor.T @ factor, covariance(z))
+        assert_close(likelihood.unwhiten(rows, basis), factor)
+
+
+@pytest.mark.parametrize(("likelihood", "covariance"), CASES)
+def test_contrast_lies_below_the_fisher_matrix_and_its_bound_above(likelihood, covariance):
+    logits = torch.randn(5, 4, dtype=torch.float64) * 3
+    direction, weight = likelihood.contrast(logits)
+    for z, c, omega in zip(logits, direction, weight, strict=True):
+        eigenvalues = torch.linalg.eigvalsh(covariance(z) - omega * torch.outer(c, c))
+        assert eigenvalues.min() > -1e-12
+        assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_eigenvalue() + 1e-12
+
+
+def test_categorical_bound_is_reached_by_two_equal_classes():
+    z = torch.tensor([[0.0, 0.0, -1e3]], dtype=torch.float64)
+    p = z.softmax(1)[0]
+    assert_close(torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max().item(), Categorical().largest_eigenvalue())
+
+
+def test_saturated_logits_have_finite_values_and_gradients():
+    logits = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
+    for likelihood in (Categorical(), Bernoulli()):
+        value = likelihood.whiten(logits, torch.ones(1, 3)).square().sum() + likelihood.contrast(logits)[1].sum()
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert torch.isfinite(value)
+        assert torch.isfinite(gradient).all()
+
+
+def test_bad_logits_are_named():
+    with pytest.raises(ValueError, match=r"shape \(B, K\) with B = 3; it returned a tensor of shape \(3, 2, 2\).*logits_fn"):
+        check_logits(torch.zeros(3, 2, 2), 3, Categorical())
+    with pytest.raises(ValueError, match="it returned dict"):
+        check_logits({"logits": 0}, 3, Categorical())
+    with pytest.raises(ValueError, match=r"at least 2 outputs.*K = 1.*Bernoulli"):
+        check_logits(torch.zeros(3, 1), 3, Categorical())
+    check_logits(torch.zeros(3, 1), 3, Bernoulli())
+    with pytest.raises(NonFiniteLogitsError, match=r"2 of 3 examples.*number 1"):
+        check_logits(torch.tensor([[0.0, 0.0], [torch.nan, 0.0], [0.0, torch.inf]]), 3, Categorical())
+
+
+def test_gaussian_variance_must_be_positive():
+    with pytest.raises(ValueError, match="positive variance; got 0"):
+        Gaussian(variance=0)

@@ -1,0 +1,210 @@
+"""Gradients of the penalties against autograd through the dense Fisher matrix."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+from fisher_reg import Gaussian, SpectralPenalty, TracePenalty, fisher_spectral_norm, fisher_trace, mean_log1p
+from fisher_reg import penalty as penalty_module
+from tests import cases
+
+
+def _dense_fisher(model, x):
+    """F per example with a graph to the parameters, from forward-over-reverse-free dense Jacobians. (B, K, d)."""
+
+    def g(example):
+        return 2 * (0.5 * model(example[None]).log_softmax(1)).exp()[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        jacobians = [torch.autograd.functional.jacobian(g, example, create_graph=True).flatten(1) for example in x]
+    return [jacobian @ jacobian.T for jacobian in jacobians]
+
+
+def _gradient(value, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+
+def test_gradient_of_the_converged_penalty_is_that_of_the_dense_eigenvalue(trained, digits, record_property):
+    model, x = copy.deepcopy(trained).double(), cases.test_images(digits, 3).double()
+    dense = torch.stack([torch.linalg.eigvalsh(gram)[-1] for gram in _dense_fisher(model, x)]).mean()
+    expected = _gradient(dense, model)
+    penalty = SpectralPenalty(num_steps=9)(model, x)
+    gradient = _gradient(penalty, model)
+    error = ((gradient - expected).norm() / expected.norm()).item()
+    record_property("relative_gradient_error", error)
+    assert_close(penalty, dense, rtol=1e-8, atol=0)
+    assert error < 1e-6
+
+
+def test_gradient_of_log1p_is_that_of_the_dense_one(trained, digits):
+    model, x = copy.deepcopy(trained).double(), cases.test_images(digits, 2).double()
+    dense = torch.stack([torch.linalg.eigvalsh(gram)[-1] for gram in _dense_fisher(model, x)]).log1p().mean()
+    penalty = SpectralPenalty(num_steps=9, reduction=mean_log1p)(model, x)
+    assert_close(_gradient(penalty, model), _gradient(dense, model), rtol=1e-5, atol=1e-8)
+
+
+def test_closed_form_is_the_two_class_one_with_its_full_gradient(trained, digits):
+    model, x = copy.deepcopy(trained).double(), cases.test_images(digits, 4).double().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = model(x)
+    pair = logits.topk(2, dim=1)
+    p = logits.softmax(1).gather(1, pair.indices)
+    (slope,) = torch.autograd.grad((pair.values[:, 0] - pair.values[:, 1]).sum(), x, create_graph=True)
+    expected = (p[:, 0] * p[:, 1] * slope.flatten(1).square().sum(1)).mean()
+    penalty = SpectralPenalty()(model, x)
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model))
+    assert penalty <= fisher_spectral_norm(model, x.detach()).eigenvalue.mean()
+
+
+def test_value_is_the_estimate(trained, digits):
+    x = cases.test_images(digits, 8)
+    penalty = SpectralPenalty(num_steps=9)(trained, x)
+    assert_close(penalty, fisher_spectral_norm(trained, x).eigenvalue.mean(), rtol=1e-4, atol=0)
+
+
+def test_trace_penalty_is_unbiased_in_value_and_gradient(monkeypatch):
+    # all 2^K sign vectors at once make the expectation exact
+    model, x = cases.tiny_network().double(), torch.randn(3, 6, dtype=torch.float64)
+    signs = iter(torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=torch.float64))
+    monkeypatch.setattr(penalty_module, "random_signs", lambda like, generator: next(signs).expand_as(like))
+    penalty = TracePenalty(num_samples=16)(model, x)
+    dense = torch.stack([gram.trace() for gram in _dense_fisher(model, x)]).mean()
+    assert_close(penalty, dense)
+    assert_close(penalty.detach(), fisher_trace(model, x).mean())
+    assert_close(_gradient(penalty, model), _gradient(dense, model))
+
+
+def test_trace_penalty_follows_its_generator():
+    model, x = cases.tiny_network(), torch.randn(3, 6)
+    first, again, other = (TracePenalty()(model, x, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert_close(first, again, rtol=0, atol=0)
+    assert first != other
+
+
+def _hand_written_batch_norm(model, x):
+    """mean_i of lambda_max for Linear, BatchNorm, Tanh, Identity, Linear, statistics constant in x, live in theta."""
+    first, norm, _, _, last = model
+    hidden = first(x)
+    mean, variance = hidden.mean(0), hidden.var(0, unbiased=False)
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    normal = (hidden - mean) * scale + norm.bias
+    p = last(normal.tanh()).softmax(1)
+    values = []
+    for slope, q in zip(1 - normal.tanh() ** 2, p, strict=True):
+        jacobian = last.weight @ torch.diag(slope) @ torch.diag(scale) @ first.weight
+        values.append(torch.linalg.eigvalsh(jacobian.T @ (torch.diag(q) - torch.outer(q, q)) @ jacobian)[-1])
+    return torch.stack(values).mean()
+
+
+def test_in_training_mode_the_penalty_sees_the_batch_statistics_and_their_gradient():
+    model, x = cases.tiny_network(batch_norm=True).double().train(), torch.randn(8, 6, dtype=torch.float64)
+    nn.init.normal_(model[1].weight)
+    expected = _hand_written_batch_norm(model, x)
+    penalty = SpectralPenalty(num_steps=4)(model, x)
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model), rtol=1e-6, atol=1e-12)
+
+
+def test_rescaling_a_weight_before_batch_norm_changes_nothing():
+    # The trained function is invariant, so the gradient along the weight is zero (up to eps in the batch norm).
+    model, x = cases.tiny_network(batch_norm=True).double().train(), torch.randn(8, 6, dtype=torch.float64)
+    model[1].eps = 1e-14
+    weight = model[0].weight
+    (gradient,) = torch.autograd.grad(SpectralPenalty()(model, x), weight)
+    assert gradient.norm() > 1e-3
+    assert abs((gradient * weight).sum()) < 1e-10
+
+
+def test_running_statistics_do_not_move_and_the_modes_stay():
+    model, x = cases.tiny_network(batch_norm=True, dropout=True).train(), torch.randn(8, 6)
+    state = copy.deepcopy(model.state_dict())
+    for penalty in (SpectralPenalty(), SpectralPenalty(num_steps=2), TracePenalty()):
+        penalty(model, x).backward()
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert all(module.training for module in model.modules())
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert model[1].track_running_stats
+
+
+def test_gradients_that_are_there_are_added_to_and_not_deleted():
+    model, x = cases.tiny_network(), torch.randn(4, 6)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    SpectralPenalty(num_steps=2)(model, x)
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("penalty", [SpectralPenalty(), SpectralPenalty(num_steps=3), TracePenalty()])
+@pytest.mark.parametrize("logits", ["constant", "saturated", "tied"])
+def test_degenerate_points_have_finite_gradients(penalty, logits):
+    weight = {
+        "constant": torch.zeros(4, 6),
+        "saturated": 1e3 * torch.randn(4, 6),
+        "tied": torch.eye(4, 6),  # the top eigenvalue at x = 0 is repeated three times
+    }[logits].requires_grad_()
+    value = penalty(lambda x: x @ weight.T, torch.zeros(2, 6) if logits == "tied" else torch.ones(2, 6))
+    (gradient,) = torch.autograd.grad(value, weight)
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+
+
+def test_works_under_no_grad_and_inference_mode_and_autocast():
+    model, x = cases.tiny_network(), torch.randn(4, 6)
+    expected = SpectralPenalty()(model, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(SpectralPenalty()(model, x), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert_close(SpectralPenalty()(model, x), expected, rtol=0, atol=0)
+
+
+def test_half_precision_parameters_receive_the_gradient():
+    model, x = cases.tiny_network().bfloat16(), torch.randn(4, 6, dtype=torch.bfloat16)
+    SpectralPenalty(num_steps=2)(model, x).backward()
+    assert all(parameter.grad is not None for parameter in (model[0].weight, model[4].weight))
+    assert model[0].weight.grad.dtype == torch.bfloat16
+
+
+def test_gaussian_penalty_is_its_closed_form():
+    model, x = nn.Linear(6, 3).double(), torch.randn(2, 6, dtype=torch.float64)
+    penalty = SpectralPenalty(num_steps=3, likelihood=Gaussian(variance=2.0))(model, x)
+    assert_close(penalty, torch.linalg.matrix_norm(model.weight, 2) ** 2 / 2)
+
+
+def test_dropout_keeps_one_mask_during_a_solve():
+    # with another mask per application the solver would meet a different operator each time and not converge
+    model, x = cases.tiny_network(dropout=True).double().train(), torch.randn(3, 6, dtype=torch.float64)
+    penalties = []
+    for _ in range(20):
+        state = torch.get_rng_state()
+        penalties.append(SpectralPenalty(num_steps=4)(model, x))
+        torch.set_rng_state(state)
+        logits_mask = model[3](torch.ones(3, 5, dtype=torch.float64))
+        frozen = lambda y, mask=logits_mask: model[4](mask * model[2](model[0](y)))  # noqa: E731
+        assert_close(penalties[-1].detach(), fisher_spectral_norm(frozen, x).eigenvalue.mean())
+    assert len({round(value.item(), 9) for value in penalties}) > 1
+
+
+def test_bad_settings_and_bad_inputs_are_refused():
+    with pytest.raises(ValueError, match="num_steps >= 0; got -1"):
+        SpectralPenalty(num_steps=-1)
+    with pytest.raises(ValueError, match="num_samples >= 1; got 0"):
+        TracePenalty(num_samples=0)
+    with pytest.raises(ValueError, match="floating-point"):
+        SpectralPenalty()(cases.tiny_network(), torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match="K = 1"):
+        SpectralPenalty()(nn.Linear(6, 1), torch.zeros(2, 6))
+
+
+def test_functional_parameters_receive_the_gradient():
+    model, x = cases.tiny_network().double(), torch.randn(2, 6, dtype=torch.float64)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    value = SpectralPenalty()(lambda y: functional_call(model, parameters, (y,)), x)
+    gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+    assert_close(gradients[0], torch.autograd.grad(SpectralPenalty()(model, x), model[0].weight)[0])
