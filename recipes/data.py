@@ -191,6 +191,9 @@ class Npz(ArrayData):
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Read the file.
 
+        Returns:
+            Images and labels per split.
+
         Raises:
             ValueError: If an array is missing; the message names those found.
         """
@@ -242,6 +245,9 @@ class ImageFolder(ImageData):
 
     def load(self) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
         """Index the folders.
+
+        Returns:
+            The splits and what they look like.
 
         Raises:
             ValueError: If the splits do not have the same classes.

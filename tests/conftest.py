@@ -7,7 +7,6 @@ from tests import cases
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ def test_contrast_lies_below_the_fisher_matrix_and_its_bound_above(likelihood, c
 def test_categorical_bound_is_reached_by_two_equal_classes():
     z = torch.tensor([[0.0, 0.0, -1e3]], dtype=torch.float64)
     p = z.softmax(1)[0]
-    assert_close(torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max().item(), Categorical().largest_eigenvalue())
+    assert_close(
+        torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max().item(), Categorical().largest_eigenvalue()
+    )
 
 
 def test_saturated_logits_have_finite_values_and_gradients():
@@ -48,7 +50,9 @@ def test_saturated_logits_have_finite_values_and_gradients():
 
 
 def test_bad_logits_are_named():
-    with pytest.raises(ValueError, match=r"shape \(B, K\) with B = 3; it returned a tensor of shape \(3, 2, 2\).*logits_fn"):
+    with pytest.raises(
+        ValueError, match=r"shape \(B, K\) with B = 3; it returned a tensor of shape \(3, 2, 2\).*logits_fn"
+    ):
         check_logits(torch.zeros(3, 2, 2), 3, Categorical())
     with pytest.raises(ValueError, match="it returned dict"):
         check_logits({"logits": 0}, 3, Categorical())

@@ -39,13 +39,19 @@ class Call:
     @property
     def source(self) -> Reach:
         """The one argument that depends on the input."""
-        variable = [reach for reach in self.incoming if reach.log_norm > CONSTANT]
+        variable: list[Reach] = []
+        fx.map_arg((self.node.args, self.node.kwargs), lambda node: variable.append(self.reach(node)))
+        variable = [reach for reach in variable if reach.log_norm != CONSTANT]
         if len(variable) != 1:
             raise NoBoundError(
                 f"'{self.node}' ({name_of(self.node.target)}) combines two values that depend on the input, "
                 "which has no global Lipschitz constant."
             )
         return variable[0]
+
+    def reach(self, node: fx.Node) -> Reach:
+        """What reaches one argument."""
+        return self.incoming[self.node.all_input_nodes.index(node)]
 
 
 def _shape(call: Call) -> Reach:
@@ -67,8 +73,7 @@ def _sum(call: Call) -> Reach:
     log_norms = []
     for argument, node in zip(call.args, call.node.args, strict=True):
         if isinstance(node, fx.Node) and isinstance(argument, Tensor):
-            reach = call.incoming[call.node.all_input_nodes.index(node)]
-            log_norms.append(reach.log_norm + 0.5 * log(call.value.numel() / argument.numel()))
+            log_norms.append(call.reach(node).log_norm + 0.5 * log(call.value.numel() / argument.numel()))
     return Reach(_log_sum_exp(log_norms))
 
 
@@ -77,7 +82,7 @@ def _scale(call: Call, invert: bool = False) -> Reach:
     variable = next(
         argument
         for argument, node in zip(call.args, call.node.args, strict=True)
-        if isinstance(node, fx.Node) and call.incoming[call.node.all_input_nodes.index(node)] is source
+        if isinstance(node, fx.Node) and call.reach(node) is source
     )
     constant = torch.as_tensor(call.args[1] if variable is call.args[0] else call.args[0]).detach().double()
     if invert and variable is call.args[1]:
@@ -93,7 +98,7 @@ def _divide(call: Call) -> Reach:
 def _concatenate(call: Call) -> Reach:
     nodes = call.node.args[0]
     assert isinstance(nodes, list | tuple)
-    return Reach(root_of_squares([call.incoming[call.node.all_input_nodes.index(node)] for node in nodes]))  # type: ignore[arg-type]
+    return Reach(root_of_squares([call.reach(node) for node in nodes if isinstance(node, fx.Node)]))
 
 
 def _mean(call: Call) -> Reach:
@@ -154,7 +159,7 @@ def name_of(target: Any) -> str:
 
 def log(value: float) -> float:
     """Return the logarithm, minus infinity for zero."""
-    return math.log(value) if value > 0 else CONSTANT
+    return CONSTANT if value == 0 else math.log(value)
 
 
 def _log_sum_exp(log_values: list[float]) -> float:

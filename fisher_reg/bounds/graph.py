@@ -8,11 +8,12 @@ themselves, for any way the blocks are nested.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -61,6 +62,7 @@ def compose(model: nn.Module, inputs: Tensor, *, centre: bool) -> Composition:
 
     Raises:
         NoBoundError: For an untraceable model or a part without a rule.
+        NonFiniteWeightsError: For weights that are not finite.
     """
     root = model if find_rule(model) is None else nn.Sequential(model)
     try:
@@ -74,6 +76,8 @@ def compose(model: nn.Module, inputs: Tensor, *, centre: bool) -> Composition:
     interpreter.run(inputs)
     (output,) = graph.find_nodes(op="output")
     result = interpreter.reaches[output]
+    if math.isnan(result.log_norm):
+        raise NonFiniteWeightsError(f"The bound of {type(model).__name__} is not a number. Check its weights for NaN.")
     return Composition(result.log_norm, tuple(interpreter.terms), tuple(dict.fromkeys(interpreter.domains)))
 
 
@@ -138,6 +142,7 @@ class _Interpreter(fx.Interpreter):
             layer = replace(layer, transform=partial(_scale_outputs, batch_norm_scale(module)))
         elif self.centre and isinstance(module, nn.Linear) and _is_last(node):
             layer, label = replace(layer, transform=_centre_outputs), f"{label}, centred"
+        _check_finite((module, target), str(node.target))
         gain = self._gain(target, layer, str(node.target))
         self.terms.append(BoundTerm(str(node.target), label, gain.norm))
         if gain.domain is not None:
@@ -152,13 +157,7 @@ class _Interpreter(fx.Interpreter):
             gain = rule(module, layer)
         except NoBoundError as error:
             raise NoBoundError(f"At '{where}': {error}") from error
-        gain = gain if isinstance(gain, Gain) else Gain(float(gain))
-        if not math.isfinite(gain.norm) or gain.norm < 0:
-            raise NonFiniteWeightsError(
-                f"The Lipschitz constant of '{where}' ({type(module).__name__}) came out as {gain.norm}. "
-                "Check its weights for NaN or infinite values."
-            )
-        return gain
+        return gain if isinstance(gain, Gain) else Gain(float(gain))
 
 
 def _absorbing_batch_norm(node: fx.Node, modules: dict[str, nn.Module], ndim: int) -> fx.Node | None:
@@ -170,6 +169,15 @@ def _absorbing_batch_norm(node: fx.Node, modules: dict[str, nn.Module], ndim: in
     if not isinstance(linear, _ConvNd) and not (isinstance(linear, nn.Linear) and ndim == 2):
         return None
     return user if isinstance(modules[str(user.target)], _BatchNorm) else None
+
+
+def _check_finite(modules: Iterable[nn.Module], where: str) -> None:
+    for module in modules:
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteWeightsError(
+                    f"'{where}' ({type(module).__name__}) has NaN or infinite values in {name}."
+                )
 
 
 def _scale_outputs(scale: Tensor, weight: Tensor) -> Tensor:

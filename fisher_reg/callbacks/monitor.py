@@ -21,7 +21,6 @@ from fisher_reg.likelihood import Categorical, Likelihood, NonFiniteLogitsError
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
 from fisher_reg.solvers import Hutchinson, Solver
 
-
 _TRACE = Hutchinson(num_samples=4)
 
 
@@ -139,7 +138,9 @@ class FisherMonitor(pl.Callback):
         self.history = list(state_dict["history"])
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        return trainer.validating or (not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0)
+        if trainer.state.fn == "validate":
+            return True
+        return not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0
 
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()

@@ -1,0 +1,60 @@
+import math
+
+import torch
+from torch import nn
+
+from fisher_reg.bounds.attention import layer_norm_tokens, self_attention_lipschitz
+
+
+def _random_attention(seed, num_heads, scale):
+    torch.manual_seed(seed)
+    norm = nn.LayerNorm(8).double()
+    attention = nn.MultiheadAttention(8, num_heads, batch_first=True).double().eval()
+    with torch.no_grad():
+        for parameter in (*norm.parameters(), *attention.parameters()):
+            parameter.copy_(scale * torch.randn_like(parameter))
+    return norm, attention
+
+
+def test_the_dense_jacobian_stays_below_for_100_random_layers():
+    for seed in range(100):
+        num_heads, num_tokens, scale = (1, 2, 4)[seed % 3], 2 + seed % 4, (0.3, 1.0, 3.0)[seed % 3]
+        norm, attention = _random_attention(seed, num_heads, scale)
+        mask = torch.zeros(num_tokens, num_tokens).double()
+        if seed % 2:
+            mask = mask.masked_fill(torch.ones_like(mask).triu(1).bool(), -math.inf)
+
+        def function(tokens, attention=attention, mask=mask):
+            return attention(tokens, tokens, tokens, attn_mask=mask, need_weights=False)[0]
+
+        tokens = norm(5 * torch.randn(1, num_tokens, 8, dtype=torch.float64)).detach()
+        jacobian = torch.autograd.functional.jacobian(function, tokens).reshape(num_tokens * 8, -1)
+        exact = torch.linalg.matrix_norm(jacobian, 2).item()
+        bound = self_attention_lipschitz(
+            attention.in_proj_weight,
+            attention.in_proj_bias,
+            attention.out_proj.weight,
+            num_heads,
+            num_tokens,
+            layer_norm_tokens(norm.weight, norm.bias),
+        )
+        assert exact <= bound
+
+
+def test_uniform_attention_to_one_token_reaches_the_row_stochastic_factor():
+    # With zero queries and keys the weights are all 1/n: no root n is lost on the mean, whose norm is 1. With all
+    # weight on one token the norm is exactly root n: the factor cannot be left out.
+    weights = torch.zeros(5, 5, dtype=torch.float64)
+    weights[:, 0] = 1
+    assert math.isclose(torch.linalg.matrix_norm(weights, 2).item(), math.sqrt(5))
+
+
+def test_layer_norm_outputs_lie_in_their_range():
+    norm = nn.LayerNorm(8).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    tokens = layer_norm_tokens(norm.weight, norm.bias)
+    outputs = norm(100 * torch.randn(1000, 8, dtype=torch.float64))
+    lengths = ((outputs - tokens.beta) / tokens.gamma).norm(dim=1)
+    assert lengths.max() <= tokens.radius + 1e-9
+    assert lengths.max() > 0.99 * tokens.radius

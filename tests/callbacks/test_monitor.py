@@ -1,0 +1,248 @@
+import copy
+import csv
+import warnings
+
+import lightning.pytorch
+import pytest
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.testing import assert_close
+
+from fisher_reg import Exact, FisherMonitor, fisher_bound, fisher_spectral_norm, fisher_trace
+from fisher_reg.metrics import summarize
+from tests import cases
+from tests.callbacks.test_regularizer import _fingerprint
+
+KEYS = {
+    "fisher/lambda_max_mean",
+    "fisher/lambda_max_median",
+    "fisher/lambda_max_p95",
+    "fisher/lambda_max_max",
+    "fisher/trace_mean",
+    "fisher/unconverged",
+    "fisher/bound_global",
+    "fisher/log10_bound_global",
+    "fisher/log10_gap_global",
+    "fisher/seconds",
+}
+
+
+def _module(**kwargs):
+    torch.manual_seed(1)
+    return cases.Plain(cases.tiny_network(**kwargs))
+
+
+def _fit(folder, module, monitor, val=True, **kwargs):
+    trainer = cases.trainer(folder, callbacks=[monitor], **kwargs)
+    loaders = [cases.tiny_batches()] + ([cases.tiny_batches(count=10, batch_size=4, seed=1)] if val else [])
+    trainer.fit(module, *loaders)
+    return trainer
+
+
+def _probe(count):
+    return torch.cat([x for x, _ in cases.tiny_batches(count=10, batch_size=4, seed=1)])[:count]
+
+
+def test_logs_the_numbers_of_the_functional_interface_on_the_probe(tmp_path):
+    module = _module(batch_norm=True)
+    trainer = _fit(tmp_path, module, FisherMonitor(num_samples=7))
+    logged, x = trainer.callback_metrics, _probe(7)
+    assert {key for key in logged if key.startswith("fisher/")} == KEYS
+    expected = summarize(fisher_spectral_norm(module, x).eigenvalue)
+    for name, value in expected.items():
+        assert_close(logged[f"fisher/lambda_max_{name}"], value)
+    bound = fisher_bound(module, x)
+    assert_close(logged["fisher/log10_bound_global"].item(), bound.log10_value)
+    assert_close(logged["fisher/bound_global"].item(), bound.value, rtol=1e-5, atol=0)
+    gap = bound.log10_value - expected["max"].log10().item()
+    assert_close(logged["fisher/log10_gap_global"].item(), gap, rtol=1e-4, atol=0)
+    trace = fisher_trace(module, x, estimator=Exact()).mean()
+    assert abs(logged["fisher/trace_mean"] / trace - 1) < 4 * (2 / (4 * 7)) ** 0.5
+    assert logged["fisher/seconds"] > 0
+
+
+def test_the_probe_is_fixed_over_the_epochs_even_when_validation_is_shuffled(tmp_path):
+    monitor, module = FisherMonitor(num_samples=4), _module()
+    probes = []
+    monitor.on_validation_end = lambda trainer, pl_module: probes.append(torch.cat(monitor._probe).clone())
+    shuffled = torch.utils.data.DataLoader(cases.tiny_batches(count=10).dataset, batch_size=4, shuffle=True)
+    trainer = cases.trainer(tmp_path, callbacks=[monitor], max_epochs=3, num_sanity_val_steps=0)
+    trainer.fit(module, cases.tiny_batches(), shuffled)
+    assert len(probes) == 3
+    assert all(torch.equal(probe, probes[0]) for probe in probes)
+
+
+def test_training_is_the_same_with_and_without_the_monitor(tmp_path):
+    states = []
+    for callbacks in ([], [FisherMonitor()]):
+        torch.manual_seed(3)
+        module = _module(batch_norm=True, dropout=True)
+        torch.manual_seed(3)
+        trainer = cases.trainer(tmp_path, callbacks=callbacks, max_epochs=2)
+        trainer.fit(module, cases.tiny_batches(), cases.tiny_batches(seed=1))
+        states.append(module.state_dict())
+    assert_close(*states, rtol=0, atol=0)
+
+
+def test_the_module_is_what_it_was_after_fit_and_validate(tmp_path):
+    module = _module(batch_norm=True, dropout=True)
+    module.network[3].eval()
+    before = _fingerprint(module)
+    trainer = _fit(tmp_path, module, FisherMonitor())
+    assert _fingerprint(module) == before
+    trainer.validate(module, cases.tiny_batches(), verbose=False)
+    assert _fingerprint(module) == before
+
+
+def test_every_n_epochs_and_the_sanity_check(tmp_path):
+    monitor = FisherMonitor(every_n_epochs=2)
+    _fit(tmp_path, _module(), monitor, max_epochs=5)
+    assert [entry["epoch"] for entry in monitor.history] == [0, 2, 4]
+
+
+def test_validate_measures_too(tmp_path):
+    monitor = FisherMonitor(every_n_epochs=7)
+    results = cases.trainer(tmp_path, callbacks=[monitor]).validate(_module(), cases.tiny_batches(), verbose=False)
+    assert set(results[0]) >= KEYS
+
+
+def test_a_given_probe_needs_no_validation(tmp_path):
+    monitor, module = FisherMonitor(probe=_probe(5)), _module()
+    trainer = _fit(tmp_path, module, monitor, val=False, max_epochs=2)
+    assert [entry["epoch"] for entry in monitor.history] == [0, 1]
+    expected = fisher_spectral_norm(module, _probe(5)).eigenvalue.mean()
+    assert_close(trainer.callback_metrics["fisher/lambda_max_mean"], expected)
+
+
+def test_a_fit_without_anything_to_measure_on_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"validation data and this fit has none.*probe=inputs"):
+        _fit(tmp_path, _module(), FisherMonitor(), val=False)
+
+
+def test_tensorboard_gets_scalars_histogram_figure_and_chart(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    _fit(tmp_path, _module(), FisherMonitor(), logger=logger, max_epochs=2)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= KEYS
+    assert tags["histograms"] == ["fisher/lambda_max"]
+    assert tags["images"] == ["fisher/bound_versus_empirical"]
+    assert "custom_scalars__config__" in tags["tensors"]
+    assert len(events.Images("fisher/bound_versus_empirical")) == 2
+
+
+def test_a_csv_logger_gets_the_curves(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    _fit(tmp_path, _module(), FisherMonitor(), logger=logger, max_epochs=2)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["fisher/lambda_max_mean"]]
+    assert len(rows) == 2
+    assert set(rows[0]) >= KEYS
+
+
+def test_history_survives_a_resume(tmp_path):
+    module = _module()
+    trainer = _fit(tmp_path, module, FisherMonitor(), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    monitor = FisherMonitor()
+    trainer = cases.trainer(tmp_path, callbacks=[monitor], max_epochs=3)
+    loaders = cases.tiny_batches(), cases.tiny_batches(count=10, batch_size=4, seed=1)
+    trainer.fit(_module(), *loaders, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert [entry["epoch"] for entry in monitor.history] == [0, 1, 2]
+
+
+def test_non_finite_logits_are_warned_of_once_and_training_goes_on(tmp_path):
+    class Diverging(cases.Plain):
+        def forward(self, x):
+            return self.network(x) * (1.0 if self.training else torch.nan)
+
+    torch.manual_seed(1)
+    module = Diverging(cases.tiny_network())
+    monitor = FisherMonitor()
+    with pytest.warns(UserWarning, match="logits of 4 of 4 examples are NaN") as caught:
+        trainer = _fit(tmp_path, module, monitor, max_epochs=3)
+    assert sum("FisherMonitor logs NaN" in str(warning.message) for warning in caught) == 1
+    assert trainer.current_epoch == 3
+    assert len(monitor.history) == 3
+    assert trainer.callback_metrics["fisher/lambda_max_mean"].isnan()
+
+
+def test_non_finite_weights_do_not_stop_a_training(tmp_path):
+    module = _module()
+    nn.init.constant_(module.network[0].weight, torch.nan)
+    with pytest.warns(UserWarning, match="has NaN or infinite values in weight"):
+        trainer = _fit(tmp_path, module, FisherMonitor())
+    assert trainer.current_epoch == 1
+
+
+def test_a_network_without_a_bound_is_told_of_once_and_measured(tmp_path):
+    torch.manual_seed(1)
+    module = cases.Plain(nn.Sequential(nn.Bilinear(6, 6, 4)))
+    module.network.forward = lambda x: module.network[0](x, x)
+    monitor = FisherMonitor()
+    with pytest.warns(UserWarning, match=r"No bound rule for Bilinear(.|\n)*register_bound_rule") as caught:
+        trainer = _fit(tmp_path, module, monitor, max_epochs=2)
+    assert sum("leaves out a bound" in str(warning.message) for warning in caught) == 1
+    assert trainer.callback_metrics["fisher/lambda_max_mean"] > 0
+    assert "fisher/bound_global" not in trainer.callback_metrics
+
+
+def test_works_in_a_trainer_of_the_other_namespace(tmp_path):
+    class Module(lightning.pytorch.LightningModule):
+        forward = cases.Plain.forward
+        training_step = cases.Plain.training_step
+        validation_step = cases.Plain.validation_step
+        configure_optimizers = cases.Plain.configure_optimizers
+
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+    trainer = lightning.pytorch.Trainer(
+        callbacks=[FisherMonitor()],
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Module(cases.tiny_network()), cases.tiny_batches(), cases.tiny_batches(seed=1))
+    assert set(trainer.callback_metrics) >= KEYS
+
+
+def test_a_checkpoint_holds_no_second_copy_of_the_model(tmp_path):
+    module = _module()
+    trainer = _fit(tmp_path, module, FisherMonitor())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert list(checkpoint["state_dict"]) == list(module.state_dict())
+    assert copy.deepcopy(FisherMonitor()).state_dict() == {"history": []}
+
+
+def test_without_matplotlib_there_is_no_figure_and_one_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("fisher_reg.callbacks.monitor.find_spec", lambda name: None)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    with pytest.warns(UserWarning, match="matplotlib is not installed"):
+        _fit(tmp_path, _module(), FisherMonitor(), logger=logger)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["images"] == []
+    assert events.Tags()["histograms"] == ["fisher/lambda_max"]
+
+
+@pytest.mark.parametrize("settings", [{"every_n_epochs": 0}, {"num_samples": 0}])
+def test_bad_settings_are_refused_at_once(settings):
+    with pytest.raises(ValueError, match=">= 1; got 0"):
+        FisherMonitor(**settings)
+
+
+def test_no_warning_in_a_usual_run(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _fit(tmp_path, _module(), FisherMonitor())
+    assert not [warning for warning in caught if "fisher" in str(warning.filename) or "Fisher" in str(warning.message)]

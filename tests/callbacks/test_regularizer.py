@@ -1,0 +1,329 @@
+"""One step with the callback against the same step written by hand."""
+
+import copy
+import subprocess
+import sys
+
+import lightning.pytorch
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from fisher_reg import FisherRegularizer, SpectralPenalty, TracePenalty
+from tests import cases
+
+_TWO_CLASS = SpectralPenalty()
+
+
+def _fit(folder, module, regularizer=None, batches=None, **kwargs):
+    callbacks = [] if regularizer is None else [regularizer]
+    trainer = cases.trainer(folder, callbacks=callbacks, **kwargs)
+    trainer.fit(module, batches or cases.tiny_batches())
+    return trainer
+
+
+def _module(batch_norm=False, dropout=False):
+    torch.manual_seed(1)
+    return cases.Plain(cases.tiny_network(batch_norm, dropout))
+
+
+def _by_hand(module, weight, accumulate=1, penalty=_TWO_CLASS, batches=None, clip=None):
+    """The loop that a user would write without Lightning."""
+    module = copy.deepcopy(module).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for index, (x, y) in enumerate(batches or cases.tiny_batches()):
+        loss = nn.functional.cross_entropy(module.network(x), y) + weight * penalty(module.network, x)
+        (loss / accumulate).backward()
+        if (index + 1) % accumulate == 0:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return module
+
+
+@pytest.mark.parametrize("penalty", [SpectralPenalty(), SpectralPenalty(num_steps=3)])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_steps_equal_the_hand_written_ones(tmp_path, accumulate, batch_norm, penalty):
+    module, batches = _module(batch_norm), cases.tiny_batches(count=32)
+    expected = _by_hand(module, 0.7, accumulate, penalty, batches)
+    plain = _by_hand(module, 0.0, accumulate, penalty, batches)
+    _fit(tmp_path, module, FisherRegularizer(0.7, penalty), batches, accumulate_grad_batches=accumulate)
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(module.network[0].weight, plain.network[0].weight, rtol=1e-3)
+
+
+def test_gradient_clipping_sees_the_penalty(tmp_path):
+    module = _module()
+    expected = _by_hand(module, 5.0, clip=0.1)
+    _fit(tmp_path, module, FisherRegularizer(5.0), gradient_clip_val=0.1)
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_real_gradient_scaler_scales_the_penalty_too(tmp_path):
+    module = _module()
+    by_hand = copy.deepcopy(module)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    for x, y in cases.tiny_batches():
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = nn.functional.cross_entropy(by_hand(x), y)
+        scaler.scale(loss + 0.7 * SpectralPenalty()(by_hand, x)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    _fit(tmp_path, module, FisherRegularizer(0.7), plugins=[precision])
+    assert_close(module.state_dict(), by_hand.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_mixed_precision_computes_the_penalty_in_float32(tmp_path):
+    module, seen = _module(), []
+
+    def penalty(model, inputs, *, generator=None):
+        seen.append((inputs.dtype, SpectralPenalty()(model, inputs)))
+        return seen[-1][1]
+
+    expected = SpectralPenalty()(module, next(iter(cases.tiny_batches()))[0])
+    _fit(tmp_path, module, FisherRegularizer(0.7, penalty), precision="bf16-mixed", limit_train_batches=1)
+    assert_close(seen[0][1].detach(), expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = [sys.executable, "-m", "tests.callbacks.ddp_step", str(tmp_path)]
+    for devices in ("1", "2"):
+        done = subprocess.run([*script, devices], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{devices}.pt", weights_only=True) for devices in (1, 2))
+    assert_close(two["parameters"], one["parameters"], rtol=1e-5, atol=1e-7)
+    assert set(one["logged"]) == set(two["logged"])
+    for key, value in one["logged"].items():
+        if key not in ("fisher/seconds", "fisher/trace_mean"):  # the signs of the trace go by place in the batch
+            assert_close(two["logged"][key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_weight_zero_is_bit_identical_to_no_callback(tmp_path, dropout):
+    first, second = _module(batch_norm=True, dropout=dropout), _module(batch_norm=True, dropout=dropout)
+    torch.manual_seed(5)
+    _fit(tmp_path, first)
+    torch.manual_seed(5)
+    _fit(tmp_path, second, FisherRegularizer(0.0))
+    assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+def test_running_statistics_move_once_per_step(tmp_path):
+    with_penalty, without = _module(batch_norm=True), _module(batch_norm=True)
+    _fit(tmp_path, with_penalty, FisherRegularizer(0.7), limit_train_batches=1)
+    _fit(tmp_path, without, limit_train_batches=1)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert_close(getattr(with_penalty.network[1], name), getattr(without.network[1], name), rtol=0, atol=0)
+
+
+def _gradients(tmp_path, regularizer, module, steps, batches):
+    """The gradients that the callback gives at fixed parameters, one per optimiser step."""
+    collected = []
+
+    class Collect(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            collected.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone())
+            optimizer.zero_grad()
+
+    trainer = cases.trainer(tmp_path, callbacks=[regularizer, Collect()], max_steps=steps, max_epochs=-1)
+    trainer.fit(module, batches)
+    return torch.stack(collected)
+
+
+def test_a_lazy_penalty_keeps_the_mean_gradient(tmp_path):
+    module, batches = _module(), cases.tiny_batches(count=4)
+    every = _gradients(tmp_path, FisherRegularizer(0.7), copy.deepcopy(module), 4, batches)
+    lazy = _gradients(tmp_path, FisherRegularizer(0.7, every_n_steps=4), copy.deepcopy(module), 4, batches)
+    assert_close(lazy.mean(0), every.mean(0))
+    assert not torch.allclose(lazy[0], lazy[1])
+    assert_close(lazy[1], lazy[3])
+
+
+def test_a_part_of_the_batch_keeps_the_expected_gradient(tmp_path):
+    # 200 draws of 2 of 4 examples; batch statistics are those of the whole batch for every draw
+    module, batches = _module(batch_norm=True), cases.tiny_batches(count=4)
+    full = _gradients(tmp_path, FisherRegularizer(0.7), copy.deepcopy(module), 1, batches)[0]
+    part = _gradients(tmp_path, FisherRegularizer(0.7, batch_fraction=0.5), copy.deepcopy(module), 200, batches)
+    plain = _gradients(tmp_path, FisherRegularizer(0.0), copy.deepcopy(module), 1, batches)[0]
+    error = (part.mean(0) - full).norm() / (full - plain).norm()
+    spread = (part.std(0).norm() / 200**0.5) / (full - plain).norm()
+    assert spread > 0
+    assert error < 4 * spread
+
+
+def test_warm_up_rises_linearly_with_the_optimiser_steps():
+    regularizer = FisherRegularizer(2.0, warmup_steps=4, every_n_steps=2)
+    assert [regularizer._weight_at(step) for step in range(8)] == [0, 0, 2.0, 0, 4.0, 0, 4.0, 0]
+
+
+def _fingerprint(module):
+    hooks = [
+        (len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks)) for part in module.modules()
+    ]
+    methods = [sorted(name for name, value in vars(part).items() if callable(value)) for part in module.modules()]
+    return [part.training for part in module.modules()], hooks, methods, list(module.state_dict())
+
+
+class _Failing(cases.Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx == 1:
+            raise KeyError("in the step")
+        return loss
+
+
+def test_the_module_is_what_it_was_after_fit_and_validate(tmp_path):
+    module = _module(batch_norm=True, dropout=True)
+    module.network[1].eval()
+    before = _fingerprint(module)
+    trainer = _fit(tmp_path, module, FisherRegularizer(0.7))
+    assert _fingerprint(module) == before
+    trainer.validate(module, cases.tiny_batches(), verbose=False)
+    assert _fingerprint(module) == before
+
+
+def test_the_module_is_what_it_was_after_an_exception_inside_fit(tmp_path):
+    module = _Failing(cases.tiny_network(batch_norm=True))
+    before = _fingerprint(module)
+    with pytest.raises(KeyError, match="in the step"):
+        _fit(tmp_path, module, FisherRegularizer(0.7))
+    assert _fingerprint(module) == before
+    assert module.training_step.__func__ is _Failing.training_step
+
+
+def test_an_instance_that_has_its_own_training_step_keeps_it(tmp_path):
+    module = _module()
+    own = lambda batch, batch_idx: cases.Plain.training_step(module, batch, batch_idx)  # noqa: E731
+    module.training_step = own
+    _fit(tmp_path, module, FisherRegularizer(0.7))
+    assert module.training_step is own
+
+
+class _DictStep(cases.Plain):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            return None
+        return {"loss": super().training_step(batch, batch_idx), "extra": 1}
+
+
+def test_a_step_that_returns_a_dict_or_nothing(tmp_path):
+    torch.manual_seed(1)
+    module = _DictStep(cases.tiny_network())
+    expected = _by_hand(module, 0.7, batches=[next(iter(cases.tiny_batches()))])
+    _fit(tmp_path, module, FisherRegularizer(0.7))
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_logged_is_what_was_added(tmp_path):
+    module = _module()
+    expected = SpectralPenalty()(module, next(iter(cases.tiny_batches()))[0]).item()
+    trainer = _fit(tmp_path, module, FisherRegularizer(0.7), limit_train_batches=1)
+    assert_close(trainer.callback_metrics["fisher/penalty"].item(), expected)
+    assert_close(trainer.callback_metrics["fisher/penalty_weighted"].item(), 0.7 * expected)
+
+
+def test_works_in_a_trainer_of_the_other_namespace(tmp_path):
+    class Module(lightning.pytorch.LightningModule):
+        forward = cases.Plain.forward
+        training_step = cases.Plain.training_step
+        configure_optimizers = cases.Plain.configure_optimizers
+
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+    torch.manual_seed(1)
+    module = Module(cases.tiny_network())
+    expected = _by_hand(module, 0.7)
+    lightning.pytorch.Trainer(
+        callbacks=[FisherRegularizer(0.7)],
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    ).fit(module, cases.tiny_batches())
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_from_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path):
+    penalty = FisherRegularizer(0.7, TracePenalty(), batch_fraction=0.5, every_n_steps=2, warmup_steps=3)
+    whole = _module()
+    _fit(tmp_path, whole, copy.deepcopy(penalty), max_epochs=2)
+    half, resumed = _module(), _module()
+    trainer = _fit(tmp_path, half, copy.deepcopy(penalty), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    trainer = cases.trainer(tmp_path, callbacks=[copy.deepcopy(penalty)], max_epochs=2)
+    trainer.fit(resumed, cases.tiny_batches(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert_close(resumed.state_dict(), whole.state_dict())
+
+
+class _TwoOutputs(cases.Plain):
+    def forward(self, x):
+        return {"logits": self.network(x["features"])}
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch)["logits"], batch["label"])
+
+
+def test_inputs_fn_and_logits_fn_reach_unusual_modules(tmp_path):
+    torch.manual_seed(1)
+    module = _TwoOutputs(cases.tiny_network())
+    expected = _by_hand(module, 0.7)
+    batches = [{"features": x, "mask": torch.ones(4, 6), "label": y} for x, y in cases.tiny_batches()]
+    loader = DataLoader(batches, batch_size=None)
+    with pytest.raises(MisconfigurationException, match="'mask'.*inputs_fn"):
+        _fit(tmp_path, copy.deepcopy(module), FisherRegularizer(0.7), loader)
+    choose = {"inputs_fn": lambda batch: batch["features"]}
+    with pytest.raises((ValueError, TypeError, IndexError)):
+        _fit(tmp_path, copy.deepcopy(module), FisherRegularizer(0.7, **choose), loader)
+    logits_fn = lambda module, x: module({"features": x})["logits"]  # noqa: E731
+    _fit(tmp_path, module, FisherRegularizer(0.7, logits_fn=logits_fn, **choose), loader)
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+class _NoLogits(cases.Plain):
+    def forward(self, x):
+        return {"logits": self.network(x)}
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0])["logits"], batch[1])
+
+
+def test_a_forward_without_logits_is_told_of_logits_fn(tmp_path):
+    with pytest.raises(ValueError, match="it returned dict.*logits_fn=lambda"):
+        _fit(tmp_path, _NoLogits(cases.tiny_network()), FisherRegularizer(0.7))
+
+
+def test_manual_optimisation_is_refused_with_the_remedy(tmp_path):
+    module = _module()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match=r"optimises manually.*SpectralPenalty\(\)\(self, inputs\)"):
+        _fit(tmp_path, module, FisherRegularizer(0.7))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -0.1}, "finite weight >= 0; got -0.1"),
+        ({"weight": float("nan")}, "finite weight >= 0; got nan"),
+        ({"weight": 1, "every_n_steps": 0}, "every_n_steps >= 1; got 0"),
+        ({"weight": 1, "batch_fraction": 0.0}, "0 < batch_fraction <= 1; got 0.0"),
+        ({"weight": 1, "batch_fraction": 1.5}, "got 1.5"),
+        ({"weight": 1, "warmup_steps": -1}, "warmup_steps >= 0; got -1"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FisherRegularizer(**settings)
