@@ -14,8 +14,6 @@ from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
 from fisher_reg.solvers import EigenResult, Exact, Hutchinson, Lanczos, Solver, TraceEstimator, concatenate
 
-_CATEGORICAL = Categorical()
-
 _MAX_DENSE_NUMBERS = 2**26
 """Numbers of ``A`` held at once by a dense method (256 MiB in float32); larger batches go in chunks."""
 
@@ -25,7 +23,7 @@ def fisher_spectral_norm(
     inputs: Tensor,
     *,
     solver: Solver | None = None,
-    likelihood: Likelihood = _CATEGORICAL,
+    likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
@@ -73,7 +71,7 @@ def fisher_trace(
     inputs: Tensor,
     *,
     estimator: TraceEstimator | None = None,
-    likelihood: Likelihood = _CATEGORICAL,
+    likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:

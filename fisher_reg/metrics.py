@@ -76,7 +76,7 @@ class FisherSpectralNorm(_PerExampleMetric):
         reduction: Reduction | None = torch.mean,
         *,
         solver: Solver | None = None,
-        likelihood: Likelihood = Categorical(),  # noqa: B008
+        likelihood: Likelihood = Categorical(),
         input_std: Tensor | None = None,
         **kwargs: Any,
     ) -> None:
@@ -110,7 +110,7 @@ class FisherTrace(_PerExampleMetric):
         reduction: Reduction | None = torch.mean,
         *,
         estimator: TraceEstimator | None = None,
-        likelihood: Likelihood = Categorical(),  # noqa: B008
+        likelihood: Likelihood = Categorical(),
         input_std: Tensor | None = None,
         **kwargs: Any,
     ) -> None:

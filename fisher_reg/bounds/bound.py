@@ -73,7 +73,7 @@ def fisher_bound(
     model: nn.Module,
     inputs: Tensor,
     *,
-    likelihood: Likelihood = Categorical(),  # noqa: B008
+    likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
 ) -> UpperBound:
     r"""Bound the largest eigenvalue of the input-space Fisher matrix over all inputs, from the weights alone.

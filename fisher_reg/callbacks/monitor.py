@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from fisher_reg.bounds import NoBoundError, NonFiniteWeightsError, UpperBound, fisher_bound
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
+from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Categorical, Likelihood, NonFiniteLogitsError
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
@@ -42,6 +45,7 @@ class FisherMonitor(pl.Callback):
     Logged keys, in nats per squared input unit:
 
     - ``fisher/lambda_max_mean``, ``_median``, ``_p95``, ``_max``: largest eigenvalue over the probe
+    - ``fisher/log10_lambda_max_max``: decimal logarithm of the last one
     - ``fisher/trace_mean``: by 4 random sign vectors per example, the same ones each time; its relative standard error
       is at most ``sqrt(2 / (4 num_samples))``, 4.4 % for the default
     - ``fisher/unconverged``: examples whose residual is above the solver's tolerance
@@ -68,7 +72,7 @@ class FisherMonitor(pl.Callback):
         probe: Inputs to measure on instead of validation data; needed without a validation loop.
 
     Attributes:
-        history: One dictionary per measurement: ``epoch``, ``step`` and the logged values. Kept in checkpoints.
+        history: A dictionary per measurement in ``fit``: ``epoch``, ``step``, the logged values; in checkpoints too.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[FisherMonitor()], logger=False, enable_checkpointing=False)
@@ -81,7 +85,7 @@ class FisherMonitor(pl.Callback):
         *,
         solver: Solver | None = None,
         bounds: Sequence[Bound] = (fisher_bound,),
-        likelihood: Likelihood = Categorical(),  # noqa: B008
+        likelihood: Likelihood = Categorical(),
         input_std: Tensor | None = None,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
@@ -102,7 +106,9 @@ class FisherMonitor(pl.Callback):
         self._warned: set[str] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a fit that offers nothing to measure on."""
+        """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
+        if not self._probe_is_given:
+            self._probe = []
         if stage == "fit" and not self._probe_is_given and not trainer.enable_validation:
             raise MisconfigurationException(
                 "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation batches, "
@@ -112,12 +118,19 @@ class FisherMonitor(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Take the first inputs of the first due validation as the probe."""
+        """Take the first inputs of the first due validation as the probe.
+
+        In the sanity check one input is tried and not kept, so that a setting that cannot work fails before training.
+        """
         missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs in self._probe)
-        if self._probe_is_given or missing <= 0 or not self._is_due(trainer):
+        if self._probe_is_given or missing <= 0:
             return
-        with torch.inference_mode(False):
-            self._probe.append(self.inputs_fn(batch)[:missing].detach().cpu().clone())
+        if trainer.sanity_checking:
+            with suppress(NonFiniteLogitsError):
+                self._try(logits_model(pl_module, self.logits_fn), self.inputs_fn(batch)[:1])
+        elif self._is_due(trainer):
+            with torch.inference_mode(False):
+                self._probe.append(self.inputs_fn(batch)[:missing].detach().cpu().clone())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
@@ -145,34 +158,42 @@ class FisherMonitor(pl.Callback):
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
-        eigenvalues, logged = self._estimate(model, pl_module.device)
-        logged |= self._bound(model, pl_module.device, float(logged["fisher/lambda_max_max"]))
+        eigenvalues, logged = self._estimate(model, self._probe, pl_module.device)
+        logged |= self._bound(model, pl_module.device, logged["fisher/log10_lambda_max_max"])
         logged["fisher/seconds"] = time.perf_counter() - begin
         pl_module.log_dict(logged, sync_dist=True, batch_size=1)
+        if trainer.state.fn == "validate":
+            return
         self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 self._draw(getattr(logger, "experiment", None), eigenvalues, trainer.global_step)
 
-    def _estimate(self, model: nn.Module, device: torch.device) -> tuple[Tensor, dict[str, float]]:
+    def _try(self, model: nn.Module, inputs: Tensor) -> None:
+        fisher_spectral_norm(model, inputs, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
+
+    def _estimate(self, model: nn.Module, probe: list[Tensor], device: torch.device) -> tuple[Tensor, dict[str, float]]:
         metric = FisherSpectralNorm(None, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
         trace = FisherTrace(estimator=_TRACE, likelihood=self.likelihood, input_std=self.input_std)
         metric, trace = metric.to(device), trace.to(device)
         try:
-            for inputs in self._probe:
+            for inputs in probe:
                 metric.update(model, inputs.to(device))
                 trace.update(model, inputs.to(device))
         except NonFiniteLogitsError as error:
             metric.reset()
             trace.reset()
-            self._warn_once(f"FisherMonitor logs NaN for this epoch. {error}")
-        eigenvalues = metric.compute()
+            self._warn_once("logits", f"FisherMonitor logs NaN for an epoch. {error}")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The ``compute`` method")  # told already, if nothing was measured
+            eigenvalues, mean_trace = metric.compute(), trace.compute()
         logged = {f"fisher/lambda_max_{name}": float(value) for name, value in summarize(eigenvalues).items()}
-        logged["fisher/trace_mean"] = float(trace.compute())
+        logged["fisher/log10_lambda_max_max"] = _log10(logged["fisher/lambda_max_max"])
+        logged["fisher/trace_mean"] = float(mean_trace)
         logged["fisher/unconverged"] = float(metric.unconverged)
         return eigenvalues, logged
 
-    def _bound(self, model: nn.Module, device: torch.device, largest: float) -> dict[str, float]:
+    def _bound(self, model: nn.Module, device: torch.device, log10_largest: float) -> dict[str, float]:
         logged = {}
         for bound in list(self.bounds):
             try:
@@ -180,15 +201,17 @@ class FisherMonitor(pl.Callback):
                     model, self._probe[0][:1].to(device), likelihood=self.likelihood, input_std=self.input_std
                 )
             except NoBoundError as error:
-                self._warn_once(f"FisherMonitor leaves out a bound that this network does not have. {error}")
+                self._warn_once(
+                    str(bound), f"FisherMonitor leaves out a bound that this network does not have. {error}"
+                )
                 self.bounds.remove(bound)
                 continue
             except NonFiniteWeightsError as error:
-                self._warn_once(f"FisherMonitor logs no bound for this epoch. {error}")
+                self._warn_once("weights", f"FisherMonitor logs no bound for an epoch. {error}")
                 continue
             logged[f"fisher/bound_{upper.level}"] = upper.value
             logged[f"fisher/log10_bound_{upper.level}"] = upper.log10_value
-            logged[f"fisher/log10_gap_{upper.level}"] = upper.log10_value - _log10(largest)
+            logged[f"fisher/log10_gap_{upper.level}"] = upper.log10_value - log10_largest
         return logged
 
     def _draw(self, experiment: Any, eigenvalues: Tensor, step: int) -> None:
@@ -198,15 +221,15 @@ class FisherMonitor(pl.Callback):
         if finite.numel():
             experiment.add_histogram("fisher/lambda_max", finite, step)
         if find_spec("matplotlib") is None:
-            self._warn_once("FisherMonitor draws no figure, since matplotlib is not installed.")
+            self._warn_once("matplotlib", "FisherMonitor draws no figure, since matplotlib is not installed.")
         else:
             experiment.add_figure("fisher/bound_versus_empirical", bound_versus_empirical(self.history), step)
-        curves = [key for key in self.history[-1] if "log10_bound" in key or "log10_gap" in key]
-        experiment.add_custom_scalars({"fisher": {"bound versus empirical (decades)": ["Multiline", curves]}})
+        curves = [key for key in self.history[-1] if "log10_bound" in key or "log10_lambda" in key]
+        experiment.add_custom_scalars({"fisher": {"bound versus empirical (log10)": ["Multiline", curves]}})
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             rank_zero_warn(message)
 
 

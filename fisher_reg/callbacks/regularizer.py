@@ -44,7 +44,7 @@ class FisherRegularizer(pl.Callback):
     def __init__(
         self,
         weight: float,
-        penalty: Penalty = SpectralPenalty(),  # noqa: B008
+        penalty: Penalty = SpectralPenalty(),
         every_n_steps: int = 1,
         batch_fraction: float = 1.0,
         warmup_steps: int = 0,

@@ -21,6 +21,7 @@ KEYS = {
     "fisher/lambda_max_median",
     "fisher/lambda_max_p95",
     "fisher/lambda_max_max",
+    "fisher/log10_lambda_max_max",
     "fisher/trace_mean",
     "fisher/unconverged",
     "fisher/bound_global",
@@ -107,6 +108,26 @@ def test_validate_measures_too(tmp_path):
     monitor = FisherMonitor(every_n_epochs=7)
     results = cases.trainer(tmp_path, callbacks=[monitor]).validate(_module(), cases.tiny_batches(), verbose=False)
     assert set(results[0]) >= KEYS
+    assert monitor.history == []
+
+
+class _NoLogits(cases.Plain):
+    def forward(self, x):
+        return {"logits": self.network(x)}
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training began")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0])["logits"], batch[1]))
+
+
+def test_a_setting_that_cannot_work_fails_in_the_sanity_check(tmp_path):
+    module = _NoLogits(cases.tiny_network())
+    with pytest.raises(ValueError, match="it returned dict.*logits_fn=lambda"):
+        _fit(tmp_path, module, FisherMonitor())
+    with pytest.raises(AssertionError, match="training began"):
+        _fit(tmp_path, module, FisherMonitor(logits_fn=lambda module, x: module(x)["logits"]))
 
 
 def test_a_given_probe_needs_no_validation(tmp_path):

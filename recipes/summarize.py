@@ -1,0 +1,62 @@
+"""Put the runs of a sweep into one table: ``python -m recipes.summarize multirun/train/… results.csv``.
+
+Reads every ``summary.json`` below the folder, writes one row per run to the CSV file, and prints means and standard
+errors over seeds as a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+GROUP = ["data", "model", "penalty_weight"]
+SHOWN = {
+    "test_accuracy": "accuracy",
+    "lambda_max_mean": "λ mean",
+    "lambda_max_median": "λ median",
+    "lambda_max_p95": "λ 95 %",
+    "log10_bound": "log₁₀ bound",
+    "total_seconds": "seconds",
+}
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a sweep's folder")
+    parser.add_argument("output", type=Path, help="the CSV file to write")
+    arguments = parser.parse_args()
+    runs = read_runs(arguments.folder)
+    runs.to_csv(arguments.output, index=False, float_format="%.6g")
+    print(as_markdown(runs))
+
+
+def read_runs(folder: Path) -> pd.DataFrame:
+    """Return one row per run.
+
+    Raises:
+        FileNotFoundError: If there is no finished run.
+    """
+    paths = sorted(folder.rglob("summary.json"))
+    if not paths:
+        raise FileNotFoundError(f"There is no summary.json below {folder.resolve()}: has a run finished there?")
+    runs = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    return runs.sort_values([*GROUP, "seed"], ignore_index=True)
+
+
+def as_markdown(runs: pd.DataFrame) -> str:
+    """Return means and standard errors over the seeds of each setting as a table."""
+    groups = runs.groupby(GROUP)[list(SHOWN)]
+    mean, error, count = groups.mean(), groups.sem(), runs.groupby(GROUP).size()
+    lines = ["| " + " | ".join([*GROUP, "seeds", *SHOWN.values()]) + " |", "|" + "---|" * (len(GROUP) + 1 + len(SHOWN))]
+    for key in mean.index:
+        cells = [f"{mean.loc[key, name]:.3g} ± {error.loc[key, name]:.1g}" for name in SHOWN]
+        lines.append("| " + " | ".join([*map(str, key), str(count[key]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
