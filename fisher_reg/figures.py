@@ -29,7 +29,7 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
 
     if not history:
         raise ValueError("There is nothing to draw: the history is empty. Has the monitor measured an epoch yet?")
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
     epochs = [entry["epoch"] for entry in history]
 
@@ -48,7 +48,7 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
     axes.set(xlabel="epoch", ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -53,8 +53,8 @@ class FisherMonitor(pl.Callback):
       ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
     - ``fisher/seconds``: what the measurement took
 
-    A logger that takes them (TensorBoard's) also gets the histogram ``fisher/lambda_max``, the figure
-    ``fisher/bound_versus_empirical`` (needs matplotlib) and a chart of the log10 curves.
+    A logger that takes them (TensorBoard's) also gets the histogram ``fisher/log10_lambda_max`` (of the values above
+    zero), the figure ``fisher/bound_versus_empirical`` (needs matplotlib) and a chart of the log10 curves.
 
     A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer is warned
     of once and left out. Neither stops a training.
@@ -217,9 +217,10 @@ class FisherMonitor(pl.Callback):
     def _draw(self, experiment: Any, eigenvalues: Tensor, step: int) -> None:
         if not all(hasattr(experiment, name) for name in ("add_histogram", "add_figure", "add_custom_scalars")):
             return
-        finite = eigenvalues[torch.isfinite(eigenvalues)]
-        if finite.numel():
-            experiment.add_histogram("fisher/lambda_max", finite, step)
+        decades = eigenvalues.log10()
+        decades = decades[torch.isfinite(decades)]
+        if decades.numel():
+            experiment.add_histogram("fisher/log10_lambda_max", decades, step)
         if find_spec("matplotlib") is None:
             self._warn_once("matplotlib", "FisherMonitor draws no figure, since matplotlib is not installed.")
         else:

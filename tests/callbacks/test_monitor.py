@@ -150,7 +150,7 @@ def test_tensorboard_gets_scalars_histogram_figure_and_chart(tmp_path):
     events.Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) >= KEYS
-    assert tags["histograms"] == ["fisher/lambda_max"]
+    assert tags["histograms"] == ["fisher/log10_lambda_max"]
     assert tags["images"] == ["fisher/bound_versus_empirical"]
     assert "custom_scalars__config__" in tags["tensors"]
     assert len(events.Images("fisher/bound_versus_empirical")) == 2
@@ -253,7 +253,7 @@ def test_without_matplotlib_there_is_no_figure_and_one_warning(tmp_path, monkeyp
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert events.Tags()["images"] == []
-    assert events.Tags()["histograms"] == ["fisher/lambda_max"]
+    assert events.Tags()["histograms"] == ["fisher/log10_lambda_max"]
 
 
 @pytest.mark.parametrize("settings", [{"every_n_epochs": 0}, {"num_samples": 0}])
