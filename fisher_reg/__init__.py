@@ -1,11 +1,18 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
-from fisher_reg.bounds import NoBoundError, UpperBound, fisher_bound, lipschitz_bound, register_bound_rule
+from fisher_reg.bounds import UpperBound, fisher_bound, lipschitz_bound, register_bound_rule
 from fisher_reg.callbacks import FisherMonitor, FisherRegularizer
+from fisher_reg.errors import (
+    NoBoundError,
+    NonFiniteError,
+    NonFiniteJacobianError,
+    NonFiniteLogitsError,
+    NonFiniteWeightsError,
+)
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.forward import LogitsOf
-from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian, NonFiniteLogitsError
+from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import SpectralPenalty, TracePenalty, mean_log1p
 from fisher_reg.solvers import EigenResult, Exact, Hutchinson, Lanczos, PowerIteration
@@ -24,7 +31,10 @@ __all__ = [
     "Lanczos",
     "LogitsOf",
     "NoBoundError",
+    "NonFiniteError",
+    "NonFiniteJacobianError",
     "NonFiniteLogitsError",
+    "NonFiniteWeightsError",
     "PowerIteration",
     "SpectralPenalty",
     "TracePenalty",

@@ -28,19 +28,27 @@ Recording = dict[_BatchNorm, list[Statistics]]
 
 
 def training_batch_norms(model: object) -> list[_BatchNorm]:
-    """Return the batch norms of ``model`` that would normalise with batch statistics now.
-
-    Raises:
-        ValueError: If one of them is synchronised across processes, whose statistics no single process knows.
-    """
+    """Return the batch norms of ``model`` that would normalise with batch statistics now."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = [module for module in modules if isinstance(module, _BatchNorm) and module.training]
-    if any(isinstance(module, nn.SyncBatchNorm) for module in found) and torch.distributed.is_initialized():
+    if found:
+        refuse_synchronised(model)
+    return found
+
+
+def refuse_synchronised(model: object) -> None:
+    """Refuse batch norm that is synchronised across processes, whose statistics no single process knows.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in modules)
+    if synchronised and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError(
             "The penalty cannot differentiate SyncBatchNorm in training mode. Use BatchNorm (each process its own "
             "statistics: Trainer(sync_batchnorm=False)) or a normalisation without batch statistics, such as GroupNorm."
         )
-    return found
 
 
 @contextmanager
@@ -63,15 +71,18 @@ def replay(recording: Recording) -> Generator[None, None, None]:
 
     Running statistics are not moved. A batch norm called more often than recorded starts over with its first ones.
     """
+    replaced = {module: vars(module).get("forward") for module in recording}
     try:
         for module, statistics in recording.items():
             module.training = False
             module.forward = partial(_normalise, module, itertools.cycle(statistics))  # type: ignore[method-assign]
         yield
     finally:
-        for module in recording:
+        for module, forward in replaced.items():
             module.training = True
-            module.__dict__.pop("forward", None)
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -95,8 +106,25 @@ def frozen(model: object, function: LogitsFunction, inputs: Tensor) -> Generator
         yield
 
 
+@contextmanager
+def of_step(
+    model: object, recording: Recording, function: LogitsFunction, inputs: Tensor
+) -> Generator[None, None, None]:
+    """Replay the statistics of a training step that was recorded, where it is clear which they are.
+
+    It is clear where every batch norm was called once with gradient. A step with several forwards, or with a forward
+    that hooks do not see (compiled, checkpointed), says nothing of ``inputs`` for sure; then they are computed anew.
+    """
+    clear = all(len(recording.get(module, ())) == 1 for module in training_batch_norms(model))
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(replay(recording) if clear else frozen(model, function, inputs))
+        yield
+
+
 def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    assert isinstance(module, _BatchNorm)
+    if not torch.is_grad_enabled() or not isinstance(module, _BatchNorm):
+        return
     hidden = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
     axes = [axis for axis in range(hidden.ndim) if axis != 1]
     recording.setdefault(module, []).append((hidden.mean(axes), hidden.var(axes, unbiased=False)))

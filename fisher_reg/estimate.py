@@ -54,6 +54,7 @@ def fisher_spectral_norm(
     Raises:
         ValueError: If ``inputs`` is not a non-empty floating-point batch, or the logits are not ``(B, K)`` with finite
             values and ``K`` large enough for the likelihood.
+        NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
 
     Example:
         >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
@@ -109,8 +110,8 @@ def fisher_trace(
 def automatic_solver(num_outputs: int) -> Solver:
     """Return the cheaper of :class:`Exact` and :class:`Lanczos` for ``num_outputs`` logits.
 
-    Exact takes ``K`` backward passes, Lanczos with its residual four backward and four forward-mode passes, the latter
-    about 1.5 times as expensive.
+    Exact takes ``K`` backward passes, Lanczos with three steps three backward and three forward-mode passes, the latter
+    about 1.5 times as expensive; the residual of either takes one of both.
     """
     return Exact() if num_outputs <= 10 else Lanczos()
 

@@ -36,7 +36,8 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
     def series(key: str) -> list[float]:
         return [entry.get(key, math.nan) for entry in history]
 
-    levels = [key.removeprefix("fisher/log10_bound_") for key in history[0] if key.startswith("fisher/log10_bound_")]
+    keys = dict.fromkeys(key for entry in history for key in entry)
+    levels = [key.removeprefix("fisher/log10_bound_") for key in keys if key.startswith("fisher/log10_bound_")]
     for level in levels:
         axes.plot(epochs, series(f"fisher/log10_bound_{level}"), "s-", color="tab:red", label=f"{level} upper bound")
     curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}

@@ -1,7 +1,7 @@
 r"""Output distributions: how a change of the logits changes the predicted distribution.
 
 Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, through the factor :math:`L` alone.
-Adding a distribution is adding one class with the five members of :class:`Likelihood`.
+Adding a distribution is adding one class with the members of :class:`Likelihood`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-
-class NonFiniteLogitsError(ValueError):
-    """The model returned NaN or infinite logits, for which no Fisher matrix exists."""
+from fisher_reg.errors import NonFiniteLogitsError
 
 
 class Likelihood(Protocol):

@@ -133,7 +133,6 @@ def summarize(values: Tensor) -> dict[str, Tensor]:
     """
     if values.numel() == 0:
         values = values.new_full((1,), torch.nan)
-    # torch.quantile refuses more than 2**24 values and NaN goes through it unharmed
     return {
         "mean": values.mean(),
         "median": values.quantile(0.5),

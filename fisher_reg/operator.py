@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisher_reg.forward import LogitsFunction
+from fisher_reg.forward import LogitsFunction, check_input_std
 from fisher_reg.likelihood import Likelihood, check_logits
 
 Jvp = Callable[[Tensor], Tensor]
@@ -100,6 +100,8 @@ class InputFisher:
         input_std: Tensor | None = None,
         linearize: Linearization = forward_mode,
     ) -> None:
+        if input_std is not None:
+            check_input_std(input_std)
         self.function = function
         self.inputs = inputs.detach().requires_grad_()
         self.likelihood = likelihood

@@ -153,9 +153,10 @@ def training_operator(
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
     """
     check_inputs(inputs)
-    function = as_function(model)
-    with differentiable(inputs) as safe_inputs, frozen(model, function, safe_inputs):
-        yield InputFisher(function, safe_inputs, likelihood, input_std, linearize)
+    with differentiable(inputs) as safe_inputs:
+        function = as_function(model)
+        with frozen(model, function, safe_inputs):
+            yield InputFisher(function, safe_inputs, likelihood, input_std, linearize)
 
 
 def _squared_length(fisher: InputFisher, cotangent: Tensor) -> Tensor:

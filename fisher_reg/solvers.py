@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fisher_reg.errors import NonFiniteJacobianError
+
 
 class FactoredOperator(Protocol):
     """A batch of linear maps ``A``, each ``(K, d)``."""
@@ -36,7 +38,8 @@ class EigenResult:
         eigenvector: ``(B, *S)``, of unit Euclidean length per example; zero where the matrix is zero.
         residual: ``(B,)``. :math:`\|F v - \theta v\|`; an eigenvalue of F lies that near.
         converged: ``(B,)``, boolean: the residual is at most ``rtol`` times the eigenvalue.
-        num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch.
+        num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch, or one
+            chunk of it where a dense method goes in chunks.
         solver: The solver that was used.
     """
 
@@ -78,6 +81,7 @@ class Exact:
         """Solve the dense problem; nothing is random."""
         rows = dense_rows(operator)
         gram = rows @ rows.mT
+        _check_finite(gram)
         top = torch.linalg.eigh(gram).eigenvectors[:, :, -1]
         vector = (rows.mT @ top[:, :, None]).squeeze(2)
         return certify(operator, vector, rtol=self.rtol, num_matvecs=rows.shape[1], solver=self)
@@ -120,7 +124,9 @@ class Lanczos:
             images.append(operator.apply(right[-1]))
             u = images[-1]
         image = torch.stack(images, 1)
-        ritz = torch.linalg.eigh(image @ image.mT).eigenvectors[:, None, :, -1]
+        gram = image @ image.mT
+        _check_finite(gram)
+        ritz = torch.linalg.eigh(gram).eigenvectors[:, None, :, -1]
         vector = (ritz @ torch.stack(right, 1)).squeeze(1)
         return certify(operator, vector, rtol=self.rtol, num_matvecs=2 * self.num_steps, solver=self)
 
@@ -199,11 +205,26 @@ def dense_rows(operator: FactoredOperator) -> Tensor:
 def certify(
     operator: FactoredOperator, vector: Tensor, *, rtol: float, num_matvecs: int, solver: Solver
 ) -> EigenResult:
-    """Turn a direction ``(B, d)`` into a result whose value and residual come from the bare operator."""
+    """Turn a direction ``(B, d)`` into a result whose value and residual come from the bare operator.
+
+    Returns:
+        The result, with two more applications counted.
+
+    Raises:
+        NonFiniteJacobianError: If the operator gives NaN or infinite values.
+        ValueError: If ``apply`` and ``adjoint`` are not transposes of each other.
+    """
     v = _unit(vector)
     image = operator.apply(v)
     eigenvalue = image.square().sum(1)
-    residual = (operator.adjoint(image) - eigenvalue[:, None] * v).norm(dim=1)
+    _check_finite(eigenvalue)
+    product = operator.adjoint(image)
+    if bool((((v * product).sum(1) - eigenvalue).abs() > 0.1 * eigenvalue).any()):
+        raise ValueError(
+            "apply and adjoint are not transposes of each other. A model does that if its forward is random, or if a "
+            "part of it runs under torch.no_grad(), which forward-mode passes do not respect; use detach() there."
+        )
+    residual = (product - eigenvalue[:, None] * v).norm(dim=1)
     return EigenResult(eigenvalue, v, residual, residual <= rtol * eigenvalue, num_matvecs + 2, solver)
 
 
@@ -249,6 +270,15 @@ def _orthonormalise(vector: Tensor, basis: list[Tensor]) -> Tensor:
         rest = rest - (rows.mT @ (rows @ rest[:, :, None])).squeeze(2)
     exhausted = rest.norm(dim=1, keepdim=True) <= 100 * torch.finfo(vector.dtype).eps
     return torch.where(exhausted, 0.0, _unit(rest))
+
+
+def _check_finite(values: Tensor) -> None:
+    broken = ~torch.isfinite(values).flatten(1).all(1) if values.ndim > 1 else ~torch.isfinite(values)
+    if bool(broken.any()):
+        raise NonFiniteJacobianError(
+            f"The logits of {int(broken.sum())} of {len(values)} examples are finite, but their derivatives with "
+            "respect to the inputs are not. Look for a norm, root or division at zero, or for overflowing weights."
+        )
 
 
 def _check_positive(solver: object, name: str, value: int) -> None:

@@ -7,6 +7,7 @@ checkpoint, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of the 
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def measure(network: nn.Module, data: ImageData) -> dict[str, float]:
     for inputs, _ in data.test_dataloader():
         metric.update(network, inputs)
     values = {f"lambda_max_{name}": float(value) for name, value in metric.compute().items()}
-    return values | {"log10_bound": fisher_bound(network, inputs).log10_value}
+    bound = fisher_bound(network, inputs).log10_value
+    return values | {"log10_bound": bound, "log10_gap": bound - math.log10(values["lambda_max_max"])}
 
 
 def report(summary: dict[str, Any], folder: Path) -> None:
@@ -89,6 +91,7 @@ def report(summary: dict[str, Any], folder: Path) -> None:
     for name in ("mean", "median", "p95", "max"):
         table.add_row(f"largest Fisher eigenvalue, {name}", f"{summary[f'lambda_max_{name}']:.4g}")
     table.add_row("global upper bound", f"10^{summary['log10_bound']:.2f}")
+    table.add_row("gap: bound over the max, in decades", f"{summary['log10_gap']:.2f}")
     if "monitor_seconds" in summary:
         table.add_row("seconds spent on the monitor", f"{summary['monitor_seconds']:.1f}")
     table.add_row("seconds in all", f"{summary['total_seconds']:.1f}")

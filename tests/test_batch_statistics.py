@@ -57,6 +57,12 @@ def test_everything_comes_back_after_an_exception():
     assert model[1].training
     assert model[1].track_running_stats
     assert "forward" not in vars(model[1])
+    own = model[1].forward = lambda hidden: 2 * hidden
+    with record(model) as recording:
+        model(x)
+    with replay(recording):
+        assert model[1].forward is not own
+    assert model[1].forward is own
     assert not model[1]._forward_pre_hooks
     assert model[1].num_batches_tracked == 0
 

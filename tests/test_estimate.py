@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg import Bernoulli, Exact, Gaussian, Hutchinson, Lanczos, fisher_spectral_norm, fisher_trace
+from fisher_reg import (
+    Bernoulli,
+    Exact,
+    Gaussian,
+    Hutchinson,
+    Lanczos,
+    NonFiniteJacobianError,
+    fisher_spectral_norm,
+    fisher_trace,
+)
 from fisher_reg import estimate as estimate_module
 from tests import cases, oracles
 
@@ -145,3 +154,22 @@ def test_an_operation_without_forward_mode_is_differentiated_twice_instead():
     weight, x = torch.randn(6, 4), torch.randn(3, 6)
     result = fisher_spectral_norm(lambda x: _NoForwardMode.apply(x) @ weight, x, solver=Lanczos(3))
     assert_close(result.eigenvalue, fisher_spectral_norm(lambda x: x.sin() @ weight, x, solver=Lanczos(3)).eigenvalue)
+
+
+def test_a_part_under_no_grad_is_refused_and_a_detached_one_is_right():
+    weight, x = torch.randn(6, 4), torch.randn(3, 6)
+
+    def partly_without_gradient(x):
+        with torch.no_grad():
+            rest = 5 * x
+        return (x + rest) @ weight
+
+    with pytest.raises(ValueError, match="not transposes of each other.*no_grad"):
+        fisher_spectral_norm(partly_without_gradient, x)
+    detached = fisher_spectral_norm(lambda x: (x + 5 * x.detach()) @ weight, x)
+    assert_close(detached.eigenvalue, fisher_spectral_norm(lambda y: (y + 5 * x) @ weight, x).eigenvalue)
+
+
+def test_infinite_derivatives_are_named():
+    with pytest.raises(NonFiniteJacobianError, match="logits of 2 of 2 examples are finite, but their derivatives"):
+        fisher_spectral_norm(lambda x: 1e25 * x[:, :3], torch.zeros(2, 6))

@@ -171,6 +171,14 @@ def test_half_precision_parameters_receive_the_gradient():
     assert model[0].weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_value_can_be_had_in_inference_mode(dtype):
+    model, x = cases.tiny_network(batch_norm=True).train().to(dtype), torch.randn(4, 6)
+    expected = SpectralPenalty()(model, x.to(dtype))
+    with torch.inference_mode():
+        assert_close(SpectralPenalty()(model, x.to(dtype)).detach().clone(), expected.detach())
+
+
 def test_gaussian_penalty_is_its_closed_form():
     model, x = nn.Linear(6, 3).double(), torch.randn(2, 6, dtype=torch.float64)
     penalty = SpectralPenalty(num_steps=3, likelihood=Gaussian(variance=2.0))(model, x)

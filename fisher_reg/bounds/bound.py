@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fisher_reg.bounds.graph import BoundTerm, compose
-from fisher_reg.forward import check_inputs, evaluation_behaviour
-from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.forward import check_input_std, check_inputs, evaluation_behaviour
+from fisher_reg.likelihood import Categorical, Likelihood, check_logits
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def lipschitz_bound(model: nn.Module, inputs: Tensor) -> UpperBound:
         >>> round(lipschitz_bound(model, torch.zeros(1, 2)).value, 6)  # centred rows (2, 0) and (-2, 0)
         2.828427
     """
-    return _lipschitz(model, inputs, centre=True)
+    return _lipschitz(model, inputs, Categorical())
 
 
 def fisher_bound(
@@ -102,18 +102,22 @@ def fisher_bound(
         >>> round(fisher_bound(model, torch.zeros(1, 2)).value, 6)  # tight here: F(0) has the eigenvalue 1
         1.0
     """
-    lipschitz = _lipschitz(model, inputs, centre=likelihood.shift_invariant)
+    if input_std is not None:
+        check_input_std(input_std)
+    lipschitz = _lipschitz(model, inputs, likelihood)
     log10_value = 2 * lipschitz.log10_value + math.log10(likelihood.largest_eigenvalue())
     if input_std is not None:
         log10_value -= 2 * math.log10(float(input_std.min()))
     return replace(lipschitz, log10_value=log10_value)
 
 
-def _lipschitz(model: nn.Module, inputs: Tensor, *, centre: bool) -> UpperBound:
+def _lipschitz(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> UpperBound:
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
+    example = inputs[:1]
     with torch.inference_mode(False), torch.no_grad(), evaluation_behaviour(model):
-        composition = compose(model, inputs[:1].clone(), centre=centre)
+        composition = compose(model, example.clone(), centre=likelihood.shift_invariant)
+    check_logits(composition.logits, len(example), likelihood)
     domain = "; ".join(composition.domains) or "all inputs"
     return UpperBound("global", composition.log_norm / math.log(10), True, composition.terms, domain)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-
-class NoBoundError(NotImplementedError):
-    """No certified bound is known for this network; the message names the part and the remedy."""
+from fisher_reg.errors import NoBoundError
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,16 @@ class Gain:
     """What a layer does to perturbations, and what it makes sure of for the next layer.
 
     Attributes:
-        norm: Lipschitz constant of the layer, Euclidean to Euclidean.
+        norm: Lipschitz constant of the layer, Euclidean to Euclidean, with respect to all its inputs together.
         tokens: The range of the output, where the layer bounds it.
         domain: For which inputs the constant holds, where it is not all of them.
+        of_one_input: The constant is with respect to the one value that is passed in several places.
     """
 
     norm: float
     tokens: Tokens | None = None
     domain: str | None = None
+    of_one_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,24 @@ class Layer:
     """What a rule may know besides the module.
 
     Attributes:
-        inputs: The positional and keyword tensors of the call, at the example that fixes the shapes.
+        inputs: The tensors of the call by parameter name, at the example that fixes the shapes.
         output: What the module returned.
         tokens: The range of the first input, where the layer before bounds it.
-        same_inputs: Whether all input tensors are one and the same.
+        sources: Where each input comes from: the name of the value in the graph, None if it does not depend on the
+            network's input.
         transform: What to do with the weight of a linear layer before its norm: a folded batch norm, centred logits.
     """
 
-    inputs: Sequence[Tensor]
+    inputs: Mapping[str, Tensor]
     output: Any
     tokens: Tokens | None = None
-    same_inputs: bool = True
+    sources: Mapping[str, str | None] = field(default_factory=dict)
     transform: Callable[[Tensor], Tensor] = lambda weight: weight
+
+    @property
+    def input(self) -> Tensor:
+        """The first input."""
+        return next(iter(self.inputs.values()))
 
 
 Rule = Callable[[Any, Layer], "float | Gain"]
@@ -92,16 +98,27 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """Return the rule of the module's class, or of the nearest base class whose ``forward`` it still runs."""
+    """Return the rule of the module's class, or of the nearest base class, if it computes what that class computes.
+
+    A forward that is overridden or replaced on the instance, or a hook that may change the input or the output, makes
+    it another function. The hooks of torch's own weight and spectral normalisation only set the weight.
+    """
     kind = type(module)
-    return next((_RULES[base] for base in kind.__mro__ if base in _RULES and kind.forward is base.forward), None)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if "forward" in vars(module) or not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+        return None
+    return next((_RULES[base] for base in kind.__mro__ if base in _RULES and _same_forward(kind, base)), None)
+
+
+def _same_forward(kind: type[nn.Module], base: type[nn.Module]) -> bool:
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
 def no_rule(what: str, where: str) -> NoBoundError:
     """Describe the missing rule and how to add it."""
     return NoBoundError(
-        f"No bound rule for {what} at '{where}'. If it has a Lipschitz constant that you know, put it in a module and "
-        "register that:\n"
+        f"No bound rule for {what} at '{where}' (or it has hooks, or another forward than its class). If it has a "
+        "Lipschitz constant that you know, put it in a module and register that:\n"
         "    @fisher_reg.register_bound_rule(YourModule)\n"
         "    def _(module, layer):\n"
         "        return 1.0  # its Lipschitz constant"

@@ -33,9 +33,8 @@ def find_inputs(batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         candidates = [value for value in batch.values() if _may_be_inputs(value)]
     else:
-        first = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        candidates = [first] if _may_be_inputs(first) else []
-    if len(candidates) != 1:
+        candidates = [batch[0] if isinstance(batch, list | tuple) and batch else batch]
+    if len(candidates) != 1 or not _may_be_inputs(candidates[0]) or not candidates[0].is_floating_point():
         raise MisconfigurationException(
             f"The inputs cannot be told from this batch: {_describe(batch)}. They must be a floating-point tensor "
             "(B, *S): say which with inputs_fn=lambda batch: batch['image'], for example."
@@ -45,7 +44,8 @@ def find_inputs(batch: Any) -> Tensor:
 
 
 def _may_be_inputs(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+    # an integer tensor (B, H, W) may be images before their conversion
+    return isinstance(value, Tensor) and value.ndim >= (2 if value.is_floating_point() else 3)
 
 
 def _describe(value: Any) -> str:

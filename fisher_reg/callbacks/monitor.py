@@ -15,12 +15,14 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torchmetrics import SumMetric
 
-from fisher_reg.bounds import NoBoundError, NonFiniteWeightsError, UpperBound, fisher_bound
+from fisher_reg.bounds import UpperBound, fisher_bound
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
+from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.figures import bound_versus_empirical
-from fisher_reg.likelihood import Categorical, Likelihood, NonFiniteLogitsError
+from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
 from fisher_reg.solvers import Hutchinson, Solver
 
@@ -46,8 +48,7 @@ class FisherMonitor(pl.Callback):
 
     - ``fisher/lambda_max_mean``, ``_median``, ``_p95``, ``_max``: largest eigenvalue over the probe
     - ``fisher/log10_lambda_max_max``: decimal logarithm of the last one
-    - ``fisher/trace_mean``: by 4 random sign vectors per example, the same ones each time; its relative standard error
-      is at most ``sqrt(2 / (4 num_samples))``, 4.4 % for the default
+    - ``fisher/trace_mean``: unbiased, by 4 random sign vectors per example, the same ones each time
     - ``fisher/unconverged``: examples whose residual is above the solver's tolerance
     - ``fisher/bound_global``, ``fisher/log10_bound_global`` (finite also where the bound overflows), and
       ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
@@ -60,8 +61,9 @@ class FisherMonitor(pl.Callback):
     of once and left out. Neither stops a training.
 
     Args:
-        every_n_epochs: Measures in the epochs 0, n, 2 n, …, and whenever ``trainer.validate`` is called.
-        num_samples: Size of the probe.
+        every_n_epochs: Measures at the first validation, then at the first one n epochs or more after the last that was
+            measured, and whenever ``trainer.validate`` is called.
+        num_samples: Size of the probe; it comes from the first validation loader.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         bounds: Upper bounds to measure beside it; ``()`` for none.
         likelihood: The output distribution.
@@ -95,7 +97,7 @@ class FisherMonitor(pl.Callback):
         self.every_n_epochs = every_n_epochs
         self.num_samples = num_samples
         self.solver = solver
-        self.bounds = list(bounds)
+        self.bounds = tuple(bounds)
         self.likelihood = likelihood
         self.input_std = input_std
         self.inputs_fn = inputs_fn or find_inputs
@@ -104,11 +106,15 @@ class FisherMonitor(pl.Callback):
         self._probe: list[Tensor] = [] if probe is None else [probe]
         self._probe_is_given = probe is not None
         self._warned: set[str] = set()
+        self._without_bound: set[Bound] = set()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
+        self._without_bound = set()
         if not self._probe_is_given:
             self._probe = []
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.history = []
         if stage == "fit" and not self._probe_is_given and not trainer.enable_validation:
             raise MisconfigurationException(
                 "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation batches, "
@@ -116,17 +122,23 @@ class FisherMonitor(pl.Callback):
             )
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *args: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Take the first inputs of the first due validation as the probe.
 
         In the sanity check one input is tried and not kept, so that a setting that cannot work fails before training.
         """
         missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs in self._probe)
-        if self._probe_is_given or missing <= 0:
+        if self._probe_is_given or missing <= 0 or dataloader_idx > 0:
             return
         if trainer.sanity_checking:
-            with suppress(NonFiniteLogitsError):
+            with suppress(NonFiniteError):
                 self._try(logits_model(pl_module, self.logits_fn), self.inputs_fn(batch)[:1])
         elif self._is_due(trainer):
             with torch.inference_mode(False):
@@ -153,7 +165,8 @@ class FisherMonitor(pl.Callback):
     def _is_due(self, trainer: pl.Trainer) -> bool:
         if trainer.state.fn == "validate":
             return True
-        return not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0
+        waited = not self.history or trainer.current_epoch - self.history[-1]["epoch"] >= self.every_n_epochs
+        return waited and not trainer.sanity_checking
 
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()
@@ -175,27 +188,30 @@ class FisherMonitor(pl.Callback):
     def _estimate(self, model: nn.Module, probe: list[Tensor], device: torch.device) -> tuple[Tensor, dict[str, float]]:
         metric = FisherSpectralNorm(None, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
         trace = FisherTrace(estimator=_TRACE, likelihood=self.likelihood, input_std=self.input_std)
-        metric, trace = metric.to(device), trace.to(device)
+        unconverged = SumMetric()
+        for item in (metric, trace, unconverged):
+            item.to(device)
         try:
             for inputs in probe:
                 metric.update(model, inputs.to(device))
                 trace.update(model, inputs.to(device))
-        except NonFiniteLogitsError as error:
+            unconverged.update(metric.unconverged)
+        except NonFiniteError as error:
             metric.reset()
             trace.reset()
             self._warn_once("logits", f"FisherMonitor logs NaN for an epoch. {error}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The ``compute`` method")  # told already, if nothing was measured
-            eigenvalues, mean_trace = metric.compute(), trace.compute()
+            eigenvalues, mean_trace, count = metric.compute(), trace.compute(), unconverged.compute()
         logged = {f"fisher/lambda_max_{name}": float(value) for name, value in summarize(eigenvalues).items()}
         logged["fisher/log10_lambda_max_max"] = _log10(logged["fisher/lambda_max_max"])
         logged["fisher/trace_mean"] = float(mean_trace)
-        logged["fisher/unconverged"] = float(metric.unconverged)
+        logged["fisher/unconverged"] = float(count)
         return eigenvalues, logged
 
     def _bound(self, model: nn.Module, device: torch.device, log10_largest: float) -> dict[str, float]:
         logged = {}
-        for bound in list(self.bounds):
+        for bound in [bound for bound in self.bounds if bound not in self._without_bound]:
             try:
                 upper = bound(
                     model, self._probe[0][:1].to(device), likelihood=self.likelihood, input_std=self.input_std
@@ -204,9 +220,9 @@ class FisherMonitor(pl.Callback):
                 self._warn_once(
                     str(bound), f"FisherMonitor leaves out a bound that this network does not have. {error}"
                 )
-                self.bounds.remove(bound)
+                self._without_bound.add(bound)
                 continue
-            except NonFiniteWeightsError as error:
+            except NonFiniteError as error:
                 self._warn_once("weights", f"FisherMonitor logs no bound for an epoch. {error}")
                 continue
             logged[f"fisher/bound_{upper.level}"] = upper.value

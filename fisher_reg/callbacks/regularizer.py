@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +12,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fisher_reg.batch_statistics import record, replay
+from fisher_reg.batch_statistics import Recording, of_step, record, refuse_synchronised
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
 from fisher_reg.penalty import Penalty, SpectralPenalty
 
@@ -23,9 +23,10 @@ class FisherRegularizer(pl.Callback):
     ``training_step`` is wrapped on the instance for the time of ``fit`` and given back afterwards, also after an
     exception. The penalty is part of the one loss that Lightning divides, scales, clips and synchronises, so it
     is right under gradient accumulation, mixed precision and DDP. It sees the function being trained: batch norm uses
-    the statistics of the step's own forward.
+    the statistics of the step's own forward, or of one more forward where the step has several.
 
-    Logged keys (mean over the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``.
+    Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``; of a
+    second regularizer in the same Trainer ``fisher/penalty_2``, ``fisher/penalty_weighted_2``.
 
     Args:
         weight: Factor of the penalty, at least 0; at 0 the training step is untouched.
@@ -45,6 +46,7 @@ class FisherRegularizer(pl.Callback):
         self,
         weight: float,
         penalty: Penalty = SpectralPenalty(),
+        *,
         every_n_steps: int = 1,
         batch_fraction: float = 1.0,
         warmup_steps: int = 0,
@@ -65,7 +67,7 @@ class FisherRegularizer(pl.Callback):
         self.warmup_steps = warmup_steps
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
-        self._restore: Callable[[], None] | None = None
+        self._step: _PenalisedStep | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the training step."""
@@ -77,28 +79,9 @@ class FisherRegularizer(pl.Callback):
                 "Remove the callback and add the penalty to your own loss: "
                 "loss = loss + weight * SpectralPenalty()(self, inputs)."
             )
-        original = pl_module.training_step
-        own = vars(pl_module).get("training_step")
-
-        @functools.wraps(original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            weight = self._weight_at(trainer.global_step)
-            if weight == 0:
-                return original(*args, **kwargs)
-            with record(pl_module) as recording:
-                output = original(*args, **kwargs)
-            batch = kwargs["batch"] if "batch" in kwargs else args[0]
-            with replay(recording):
-                return self._add_penalty(output, weight, batch, pl_module)
-
-        def restore() -> None:
-            if own is None:
-                vars(pl_module).pop("training_step", None)
-            else:
-                pl_module.training_step = own  # type: ignore[method-assign]
-
-        pl_module.training_step = training_step  # type: ignore[method-assign]
-        self._restore = restore
+        refuse_synchronised(pl_module)
+        self._step = _PenalisedStep.of(pl_module)
+        self._step.regularizers.append(self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the training step back."""
@@ -109,9 +92,9 @@ class FisherRegularizer(pl.Callback):
         self._unwrap()
 
     def _unwrap(self) -> None:
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        if self._step is not None:
+            self._step.remove(self)
+            self._step = None
 
     def _weight_at(self, step: int) -> float:
         if step % self.every_n_steps:
@@ -119,18 +102,69 @@ class FisherRegularizer(pl.Callback):
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * self.every_n_steps * warmup
 
-    def _add_penalty(self, output: Any, weight: float, batch: Any, pl_module: pl.LightningModule) -> Any:
+    def penalise(
+        self, module: pl.LightningModule, inputs: Tensor, recording: Recording, generator: torch.Generator
+    ) -> Tensor:
+        """Return the penalty of a random part of the inputs, with the batch statistics of the recorded step."""
+        model = logits_model(module, self.logits_fn)
+        with of_step(model, recording, model, inputs):
+            if self.batch_fraction < 1:
+                chosen = torch.randperm(len(inputs), generator=generator)
+                inputs = inputs[chosen[: max(1, round(self.batch_fraction * len(inputs)))].to(inputs.device)]
+            return self.penalty(model, inputs, generator=generator)
+
+
+class _PenalisedStep:
+    """The wrapper of one module's training step, shared by all the regularizers of a fit."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.original = module.training_step
+        self.replaced = vars(module).get("training_step")
+        self.regularizers: list[FisherRegularizer] = []
+
+        @functools.wraps(self.original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self.run(*args, **kwargs)
+
+        training_step.penalised = self  # type: ignore[attr-defined]
+        module.training_step = training_step  # type: ignore[method-assign]
+
+    @classmethod
+    def of(cls, module: pl.LightningModule) -> _PenalisedStep:
+        """Return the wrapper of a module that has one, else a new one."""
+        return getattr(module.training_step, "penalised", None) or cls(module)
+
+    def remove(self, regularizer: FisherRegularizer) -> None:
+        """Take a regularizer out; give the training step back with the last one."""
+        self.regularizers.remove(regularizer)
+        current = vars(self.module).get("training_step")
+        if not self.regularizers and getattr(current, "penalised", None) is self:
+            del self.module.training_step
+            if self.replaced is not None:
+                self.module.training_step = self.replaced
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's step and add the penalties that are due."""
+        trainer = self.module.trainer
+        weights = [regularizer._weight_at(trainer.global_step) for regularizer in self.regularizers]
+        if not any(weights):
+            return self.original(*args, **kwargs)
+        batch = kwargs["batch"] if "batch" in kwargs else args[0]
+        inputs = [regularizer.inputs_fn(batch) for regularizer in self.regularizers]
+        with record(self.module) as recording:
+            output = self.original(*args, **kwargs)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             return output  # None skips the step; anything else Lightning refuses itself
-        inputs = self.inputs_fn(batch)
-        model = logits_model(pl_module, self.logits_fn)
-        generator = torch.Generator().manual_seed(pl_module.trainer.fit_loop.total_batch_idx)
-        if self.batch_fraction < 1:
-            chosen = torch.randperm(len(inputs), generator=generator)
-            inputs = inputs[chosen[: max(1, round(self.batch_fraction * len(inputs)))].to(inputs.device)]
-        penalty = self.penalty(model, inputs, generator=generator)
-        values = {"fisher/penalty": penalty.detach(), "fisher/penalty_weighted": weight * penalty.detach()}
-        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(inputs))
-        total = loss + weight * penalty
-        return {**output, "loss": total} if isinstance(output, Mapping) else total
+        for number, regularizer in enumerate(self.regularizers):
+            if weights[number] > 0:
+                generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
+                penalty = regularizer.penalise(self.module, inputs[number], recording, generator)
+                loss = loss + weights[number] * penalty
+                self._log(f"_{number + 1}" if number else "", penalty.detach(), weights[number], len(inputs[number]))
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def _log(self, suffix: str, penalty: Tensor, weight: float, batch_size: int) -> None:
+        values = {f"fisher/penalty{suffix}": penalty, f"fisher/penalty_weighted{suffix}": weight * penalty}
+        self.module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)

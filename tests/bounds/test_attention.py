@@ -41,14 +41,6 @@ def test_the_dense_jacobian_stays_below_for_100_random_layers():
         assert exact <= bound
 
 
-def test_uniform_attention_to_one_token_reaches_the_row_stochastic_factor():
-    # With zero queries and keys the weights are all 1/n: no root n is lost on the mean, whose norm is 1. With all
-    # weight on one token the norm is exactly root n: the factor cannot be left out.
-    weights = torch.zeros(5, 5, dtype=torch.float64)
-    weights[:, 0] = 1
-    assert math.isclose(torch.linalg.matrix_norm(weights, 2).item(), math.sqrt(5))
-
-
 def test_layer_norm_outputs_lie_in_their_range():
     norm = nn.LayerNorm(8).double()
     nn.init.normal_(norm.weight)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from fisher_reg import NoBoundError, register_bound_rule
 from fisher_reg.bounds.layers import batch_norm_scale
-from fisher_reg.bounds.registry import Gain, Layer, NoBoundError, Tokens, find_rule, register_bound_rule
+from fisher_reg.bounds.registry import Gain, Layer, Tokens, find_rule
 from tests.oracles import dense_jacobian
 
 ACTIVATIONS = [
@@ -34,7 +35,7 @@ ACTIVATIONS = [
 
 def norm_of(module, x=None):
     x = torch.zeros(1) if x is None else x
-    gain = find_rule(module)(module, Layer([x], module(x)))
+    gain = find_rule(module)(module, Layer({"input": x}, module(x)))
     return gain.norm if isinstance(gain, Gain) else gain
 
 
@@ -112,15 +113,18 @@ def test_layer_norm_reaches_its_constant_at_constant_tokens():
     assert exact > 0.7 * norm_of(module, x)
 
 
-def test_attention_without_a_layer_norm_before_it_has_no_bound():
+def test_attention_needs_a_layer_norm_before_it():
     module, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 3, 8)
+    inputs, same = dict.fromkeys(("query", "key", "value"), x), dict.fromkeys(("query", "key", "value"), "h")
     with pytest.raises(NoBoundError, match="no global Lipschitz constant on an unbounded domain"):
-        find_rule(module)(module, Layer([x, x, x], module(x, x, x)))
+        find_rule(module)(module, Layer(inputs, module(x, x, x), None, same))
     tokens = Tokens(torch.ones(8), torch.zeros(8), math.sqrt(8))
-    gain = find_rule(module)(module, Layer([x, x, x], module(x, x, x), tokens))
+    gain = find_rule(module)(module, Layer(inputs, module(x, x, x), tokens, same))
     assert gain.domain is not None
-    with pytest.raises(NoBoundError, match="Only self-attention"):
-        find_rule(module)(module, Layer([x, x, x], None, tokens, same_inputs=False))
+    assert gain.of_one_input
+    for other in ({"key": "other"}, {"attn_mask": "h"}, {"value": None}):
+        with pytest.raises(NoBoundError, match="Only self-attention"):
+            find_rule(module)(module, Layer(inputs, None, tokens, same | other))
 
 
 def test_what_has_no_rule_is_refused_and_not_guessed():

@@ -1,6 +1,7 @@
-"""Run as ``python -m tests.callbacks.ddp_step FOLDER DEVICES``: three steps on 1 or 2 processes, results to a file.
+"""Run as ``python -m tests.callbacks.ddp_step FOLDER``: the same steps on 1 and on 2 processes, results to files.
 
-One batch is one epoch, since Lightning shuffles training data between processes.
+One batch is one epoch, since Lightning shuffles training data between processes. Each process has its own batch norm
+statistics, so the network with batch norm runs on 2 processes only.
 """
 
 import sys
@@ -8,22 +9,25 @@ from pathlib import Path
 
 import torch
 
-from fisher_reg import FisherMonitor, FisherRegularizer, SpectralPenalty
+from fisher_reg import FisherMonitor, FisherRegularizer, Lanczos, SpectralPenalty
 from tests import cases
 
 
-def main(folder, devices):
-    torch.set_num_threads(1)
+def run(folder, name, devices, penalty, batch_norm=False, epochs=3):
     torch.manual_seed(1)
-    module = cases.Plain(cases.tiny_network())
+    module = cases.Plain(cases.tiny_network(batch_norm))
     batches = cases.tiny_batches(count=8, batch_size=8 // devices)
-    callbacks = [FisherRegularizer(0.7, SpectralPenalty(num_steps=3)), FisherMonitor(num_samples=8)]
+    monitor = FisherMonitor(num_samples=8, solver=Lanczos(num_steps=1, rtol=0.0))
+    callbacks = [FisherRegularizer(0.7, penalty), monitor]
     strategy = {"strategy": "ddp_spawn"} if devices > 1 else {}
-    trainer = cases.trainer(folder, callbacks=callbacks, devices=devices, max_epochs=3, **strategy)
+    trainer = cases.trainer(folder, callbacks=callbacks, devices=devices, max_epochs=epochs, **strategy)
     trainer.fit(module, batches, cases.tiny_batches(count=8, batch_size=8 // devices, seed=1))
     logged = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("fisher/")}
-    torch.save({"parameters": dict(module.state_dict()), "logged": logged}, Path(folder) / f"{devices}.pt")
+    torch.save({"parameters": dict(module.state_dict()), "logged": logged}, Path(folder) / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    torch.set_num_threads(1)
+    run(sys.argv[1], "1", 1, SpectralPenalty(num_steps=3))
+    run(sys.argv[1], "2", 2, SpectralPenalty(num_steps=3))
+    run(sys.argv[1], "batch_norm", 2, SpectralPenalty(), batch_norm=True, epochs=1)

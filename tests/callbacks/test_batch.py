@@ -18,6 +18,7 @@ def test_inputs_are_found_where_there_is_no_doubt(batch):
         ((Y, X), r"tuple of \[torch.int64 \(2,\), torch.float32 \(2, 3\)\]"),
         ({"a": X, "b": X}, r"'a': torch.float32 \(2, 3\), 'b'"),
         ({"tokens": Y}, "'tokens': torch.int64"),
+        ({"image": torch.zeros(2, 3, 3, dtype=torch.uint8), "soft_label": X}, "'image': torch.uint8"),
         (X.long(), "torch.int64"),
         ([], "list of"),
         ("text", "str"),

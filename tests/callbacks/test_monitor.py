@@ -104,6 +104,37 @@ def test_every_n_epochs_and_the_sanity_check(tmp_path):
     assert [entry["epoch"] for entry in monitor.history] == [0, 2, 4]
 
 
+def test_epochs_are_counted_where_validations_fall(tmp_path):
+    monitor = FisherMonitor(every_n_epochs=2)
+    _fit(tmp_path, _module(), monitor, max_epochs=6, check_val_every_n_epoch=2)
+    assert [entry["epoch"] for entry in monitor.history] == [1, 3, 5]
+    _fit(tmp_path, _module(), monitor, max_epochs=2, val_check_interval=0.5)  # a new fit starts anew
+    assert [entry["epoch"] for entry in monitor.history] == [0]
+
+
+def test_the_probe_is_of_the_first_loader(tmp_path):
+    monitor = FisherMonitor(num_samples=12)
+    trainer = cases.trainer(tmp_path, callbacks=[monitor])
+
+    class Two(cases.Plain):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            return None
+
+    loaders = [cases.tiny_batches(count=8, seed=1), cases.tiny_batches(count=8, seed=2)]
+    trainer.fit(Two(cases.tiny_network()), cases.tiny_batches(), loaders)
+    assert_close(torch.cat(monitor._probe), torch.cat([x for x, _ in loaders[0]]))
+
+
+def test_infinite_derivatives_are_warned_of_and_training_goes_on(tmp_path):
+    class Steep(cases.Plain):
+        def forward(self, x):
+            return self.network(x) + (0 * x[:, :4]).norm(dim=1, keepdim=True).sqrt() * (not self.training)
+
+    with pytest.warns(UserWarning, match="logits of 4 of 4 examples are finite, but their derivatives"):
+        trainer = _fit(tmp_path, Steep(cases.tiny_network()), FisherMonitor())
+    assert trainer.callback_metrics["fisher/lambda_max_mean"].isnan()
+
+
 def test_validate_measures_too(tmp_path):
     monitor = FisherMonitor(every_n_epochs=7)
     results = cases.trainer(tmp_path, callbacks=[monitor]).validate(_module(), cases.tiny_batches(), verbose=False)

@@ -12,7 +12,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from fisher_reg import FisherRegularizer, SpectralPenalty, TracePenalty
 from tests import cases
@@ -97,15 +97,26 @@ def test_bf16_mixed_precision_computes_the_penalty_in_float32(tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     script = [sys.executable, "-m", "tests.callbacks.ddp_step", str(tmp_path)]
-    for devices in ("1", "2"):
-        done = subprocess.run([*script, devices], capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{devices}.pt", weights_only=True) for devices in (1, 2))
     assert_close(two["parameters"], one["parameters"], rtol=1e-5, atol=1e-7)
     assert set(one["logged"]) == set(two["logged"])
     for key, value in one["logged"].items():
         if key not in ("fisher/seconds", "fisher/trace_mean"):  # the signs of the trace go by place in the batch
             assert_close(two["logged"][key], value, rtol=1e-5, atol=1e-6)
+    assert two["logged"]["fisher/unconverged"] == 8
+    halves = torch.load(tmp_path / "batch_norm.pt", weights_only=True)
+    module, data = _module(batch_norm=True), cases.tiny_batches(count=8).dataset
+    gradients = []
+    for rank in range(2):  # each process normalises with the statistics of its own half
+        part = data[list(DistributedSampler(data, 2, rank))]
+        loss = nn.functional.cross_entropy(module.train()(part[0]), part[1]) + 0.7 * SpectralPenalty()(module, part[0])
+        gradients.append(torch.autograd.grad(loss, list(module.parameters())))
+    for (name, parameter), first, second in zip(module.named_parameters(), *gradients, strict=True):
+        assert_close(
+            halves["parameters"][name], (parameter - 0.1 * (first + second) / 2).detach(), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -159,6 +170,63 @@ def test_a_part_of_the_batch_keeps_the_expected_gradient(tmp_path):
     spread = (part.std(0).norm() / 200**0.5) / (full - plain).norm()
     assert spread > 0
     assert error < 4 * spread
+
+
+class _TwoForwards(cases.Plain):
+    """A teacher without gradient on other inputs, and a second view with gradient."""
+
+    def __init__(self, network, teacher, views):
+        super().__init__(network)
+        self.teacher, self.views = teacher, views
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.no_grad():
+            for _ in range(self.teacher):
+                self(3 * x + 5)
+        return sum(nn.functional.cross_entropy(self(x + 2 * view), y) for view in range(self.views)) / self.views
+
+
+@pytest.mark.parametrize(("teacher", "views"), [(1, 1), (0, 2)])
+def test_batch_statistics_are_those_of_the_inputs_also_where_the_step_runs_several_forwards(tmp_path, teacher, views):
+    torch.manual_seed(1)
+    module = _TwoForwards(cases.tiny_network(batch_norm=True), teacher, views)
+    x = next(iter(cases.tiny_batches()))[0]
+    expected = SpectralPenalty()(copy.deepcopy(module).train(), x).item()
+    trainer = _fit(tmp_path, module, FisherRegularizer(0.7), limit_train_batches=1)
+    assert_close(trainer.callback_metrics["fisher/penalty"].item(), expected, rtol=1e-5, atol=0)
+
+
+def test_two_regularizers_add_both_and_leave_nothing_behind(tmp_path):
+    module, both = _module(batch_norm=True), SpectralPenalty(num_steps=3)
+    expected = copy.deepcopy(module).train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for x, y in cases.tiny_batches():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(expected(x), y)
+        (loss + 0.7 * SpectralPenalty()(expected, x) + 0.3 * both(expected, x)).backward()
+        optimizer.step()
+    before = _fingerprint(module)
+    callbacks = [FisherRegularizer(0.7), FisherRegularizer(0.3, both)]
+    trainer = cases.trainer(tmp_path, callbacks=callbacks)
+    trainer.fit(module, cases.tiny_batches())
+    assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+    assert _fingerprint(module) == before
+    assert {"fisher/penalty", "fisher/penalty_2"} <= set(trainer.callback_metrics)
+    failing = _Failing(cases.tiny_network())
+    before = _fingerprint(failing)
+    with pytest.raises(KeyError, match="in the step"):
+        cases.trainer(tmp_path, callbacks=callbacks).fit(failing, cases.tiny_batches())
+    assert _fingerprint(failing) == before
+
+
+def test_a_compiled_network_gives_the_same_steps(tmp_path):
+    module = _module(batch_norm=True)
+    expected = _by_hand(module, 0.7)
+    module.network = torch.compile(module.network, backend="eager")
+    _fit(tmp_path, module, FisherRegularizer(0.7))
+    compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
+    assert_close(compiled, dict(expected.state_dict()), rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up_rises_linearly_with_the_optimiser_steps():

@@ -47,6 +47,8 @@ def test_the_table_shows_the_summary(run):
     assert f"{summary['test_accuracy']:.4f}" in output
     assert f"{summary['lambda_max_mean']:.4g}" in output
     assert f"10^{summary['log10_bound']:.2f}" in output
+    assert f"{summary['log10_gap']:.2f}" in output
+    assert summary["log10_gap"] > 0
     assert 0 < summary["lambda_max_median"] <= summary["lambda_max_p95"] <= summary["lambda_max_max"]
     assert summary["lambda_max_max"] < 10 ** summary["log10_bound"]
 
