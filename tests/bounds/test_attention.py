@@ -41,6 +41,22 @@ def test_the_dense_jacobian_stays_below_for_100_random_layers():
         assert exact <= bound
 
 
+def test_attention_of_all_tokens_to_the_first_reaches_the_bound():
+    # Without queries nothing moves the weights; the mask makes them (1, 0, ..., 0) in each row, of norm root n.
+    norm, attention = _random_attention(0, 1, 1.0)
+    with torch.no_grad():
+        attention.in_proj_weight[:8] = 0
+        attention.in_proj_bias[:8] = 0
+        attention.out_proj.weight.copy_(torch.eye(8))
+    mask = torch.full((5, 5), -math.inf, dtype=torch.float64)
+    mask[:, 0] = 0
+    function = lambda x: attention(x, x, x, attn_mask=mask, need_weights=False)[0]  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian(function, torch.randn(1, 5, 8, dtype=torch.float64)).reshape(40, 40)
+    weights = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight
+    bound = self_attention_lipschitz(*weights, 1, 5, layer_norm_tokens(norm.weight, norm.bias))
+    assert math.isclose(torch.linalg.matrix_norm(jacobian, 2).item(), bound, rel_tol=1e-9)
+
+
 def test_layer_norm_outputs_lie_in_their_range():
     norm = nn.LayerNorm(8).double()
     nn.init.normal_(norm.weight)

@@ -96,11 +96,16 @@ def _replaced_forward():
 
 
 def _pooling_without_channels(pooling, outputs):
-    fc = nn.Linear(outputs, 2)
-    with torch.no_grad():
-        fc.weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, outputs))
-        fc.bias.zero_()
+    fc = _summing(nn.Linear(outputs, 2))
     return _With(lambda self, x: self.fc(self.pool(x.squeeze(1)).flatten(1)), pool=pooling, fc=fc)
+
+
+def _summing(linear):
+    """Logits plus and minus the sum of the inputs: as sensitive as can be to many equal ones."""
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0], [-1.0]]).expand_as(linear.weight))
+        linear.bias.zero_()
+    return linear
 
 
 NEAR_ZERO = 0.01 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -143,7 +148,14 @@ VALID = {
         lambda: _With(lambda self, x: self.fc(torch.cat([x, x], 1)), fc=_linear(12)),
         NEAR_ZERO,
     ),
-    "broadcast": (lambda: _With(lambda self, x: self.fc(x[:, :1] * torch.ones(6)), fc=_linear()), NEAR_ZERO),
+    "broadcast in a sum": (
+        lambda: _With(lambda self, x: self.fc(x[:, :1] + torch.zeros(25)), fc=_summing(nn.Linear(25, 2))),
+        NEAR_ZERO,
+    ),
+    "broadcast in a product": (
+        lambda: _With(lambda self, x: self.fc(x[:, :1] * torch.ones(25)), fc=_summing(nn.Linear(25, 2))),
+        NEAR_ZERO,
+    ),
     "in place on a value that is not used again": (
         lambda: _With(lambda self, x: self.fc(x).mul_(3.0), fc=_linear()),
         NEAR_ZERO,
