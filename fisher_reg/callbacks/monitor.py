@@ -65,7 +65,8 @@ class FisherMonitor(pl.Callback):
             measured, and whenever ``trainer.validate`` is called.
         num_samples: Size of the probe; it comes from the first validation loader.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
-        bounds: Upper bounds to measure beside it; ``()`` for none.
+        bounds: Upper bounds to measure beside it; ``()`` for none. Wide convolutions on large images take minutes each
+            time (VGG at 224 x 224): look at ``fisher/seconds``.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
