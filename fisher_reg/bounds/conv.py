@@ -36,7 +36,7 @@ def conv_norm(
 
     Returns:
         A value at or above the norm. The excess is that of the circular boundary: a few per cent where the image is
-        large against the kernel, up to twofold where the kernel covers it.
+        large against the kernel, several-fold where the kernel covers it (4 for 3 x 3 on a single pixel).
     """
     kernel = _polyphase(_dilate(weight.detach().double(), dilation), stride)
     # Along an axis of one tap the symbol is constant.

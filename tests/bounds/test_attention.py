@@ -57,6 +57,27 @@ def test_attention_of_all_tokens_to_the_first_reaches_the_bound():
     assert math.isclose(torch.linalg.matrix_norm(jacobian, 2).item(), bound, rel_tol=1e-9)
 
 
+def test_a_loud_query_bias_moves_the_weights_through_the_keys():
+    # q = b for all tokens, k = x_1, v = x_2: two tokens with equal keys share the attention, and a new key moves
+    # it by b (1/4) (v_1 - v_2), which outgrows the value term with b.
+    norm, attention = _random_attention(0, 1, 0.0)
+    with torch.no_grad():
+        norm.weight.fill_(1.0)
+        attention.in_proj_bias[0] = 100.0
+        attention.in_proj_weight[8, 0] = 1.0
+        attention.in_proj_weight[16, 1] = 1.0
+        attention.out_proj.weight.copy_(torch.eye(8))
+    tokens = torch.zeros(1, 2, 8, dtype=torch.float64)
+    tokens[0, :, 1] = torch.tensor([2.0, -2.0])
+    function = lambda x: attention(x, x, x, need_weights=False)[0]  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian(function, tokens).reshape(16, 16)
+    exact = torch.linalg.matrix_norm(jacobian, 2).item()
+    weights = attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight
+    bound = self_attention_lipschitz(*weights, 1, 2, layer_norm_tokens(norm.weight, norm.bias))
+    assert 10 * math.sqrt(2) < exact <= bound  # the value term alone is the root of 2
+    assert bound < 5 * exact
+
+
 def test_layer_norm_outputs_lie_in_their_range():
     norm = nn.LayerNorm(8).double()
     nn.init.normal_(norm.weight)
