@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -76,6 +77,19 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class OtherPlain(lightning.pytorch.LightningModule):
+    """The same module by the other name of Lightning."""
+
+    forward = Plain.forward
+    training_step = Plain.training_step
+    validation_step = Plain.validation_step
+    configure_optimizers = Plain.configure_optimizers
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+
 def tiny_batches(count=8, batch_size=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 6, generator=generator)
@@ -83,7 +97,7 @@ def tiny_batches(count=8, batch_size=4, seed=0):
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-def trainer(folder, **kwargs):
+def trainer(folder, trainer_type=pl.Trainer, **kwargs):
     options = {
         "max_epochs": 1,
         "accelerator": "cpu",
@@ -93,4 +107,4 @@ def trainer(folder, **kwargs):
         "enable_model_summary": False,
         "default_root_dir": folder,
     }
-    return pl.Trainer(**(options | kwargs))
+    return trainer_type(**(options | kwargs))

@@ -244,26 +244,8 @@ def test_a_network_without_a_bound_is_told_of_once_and_measured(tmp_path):
 
 
 def test_works_in_a_trainer_of_the_other_namespace(tmp_path):
-    class Module(lightning.pytorch.LightningModule):
-        forward = cases.Plain.forward
-        training_step = cases.Plain.training_step
-        validation_step = cases.Plain.validation_step
-        configure_optimizers = cases.Plain.configure_optimizers
-
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-    trainer = lightning.pytorch.Trainer(
-        callbacks=[FisherMonitor()],
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(Module(cases.tiny_network()), cases.tiny_batches(), cases.tiny_batches(seed=1))
+    trainer = cases.trainer(tmp_path, lightning.pytorch.Trainer, callbacks=[FisherMonitor()])
+    trainer.fit(cases.OtherPlain(cases.tiny_network()), cases.tiny_batches(), cases.tiny_batches(seed=1))
     assert set(trainer.callback_metrics) >= KEYS
 
 

@@ -301,27 +301,11 @@ def test_what_is_logged_is_what_was_added(tmp_path):
 
 
 def test_works_in_a_trainer_of_the_other_namespace(tmp_path):
-    class Module(lightning.pytorch.LightningModule):
-        forward = cases.Plain.forward
-        training_step = cases.Plain.training_step
-        configure_optimizers = cases.Plain.configure_optimizers
-
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
     torch.manual_seed(1)
-    module = Module(cases.tiny_network())
+    module = cases.OtherPlain(cases.tiny_network())
     expected = _by_hand(module, 0.7)
-    lightning.pytorch.Trainer(
-        callbacks=[FisherRegularizer(0.7)],
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    ).fit(module, cases.tiny_batches())
+    trainer = cases.trainer(tmp_path, lightning.pytorch.Trainer, callbacks=[FisherRegularizer(0.7)])
+    trainer.fit(module, cases.tiny_batches())
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
