@@ -1,7 +1,9 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
+from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
 from fisher_reg.bounds import UpperBound, fisher_bound, lipschitz_bound, register_bound_rule
 from fisher_reg.callbacks import FisherMonitor, FisherRegularizer
+from fisher_reg.eigen import EigenResult
 from fisher_reg.errors import (
     NoBoundError,
     NonFiniteError,
@@ -9,16 +11,21 @@ from fisher_reg.errors import (
     NonFiniteLogitsError,
     NonFiniteWeightsError,
 )
-from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
+from fisher_reg.estimate import fisher_effective_rank, fisher_eigenpairs, fisher_spectral_norm, fisher_trace
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.forward import LogitsOf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import SpectralPenalty, TracePenalty, mean_log1p
-from fisher_reg.solvers import EigenResult, Exact, Hutchinson, Lanczos, PowerIteration
+from fisher_reg.solvers import Exact, HutchinsonMax, Lanczos, PowerIteration
+from fisher_reg.trace import Hutchinson, Rademacher, SampledLabels, StandardNormal
+from fisher_reg.universal import universal_spectral_norm
 
 __all__ = [
     "Bernoulli",
+    "BlackBox",
+    "BlackBoxMax",
+    "BlackBoxResult",
     "Categorical",
     "EigenResult",
     "Exact",
@@ -28,6 +35,7 @@ __all__ = [
     "FisherTrace",
     "Gaussian",
     "Hutchinson",
+    "HutchinsonMax",
     "Lanczos",
     "LogitsOf",
     "NoBoundError",
@@ -36,14 +44,21 @@ __all__ = [
     "NonFiniteLogitsError",
     "NonFiniteWeightsError",
     "PowerIteration",
+    "Rademacher",
+    "SampledLabels",
     "SpectralPenalty",
+    "StandardNormal",
     "TracePenalty",
     "UpperBound",
+    "blackbox_spectral_norm",
     "bound_versus_empirical",
     "fisher_bound",
+    "fisher_effective_rank",
+    "fisher_eigenpairs",
     "fisher_spectral_norm",
     "fisher_trace",
     "lipschitz_bound",
     "mean_log1p",
     "register_bound_rule",
+    "universal_spectral_norm",
 ]

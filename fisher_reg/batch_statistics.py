@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.forward import LogitsFunction
+from fisher_reg.forward import LogitsFunction, apply_affine, batch_norm_affine
 
 Statistics = tuple[Tensor, Tensor]
 Recording = dict[_BatchNorm, list[Statistics]]
@@ -131,10 +131,4 @@ def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) 
 
 
 def _normalise(module: _BatchNorm, statistics: Iterator[Statistics], hidden: Tensor) -> Tensor:
-    mean, variance = next(statistics)
-    scale = (variance + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight
-    shift = -mean * scale if module.bias is None else module.bias - mean * scale
-    shape = (1, -1) + (1,) * (hidden.ndim - 2)
-    return hidden * scale.view(shape) + shift.view(shape)
+    return apply_affine(hidden, *batch_norm_affine(module, *next(statistics)))

@@ -7,12 +7,14 @@ The rooms above see only a function from ``(B, *S)`` to ``(B, K)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 LogitsFunction = Callable[[Tensor], Tensor]
 
@@ -74,19 +76,23 @@ def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
     """Open a pass that can be differentiated twice, whatever surrounds it, and yield the inputs to use in it.
 
     Autograd is on even under ``no_grad`` and ``inference_mode``; autocast is off and half precision is promoted to
-    float32, because second derivatives of rounded values are noise; attention uses the one kernel that has second
-    derivatives; compiled modules run eagerly, since compiled code has no double backward.
+    float32, because derivatives of rounded values are noise; compiled modules run eagerly, since compiled code has no
+    double backward.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(inputs.device.type, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         yield inputs.detach().clone().to(torch.float32 if inputs.dtype in _HALF else inputs.dtype)
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Open a forward whose attention has second derivatives and a forward mode, which the fused kernels lack."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def evaluation_behaviour(model: LogitsFunction) -> Generator[None, None, None]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     for module in modules:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
                 f"{module} keeps no running statistics, so in evaluation each prediction depends on the whole batch "
                 "and no per-example Fisher matrix exists. Use track_running_stats=True."
@@ -113,6 +119,49 @@ def evaluation_behaviour(model: LogitsFunction) -> Generator[None, None, None]:
             module.training = flag
 
 
+@contextmanager
+def affine_batch_norm(model: LogitsFunction) -> Generator[None, None, None]:
+    """Apply each batch norm as the scale and shift that it is in evaluation: one pass over the activations, not three.
+
+    A subclass or a module with a forward of its own stays as it is. The parameters get no gradient from it.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    plain = [module for module in modules if isinstance(module, _BatchNorm) and _is_plain(module)]
+    try:
+        for module in plain:
+            module.forward = partial(_running_batch_norm, module)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module in plain:
+            vars(module).pop("forward", None)
+
+
+def batch_norm_affine(module: _BatchNorm, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale and shift ``(C,)`` that ``module`` is with the statistics ``(C,)``."""
+    scale = (variance + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    return scale, -mean * scale if module.bias is None else module.bias - mean * scale
+
+
+def apply_affine(hidden: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift the channels of ``(B, C, ...)``."""
+    shape = (1, -1) + (1,) * (hidden.ndim - 2)
+    return torch.addcmul(shift.view(shape), hidden, scale.view(shape))
+
+
+def _is_plain(module: _BatchNorm) -> bool:
+    return type(module).forward is _BatchNorm.forward and "forward" not in vars(module)
+
+
+def _running_batch_norm(module: _BatchNorm, hidden: Tensor) -> Tensor:
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    with torch.no_grad():  # a scale that needs a gradient would keep its argument in memory
+        scale, shift = batch_norm_affine(module, module.running_mean, module.running_var)
+    return apply_affine(hidden, scale, shift)
+
+
 def as_function(model: LogitsFunction) -> LogitsFunction:
     """Return ``model`` as a function that neither changes its argument in place nor computes in half precision."""
     if not isinstance(model, nn.Module):
@@ -122,3 +171,29 @@ def as_function(model: LogitsFunction) -> LogitsFunction:
     if not promoted:
         return lambda inputs: model(inputs.clone())
     return lambda inputs: functional_call(model, promoted, (inputs.clone(),))
+
+
+def in_fast_layout(function: LogitsFunction, model: LogitsFunction) -> LogitsFunction:
+    """Return ``function`` with images ``(B, C, H, W)`` laid out as convolutions on a CPU like them, channels last.
+
+    The layout is no part of a tensor's value, but a module that calls ``view`` on its activations may refuse it; that
+    one gets its inputs as they were.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if not any(isinstance(module, nn.Conv2d) for module in modules):
+        return function
+    refused = False
+
+    def call(inputs: Tensor) -> Tensor:
+        nonlocal refused
+        if refused or inputs.ndim != 4 or inputs.device.type != "cpu":
+            return function(inputs)
+        try:
+            return function(inputs.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            refused = "view size is not compatible" in str(error)
+            if not refused:
+                raise
+            return function(inputs)
+
+    return call

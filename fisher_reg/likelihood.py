@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.errors import NonFiniteLogitsError
+from fisher_reg.sampling import normal, uniform
 
 
 class Likelihood(Protocol):
@@ -38,6 +39,18 @@ class Likelihood(Protocol):
 
         The direction :math:`c` carries no gradient and its weight :math:`\omega` does;
         :math:`\omega\,c c^\top \preceq \Sigma` for each example.
+        """
+
+    def candidates(self, logits: Tensor, count: int) -> Tensor:
+        """At most ``count`` logit directions ``(B, count, K)`` whose span most likely holds what dominates.
+
+        The first is that of :meth:`contrast`.
+        """
+
+    def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        r"""Draw labels :math:`y` under the model, as ``(B, K)`` :math:`w` with :math:`L^\top w = \nabla_z \log p(y)`.
+
+        :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`.
         """
 
     def largest_eigenvalue(self) -> float:
@@ -80,6 +93,20 @@ class Categorical:
         pair = torch.stack([first, second], 1)
         return direction, log_p.gather(1, pair).sum(1).exp()
 
+    def candidates(self, logits: Tensor, count: int) -> Tensor:
+        """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
+        ranked = logits.topk(min(count + 1, logits.shape[1]), dim=1).indices
+        indicators = torch.nn.functional.one_hot(ranked, logits.shape[1]).to(logits)
+        contrast = indicators[:, :1] - indicators[:, 1:2]
+        return torch.cat([contrast, indicators[:, :1], indicators[:, 2:]], 1)[:, :count]
+
+    def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        r"""Draw one label per example: :math:`w = e_y / \sqrt{p_y}`, ``(B, K)``."""
+        probabilities = logits.softmax(1)
+        device = probabilities.device if generator is None else generator.device
+        label = torch.multinomial(probabilities.to(device), 1, generator=generator).to(logits.device)
+        return torch.zeros_like(logits).scatter_(1, label, probabilities.gather(1, label).rsqrt())
+
     def largest_eigenvalue(self) -> float:
         """Bound it by 1/2: ``p_j (1 - p_j) + sum_k p_j p_k = 2 p_j (1 - p_j)`` bounds every Gershgorin disc."""
         return 0.5
@@ -105,6 +132,16 @@ class Bernoulli:
         variance = _root_bernoulli_variance(logits).square()
         uncertain = logits.abs().argmin(1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
+
+    def candidates(self, logits: Tensor, count: int) -> Tensor:
+        """Indicators of the ``count`` least certain labels."""
+        ranked = (-logits.abs()).topk(min(count, logits.shape[1]), dim=1).indices
+        return torch.nn.functional.one_hot(ranked, logits.shape[1]).to(logits)
+
+    def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        r"""Draw every label: :math:`w = (y - p) / \sqrt{p(1-p)} = \pm e^{\mp z/2}`, ``(B, K)``."""
+        is_one = uniform(logits, generator) < logits.sigmoid()
+        return torch.where(is_one, (-0.5 * logits).exp(), -(0.5 * logits).exp())
 
     def largest_eigenvalue(self) -> float:
         """Bound it by 1/4, reached at ``p = 1/2``."""
@@ -139,6 +176,17 @@ class Gaussian:
         """Take the mean of all outputs, with weight ``1 / variance``: no output is special."""
         direction = torch.full_like(logits, logits.shape[1] ** -0.5)
         return direction, logits.new_full(logits.shape[:1], 1 / self.variance)
+
+    def candidates(self, logits: Tensor, count: int) -> Tensor:
+        """Mean of all outputs, then single outputs: none is special."""
+        num_outputs = logits.shape[1]
+        single = torch.eye(num_outputs, dtype=logits.dtype, device=logits.device)
+        rows = torch.cat([single.mean(0, keepdim=True), single])[: min(count, num_outputs)]
+        return rows.expand(len(logits), -1, -1)
+
+    def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw the outputs: standard normal ``(B, K)``."""
+        return normal(logits, generator)
 
     def largest_eigenvalue(self) -> float:
         """Return ``1 / variance``, exactly."""

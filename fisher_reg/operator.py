@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisher_reg.forward import LogitsFunction, check_input_std
+from fisher_reg.forward import LogitsFunction, check_input_std, twice_differentiable
 from fisher_reg.likelihood import Likelihood, check_logits
 
 Jvp = Callable[[Tensor], Tensor]
@@ -16,17 +16,17 @@ Linearization = Callable[[LogitsFunction, Tensor, Tensor], Jvp]
 
 
 def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
-    """Jacobian-vector products by dual numbers: about two forwards each, nothing stored.
+    """Jacobian-vector products by dual numbers: three to six forwards each on a CPU, nothing stored.
 
     A network with an operation that has no forward-mode derivative gets :func:`double_backward` instead, which gives
-    the same numbers at about twice the cost.
+    the same numbers.
 
     Returns:
         The function that applies the Jacobian.
     """
 
     def push(tangent: Tensor) -> Tensor:
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), twice_differentiable(), forward_ad.dual_level():
             dual = forward_ad.make_dual(inputs.detach(), tangent)
             pushed = forward_ad.unpack_dual(function(dual)).tangent
         return torch.zeros_like(logits) if pushed is None else pushed
@@ -38,7 +38,9 @@ def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jv
         try:
             return chosen(tangent)
         except NotImplementedError:
-            chosen = double_backward(function, inputs, logits)
+            fresh = inputs.detach().requires_grad_()
+            with twice_differentiable():
+                chosen = double_backward(function, fresh, function(fresh))
             return chosen(tangent)
 
     return jvp
@@ -73,20 +75,44 @@ def vjp_only(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
     return jvp
 
 
+def difference_quotient(
+    function: LogitsFunction, inputs: Tensor, logits: Tensor, tangent: Tensor, slope: Tensor
+) -> Tensor:
+    r"""Jacobian-vector product by :math:`(z(x + h v) - z(x)) / h`: one forward.
+
+    ``slope`` ``(B,)`` is about the largest :math:`\|J v\|` over unit vectors. The step moves the logits by
+    :math:`\sqrt{\varepsilon}` of their size, where round-off and curvature cost alike, about
+    :math:`\sqrt\varepsilon` of the result each; a kink inside the step costs more. Solvers measure the error.
+
+    Returns:
+        ``(B, K)``.
+    """
+    numbers = torch.finfo(logits.dtype)
+    rise = slope * tangent.flatten(1).norm(dim=1)
+    moves = rise > 0
+    size = 1 + logits.detach().abs().amax(1)
+    step = torch.where(moves, numbers.eps**0.5 * size / rise, 1.0).clamp_max(numbers.max**0.5)
+    with torch.no_grad():
+        moved = function(inputs.detach() + step.view(-1, *[1] * (inputs.ndim - 1)) * tangent)
+    return torch.where(moves[:, None], (moved - logits.detach()) / step[:, None], 0.0)
+
+
 class InputFisher:
     r"""Input-space Fisher matrices of a batch, one per example, through their whitened Jacobian.
 
     With logits :math:`z(x)`, :math:`J = \partial z / \partial x` and the factor :math:`L` of the likelihood,
     :math:`A = L J D` and :math:`F = A^\top A`, where :math:`D = \mathrm{diag}(1/\text{input\_std})` is the identity
     unless given. Vectors are flat: inputs ``(B, d)``, outputs ``(B, K)``. One ``adjoint`` is one backward pass, one
-    ``apply`` one forward-mode pass.
+    ``apply`` one forward-mode pass or one forward.
 
     Args:
         function: Per-example function from ``(B, *S)`` to logits ``(B, K)``.
         inputs: ``(B, *S)``, floating point.
         likelihood: What the logits parametrise.
         input_std: Broadcastable to ``(B, *S)``; see :func:`fisher_reg.fisher_spectral_norm`.
-        linearize: How ``apply`` differentiates: :func:`forward_mode` or :func:`double_backward`.
+        linearize: How an exact ``apply`` differentiates: :func:`forward_mode`, or :func:`double_backward` where the
+            function cannot be called again for the same numbers.
+        quotients: Whether an ``apply`` that need not be exact is a :func:`difference_quotient`.
 
     Raises:
         ValueError: If the logits have a wrong shape, are not finite, or do not depend on the inputs.
@@ -99,6 +125,7 @@ class InputFisher:
         likelihood: Likelihood,
         input_std: Tensor | None = None,
         linearize: Linearization = forward_mode,
+        quotients: bool = False,
     ) -> None:
         if input_std is not None:
             check_input_std(input_std)
@@ -106,6 +133,7 @@ class InputFisher:
         self.inputs = inputs.detach().requires_grad_()
         self.likelihood = likelihood
         self.linearize = linearize
+        self.quotients = quotients
         self.logits = function(self.inputs)
         check_logits(self.logits, len(inputs), likelihood)
         if not self.logits.requires_grad:
@@ -115,29 +143,48 @@ class InputFisher:
             )
         self._std = None if input_std is None else input_std.to(inputs).expand_as(inputs)
         self._jvp = linearize(function, self.inputs, self.logits)
+        self._slope = self.logits.new_zeros(len(inputs))
 
-    @property
-    def start(self) -> Tensor:
-        r"""``(B, K)``: :math:`L c` with the contrast :math:`c` of the likelihood, which is near the top as a rule."""
+    def starts(self, count: int) -> Tensor:
+        r"""At most ``count`` vectors ``(B, count, K)``: :math:`L c` for the candidates :math:`c` of the likelihood."""
         logits = self.logits.detach()
-        return self.likelihood.whiten(logits, self.likelihood.contrast(logits)[0])
+        candidates = self.likelihood.candidates(logits, count)
+        return torch.stack([self.likelihood.whiten(logits, direction) for direction in candidates.unbind(1)], 1)
 
-    def apply(self, tangent: Tensor) -> Tensor:
+    def labels(self, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw labels under the model, as ``(B, K)`` with :math:`A^\top w = D\,\nabla_x \log p(y|x)`."""
+        return self.likelihood.labels(self.logits.detach(), generator)
+
+    def apply(self, tangent: Tensor, *, exact: bool = False) -> Tensor:
         """``A v``: ``(B, d)`` to ``(B, K)``."""
-        pushed = self._jvp(self._rescale(tangent.view_as(self.inputs)))
+        direction = self._rescale(tangent.view_as(self.inputs))
+        if self.quotients and not exact and bool(self._slope.any()):
+            pushed = difference_quotient(self.function, self.inputs, self.logits, direction, self._slope)
+        else:
+            pushed = self._jvp(direction)
         return self.likelihood.whiten(self.logits.detach(), pushed.detach())
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """``Aᵀ u``: ``(B, K)`` to ``(B, d)``."""
-        pulled = self.pullback(self.likelihood.unwhiten(self.logits.detach(), cotangent))
-        return pulled.detach()
+        weights = self.likelihood.unwhiten(self.logits.detach(), cotangent)
+        (pulled,) = torch.autograd.grad(self.logits, self.inputs, weights, retain_graph=True, materialize_grads=True)
+        row = self._rescale(pulled).flatten(1)
+        length = weights.norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
+        self._slope = self._slope.maximum(row.norm(dim=1) / length)
+        return row
 
-    def pullback(self, cotangent: Tensor, *, create_graph: bool = False) -> Tensor:
-        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, differentiable on request."""
-        (pulled,) = torch.autograd.grad(
-            self.logits, self.inputs, cotangent, retain_graph=True, create_graph=create_graph, materialize_grads=True
-        )
+    def pullback(self, cotangent: Tensor) -> Tensor:
+        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, itself differentiable."""
+        (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, create_graph=True, materialize_grads=True)
         return self._rescale(pulled).flatten(1)
+
+    def restrict(self, keep: Tensor) -> InputFisher | None:
+        """Return the operator of the examples where ``keep`` ``(B,)`` is true, at the cost of their forward.
+
+        None where the function must not be called again (:func:`double_backward`): its dropout and batch statistics
+        belong to the whole batch.
+        """
+        return None if self.linearize is double_backward else self._at(keep)
 
     def split(self, max_examples: int) -> Iterator[InputFisher]:
         """Yield the operator in chunks of at most ``max_examples``; each but a single one costs its own forward."""
@@ -145,9 +192,13 @@ class InputFisher:
             yield self
             return
         for start in range(0, len(self.inputs), max_examples):
-            chunk = slice(start, start + max_examples)
-            std = None if self._std is None else self._std[chunk]
-            yield InputFisher(self.function, self.inputs[chunk], self.likelihood, std, self.linearize)
+            yield self._at(slice(start, start + max_examples))
+
+    def _at(self, index: Tensor | slice) -> InputFisher:
+        std = None if self._std is None else self._std[index]
+        part = InputFisher(self.function, self.inputs[index], self.likelihood, std, self.linearize, self.quotients)
+        part._slope = self._slope[index]
+        return part
 
     def _rescale(self, tangent: Tensor) -> Tensor:
         return tangent if self._std is None else tangent / self._std

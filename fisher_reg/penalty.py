@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fisher_reg.batch_statistics import frozen
-from fisher_reg.forward import LogitsFunction, as_function, check_inputs, differentiable
+from fisher_reg.forward import LogitsFunction, as_function, check_inputs, differentiable, twice_differentiable
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher, Linearization, double_backward, vjp_only
-from fisher_reg.solvers import Lanczos, random_signs
+from fisher_reg.sampling import signs
+from fisher_reg.solvers import Lanczos
 
 Reduction = Callable[[Tensor], Tensor]
 
@@ -87,9 +88,7 @@ class SpectralPenalty:
             if self.num_steps == 0:
                 direction, weight = self.likelihood.contrast(fisher.logits)
                 return self.reduction(weight * _squared_length(fisher, direction))
-            result = Lanczos(self.num_steps).solve(fisher, generator)
-            image = fisher.apply(result.eigenvector)
-            top = torch.nn.functional.normalize(image, dim=1)
+            top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
             return self.reduction(_squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top)))
 
 
@@ -128,7 +127,7 @@ class TracePenalty:
         """
         with training_operator(model, inputs, self.likelihood, self.input_std, vjp_only) as fisher:
             lengths = [
-                _squared_length(fisher, self.likelihood.unwhiten(fisher.logits, random_signs(fisher.logits, generator)))
+                _squared_length(fisher, self.likelihood.unwhiten(fisher.logits, signs(fisher.logits, generator)))
                 for _ in range(self.num_samples)
             ]
             return torch.stack(lengths).mean()
@@ -153,11 +152,11 @@ def training_operator(
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
     """
     check_inputs(inputs)
-    with differentiable(inputs) as safe_inputs:
+    with differentiable(inputs) as safe_inputs, twice_differentiable():
         function = as_function(model)
         with frozen(model, function, safe_inputs):
             yield InputFisher(function, safe_inputs, likelihood, input_std, linearize)
 
 
 def _squared_length(fisher: InputFisher, cotangent: Tensor) -> Tensor:
-    return fisher.pullback(cotangent, create_graph=True).square().sum(1)
+    return fisher.pullback(cotangent).square().sum(1)

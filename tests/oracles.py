@@ -45,18 +45,31 @@ def dense_jacobian(function, shape, dtype=torch.float64):
 class MatrixOperator:
     """A batch of explicit matrices A (B, K, d), for testing solvers without a network."""
 
-    def __init__(self, matrix, start=None):
+    def __init__(self, matrix, start=None, noise=0.0, counter=None):
         self.matrix = matrix
         self.start = matrix.new_ones(matrix.shape[:2]) if start is None else start
-        self.count = 0
+        self.noise = noise
+        self.counter = [] if counter is None else counter
 
-    def apply(self, v):
-        self.count += 1
-        return (self.matrix @ v[:, :, None]).squeeze(2)
+    @property
+    def count(self):
+        return len(self.counter)
+
+    def starts(self, count):
+        units = torch.eye(self.start.shape[1], dtype=self.start.dtype).expand(len(self.start), -1, -1)
+        return torch.cat([self.start[:, None], units], 1)[:, : min(count, self.start.shape[1])]
+
+    def apply(self, v, exact=False):
+        self.counter.append(len(v))
+        image = (self.matrix @ v[:, :, None]).squeeze(2)
+        return image if exact else image + self.noise * image.norm(dim=1, keepdim=True) * torch.randn_like(image)
 
     def adjoint(self, u):
-        self.count += 1
+        self.counter.append(len(u))
         return (self.matrix.mT @ u[:, :, None]).squeeze(2)
+
+    def restrict(self, keep):
+        return MatrixOperator(self.matrix[keep], self.start[keep], self.noise, self.counter)
 
 
 def with_singular_values(values, num_rows, num_columns, batch=3):

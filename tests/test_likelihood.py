@@ -32,6 +32,17 @@ def test_contrast_lies_below_the_fisher_matrix_and_its_bound_above(likelihood, c
         assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_eigenvalue() + 1e-12
 
 
+@pytest.mark.parametrize(("likelihood", "covariance"), CASES)
+def test_candidates_begin_with_the_contrast_and_span_all_outputs(likelihood, covariance):
+    logits = torch.randn(5, 4, dtype=torch.float64) * 3
+    candidates = likelihood.candidates(logits, 4)
+    contrast = likelihood.contrast(logits)[0]
+    assert_close(torch.cosine_similarity(candidates[:, 0], contrast), torch.ones(5, dtype=torch.float64))
+    assert_close(candidates[:, :2], likelihood.candidates(logits, 2))
+    assert (torch.linalg.matrix_rank(candidates) == 4).all()
+    assert likelihood.candidates(logits, 9).shape[1] <= 4
+
+
 def test_categorical_bound_is_reached_by_two_equal_classes():
     z = torch.tensor([[0.0, 0.0, -1e3]], dtype=torch.float64)
     p = z.softmax(1)[0]

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fisher_reg import Categorical
+from fisher_reg.eigen import dense_rows
 from fisher_reg.operator import InputFisher, double_backward, forward_mode, vjp_only
-from fisher_reg.solvers import dense_rows
 from tests import cases, oracles
 
 
@@ -38,6 +40,37 @@ def test_both_linearizations_agree_on_a_trained_network(trained, digits):
             InputFisher(trained, x, Categorical(), linearize=rule).apply(v) for rule in (forward_mode, double_backward)
         ]
     assert_close(*images, rtol=1e-3, atol=1e-5)
+
+
+def test_a_difference_quotient_is_the_product_to_half_the_digits(trained, digits):
+    # on noisy images, since flat backgrounds lie on the kinks of max pooling
+    x = cases.test_images(digits, 32).double()
+    x = x + 0.05 * torch.randn_like(x)
+    fisher = InputFisher(copy.deepcopy(trained).double(), x, Categorical(), quotients=True)
+    row = fisher.adjoint(fisher.starts(1)[:, 0])
+    v = row / row.norm(dim=1, keepdim=True)
+    exact = fisher.apply(v, exact=True)
+    error = (fisher.apply(v) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 0 < error.median() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_the_step_of_a_quotient_follows_the_unit_of_the_inputs(scale):
+    model = cases.tiny_network()
+    x = torch.randn(5, 6)
+    fisher = InputFisher(lambda y: model(y / scale), x * scale, Categorical(), quotients=True)
+    row = fisher.adjoint(fisher.starts(1)[:, 0])
+    exact = fisher.apply(row, exact=True)
+    assert_close(fisher.apply(row), exact, rtol=0, atol=5e-3 * exact.abs().max().item())
+
+
+def test_a_part_of_a_batch_is_its_own_operator_unless_the_graph_must_not_be_rebuilt():
+    fisher, _, _ = _fisher(input_std=torch.full((6,), 2.0))
+    keep = torch.tensor([True, False, True])
+    u = torch.randn(3, 4, dtype=torch.float64)
+    assert_close(fisher.restrict(keep).adjoint(u[keep]), fisher.adjoint(u)[keep])
+    stored, _, _ = _fisher(double_backward)
+    assert stored.restrict(keep) is None
 
 
 def test_backward_only_says_so():

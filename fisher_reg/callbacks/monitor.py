@@ -19,12 +19,13 @@ from torchmetrics import SumMetric
 
 from fisher_reg.bounds import UpperBound, fisher_bound
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
+from fisher_reg.eigen import Solver
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
-from fisher_reg.solvers import Hutchinson, Solver
+from fisher_reg.trace import Hutchinson
 
 _TRACE = Hutchinson(num_samples=4)
 

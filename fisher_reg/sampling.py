@@ -1,0 +1,33 @@
+"""Random numbers with the shape, type and device of a tensor, drawn where the generator lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return independent fair signs."""
+    return 2 * (uniform(like, generator) < 0.5).to(like) - 1
+
+
+def uniform(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return numbers in [0, 1)."""
+    return _draw(torch.rand, like, generator)
+
+
+def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return standard normal numbers."""
+    return _draw(torch.randn, like, generator)
+
+
+def fixed_generator(device: torch.device) -> torch.Generator:
+    """Return a generator that gives the same numbers each time, which estimates use unless told otherwise."""
+    return torch.Generator(device).manual_seed(0)
+
+
+def _draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return sample(like.shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
