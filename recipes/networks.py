@@ -1,0 +1,40 @@
+"""A trained network for the recipes that measure one: a checkpoint of ``recipes.train``, or trained on the spot."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from recipes.classifier import Classifier
+from recipes.data import ImageData
+
+
+def trained_network(config: DictConfig, data: ImageData) -> nn.Module:
+    """Build ``config.model`` for ``data`` and train it with ``config.trainer``, or load ``config.checkpoint``.
+
+    Returns:
+        The network, in evaluation mode.
+    """
+    network = instantiate(config.model, spec=data.spec)
+    module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
+    if config.checkpoint is not None:
+        module.load_state_dict(torch.load(config.checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        return network.eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        instantiate(config.trainer).fit(module, train_dataloaders=data.train_dataloader())
+    return network.eval()
+
+
+def prepared_data(config: DictConfig) -> ImageData:
+    """Seed everything and read ``config.data``."""
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data: ImageData = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    return data

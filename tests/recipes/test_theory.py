@@ -1,0 +1,48 @@
+"""The theory recipe as a user starts it, small, and what it must find."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from recipes.theory import BREAKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theory")
+    small = ["num_images=8", "num_repeats=40", "num_labels=[8,64,512]", "num_probes=[1,8]", "num_lengths=16"]
+    command = [sys.executable, "-m", "recipes.theory", "trainer.max_epochs=2", *small, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "what theory says" in done.stdout
+    return folder
+
+
+def test_every_rate_is_the_one_of_theory(folder):
+    summary = json.loads((folder / "theory.json").read_text())
+    assert summary["label_variance_slope"] == pytest.approx(-0.5, abs=0.05)
+    for direction in ("top_eigenvector", "random_direction"):
+        assert summary[f"divergence_slope_{direction}"] == pytest.approx(2, abs=0.02)
+        assert summary[f"deviation_slope_{direction}"] == pytest.approx(1, abs=0.15)
+        assert 1e-3 < summary[f"breaks_at_{direction}"] < 10
+    assert summary["breaks_at_top_eigenvector"] < summary["breaks_at_random_direction"]
+    for probe in ("Rademacher", "StandardNormal"):
+        # 8 images x 40 repeats x 2 counts: a root mean square with a standard error of about 5 %, heavy tails more
+        assert summary[f"trace_error_over_formula_{probe}"] == pytest.approx(1, abs=0.2)
+
+
+def test_the_curves_and_the_figure_are_there(folder):
+    curves = pd.read_csv(folder / "theory.csv")
+    assert set(curves.check) == {"label variance", "divergence", "deviation", "trace error", "trace error, formula"}
+    deviation = curves[(curves.check == "deviation") & (curves.series == "top eigenvector")]
+    medians = deviation.groupby("x").value.median()
+    assert medians.iloc[0] < BREAKS < medians.iloc[-1]
+    with Image.open(folder / "theory.png") as image:
+        assert image.width > 1000
