@@ -136,6 +136,75 @@ class Digits(ArrayData):
         return {"train": (images[train], digits.target[train]), "test": (images[test], digits.target[test])}
 
 
+class Numbers(ArrayData):
+    """Numbers of one to three of scikit-learn's digits side by side: 10, 100 or 1000 classes, no download.
+
+    The digits have the same size whatever their number, and a random height each. Test and validation numbers are made
+    of other handwriting than training numbers.
+
+    Args:
+        num_digits: Digits of each number; ``10 ** num_digits`` classes, all of which occur equally often.
+        image_size: Height and width; a digit takes a third of it.
+        num_train: Training images.
+        num_test: Test images, and as many validation images.
+        batch_size: Images per training and evaluation batch.
+        num_workers: Worker processes per loader.
+
+    Raises:
+        ValueError: If there are fewer training or test images than classes, or more than three digits.
+    """
+
+    def __init__(
+        self,
+        num_digits: int = 1,
+        image_size: int = 32,
+        num_train: int = 4000,
+        num_test: int = 1000,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        if not 1 <= num_digits <= 3:
+            raise ValueError(f"num_digits must be 1, 2 or 3: a digit takes a third of the image; got {num_digits}.")
+        if min(num_train, num_test) < 10**num_digits:
+            raise ValueError(
+                f"{num_train} training and {num_test} test images do not cover the {10**num_digits} classes of numbers "
+                f"of {num_digits} digits; give at least as many of each."
+            )
+        self.num_digits = num_digits
+        self.image_size = image_size
+        self.num_train = num_train
+        self.num_test = num_test
+
+    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Put the numbers together."""
+        digits = Digits(image_size=self.image_size // 3).arrays()
+        rng = np.random.default_rng(SPLIT_SEED)
+        images, labels = digits["test"]
+        test, val = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=SPLIT_SEED)
+        parts = {
+            "train": (*digits["train"], self.num_train),
+            "val": (images[val], labels[val], self.num_test),
+            "test": (images[test], labels[test], self.num_test),
+        }
+        return {split: self._numbers(*part, rng) for split, part in parts.items()}
+
+    def _numbers(
+        self, digits: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        size = digits.shape[1]
+        numbers = np.arange(count) % 10**self.num_digits
+        images = np.zeros((count, self.image_size, self.image_size), dtype=digits.dtype)
+        first = (self.image_size - self.num_digits * size) // 2
+        written = [np.flatnonzero(labels == digit) for digit in range(10)]
+        for image, number in zip(images, numbers, strict=True):
+            for place, digit in enumerate(f"{number:0{self.num_digits}d}"):
+                row = rng.integers(self.image_size - size + 1)
+                left = first + place * size
+                image[row : row + size, left : left + size] = digits[rng.choice(written[int(digit)])]
+        return images, numbers
+
+
 class TorchvisionArrays(ArrayData):
     """A torchvision data set that keeps all its images in memory: MNIST, CIFAR10, CIFAR100.
 

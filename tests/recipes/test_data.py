@@ -5,7 +5,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from recipes import data as recipes_data
-from recipes.data import Digits, ImageFolder, Npz, TorchvisionArrays
+from recipes.data import Digits, ImageFolder, Npz, Numbers, TorchvisionArrays
 
 
 def test_digits_are_pixels_with_disjoint_stratified_splits(digits):
@@ -112,3 +112,34 @@ def test_torchvision_files_that_are_there_are_read_as_pixels(tmp_path):
     assert data.spec.num_classes == 3
     assert_close(data.splits["test"].tensors[0], torch.ones(10, 1, 28, 28))
     assert data.splits["test"].tensors[1].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_numbers_cover_every_class_with_other_handwriting_for_testing():
+    data = Numbers(num_digits=2, num_train=600, num_test=200)
+    data.setup()
+    assert data.spec.num_classes == 100
+    assert (data.spec.num_channels, data.spec.image_size) == (1, 32)
+    for split in ("train", "val", "test"):
+        images, labels = data.splits[split].tensors
+        assert images.min() == 0
+        assert images.max() <= 1
+        assert labels.bincount(minlength=100).min() > 0
+    one = Numbers(num_digits=1, num_train=600, num_test=200)
+    assert (one.arrays()["train"][0] > 0).mean() < (data.arrays()["train"][0] > 0).mean()
+    again = Numbers(num_digits=2, num_train=600, num_test=200).arrays()
+    np.testing.assert_array_equal(again["test"][0], data.arrays()["test"][0])
+    written = {split: _digits_of(*data.arrays()[split]) for split in ("train", "val", "test")}
+    assert not written["train"] & (written["test"] | written["val"])
+    assert not written["test"] & written["val"]
+
+
+def _digits_of(images, numbers):
+    """The handwriting of the last digit, cut out where it begins."""
+    cut = images[:, :, 16:26]
+    return {image[image.any(1)].tobytes() for image in cut}
+
+
+@pytest.mark.parametrize("arguments", [{"num_digits": 4}, {"num_digits": 0}, {"num_digits": 3, "num_test": 999}])
+def test_numbers_that_cannot_be_are_refused(arguments):
+    with pytest.raises(ValueError, match="num_digits must be 1, 2 or 3|do not cover the 1000 classes"):
+        Numbers(**arguments)
