@@ -112,13 +112,12 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     methods = available_methods(config.methods)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tables = []
+    rows = pd.DataFrame()
     with Progress() as progress:
         task = progress.add_task("", total=len(config.cases) * len(methods) * (config.num_rounds + 1))
         for case in config.cases:
-            tables.append(run_case(config, case, methods, device, progress, task))
-    rows = pd.concat(tables, ignore_index=True)
-    rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
+            rows = pd.concat([rows, run_case(config, case, methods, device, progress, task)], ignore_index=True)
+            rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
     result = {
         "environment": environment(device),
         "config": OmegaConf.to_container(config, resolve=True),
@@ -150,12 +149,22 @@ def available_methods(names: list[str] | None) -> list[Method]:
 def run_case(
     config: DictConfig, case: DictConfig, methods: list[Method], device: torch.device, progress: Progress, task: TaskID
 ) -> pd.DataFrame:
-    """Train the network of a case and measure all methods on it."""
+    """Train the network of a case and measure all methods on its first test images.
+
+    Returns:
+        One row per method.
+
+    Raises:
+        ValueError: If a test batch has fewer than ``num_images``.
+    """
     progress.update(task, description=f"{case.name}: training")
-    config = OmegaConf.merge(config, {"model": config.networks[case.network], "data": case.data})
+    plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
+    config = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
     data = prepared_data(config)
     network = trained_network(config, data).to(device)
     images, labels = (part.to(device) for part in next(iter(data.test_dataloader())))
+    if len(images) < config.num_images:
+        raise ValueError(f"num_images={config.num_images} needs data.batch_size of as many; got {len(images)} images.")
     with torch.no_grad():
         accuracy = float((network(images).argmax(1) == labels).float().mean())
     images, labels = images[: config.num_images], labels[: config.num_images]
