@@ -180,7 +180,7 @@ def run_case(
                 forward = _timed(lambda: _forward(network, images), device)[1]
                 found[method.name], seconds = _timed(partial(method.estimate, network, inputs[method.name]), device)
                 if number > 0 or seconds > config.max_seconds:
-                    times[method.name].append((forward / len(images), seconds / len(inputs[method.name])))
+                    times[method.name].append((forward, seconds))
             progress.advance(task)
     truth = found[REFERENCE] if REFERENCE in found else _ours(network, images, solver=Exact())
     at_once = {True: slice(None), False: slice(1)}
@@ -191,12 +191,12 @@ def run_case(
     rows = []
     for method in methods:
         forward, seconds = map(pd.Series, zip(*times[method.name], strict=True))
-        ratios = seconds / forward
         count = len(inputs[method.name])
+        ratios = seconds / count / (forward / len(images))
         errors = (found[method.name] / truth[:count] - 1).abs().double().cpu()
         together = images[at_once[method.batched]]
         call = partial(method.estimate, network, together)
-        traceable = device.type == "cuda" or seconds.median() * len(together) < config.max_seconds
+        traceable = device.type == "cuda" or seconds.median() / count * len(together) < config.max_seconds
         memory = peak_memory(call, device) if traceable else math.nan
         rows.append(
             {
@@ -213,7 +213,7 @@ def run_case(
                 "p95_error": float(errors.quantile(0.95)),
                 "forwards": ratios.median(),
                 "forwards_iqr": ratios.quantile(0.75) - ratios.quantile(0.25),
-                "images_per_second": 1 / seconds.median(),
+                "images_per_second": count / seconds.median(),
                 "peak_memory_mb": memory / 2**20,
                 "memory_ratio": memory / steps[method.batched],
             }

@@ -16,6 +16,7 @@ from torch import nn
 from fisher_reg import Exact, fisher_spectral_norm
 from recipes import peers
 from recipes.benchmark import METHODS, available_methods, environment, peak_memory
+from recipes.performance_table import inserted
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["num_images=8", "num_peer_images=1", "num_rounds=2", "max_seconds=0.5", "trainer.max_epochs=1"]
@@ -105,6 +106,13 @@ def test_peak_memory_counts_what_is_held_at_once():
 
     assert peak_memory(one_after_another, CPU) == pytest.approx(2**20, rel=0.01)
     assert peak_memory(together, CPU) == pytest.approx(4 * 2**20, rel=0.01)
+
+
+def test_the_readme_shows_the_kept_numbers():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert inserted(readme, pd.read_csv(ROOT / "recipes" / "results" / "benchmark.csv")) == readme
+    with pytest.raises(ValueError, match="got 0"):
+        inserted("no place", pd.read_csv(ROOT / "recipes" / "results" / "benchmark.csv"))
 
 
 def test_the_large_preset_is_large(tmp_path):
