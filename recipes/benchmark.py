@@ -274,7 +274,8 @@ def draw(rows: pd.DataFrame) -> Figure:
         panel.grid(alpha=0.3)
     for panel in axes[len(cases) :]:
         panel.remove()
-    figure.supxlabel("cost per image, in forward passes of the same batch")
+    for panel in axes[max(0, len(cases) - columns) : len(cases)]:
+        panel.set_xlabel("cost per image, in forward passes")
     figure.supylabel("95th percentile of the relative error")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
