@@ -65,7 +65,8 @@ class BlackBox:
     The expectation of the largest eigenvalue of a sketch is too high, by at most
     :math:`\lambda ((1 + \sqrt{r/m})^2 + 1/m - 1)` with the effective rank :math:`r = \mathrm{tr} F / \lambda` (Chevet's
     inequality), and by far less where the largest eigenvalue stands alone; a jackknife over groups of directions takes
-    off its leading term.
+    off its leading term. All of this holds for answers that are differentiable at the inputs: at kinks, such as those
+    of max pooling on a flat background, the estimate is far too high.
 
     Args:
         num_queries: Calls of ``predict`` in all, at least 2.
