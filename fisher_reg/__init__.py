@@ -1,7 +1,16 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
-from fisher_reg.bounds import UpperBound, fisher_bound, lipschitz_bound, register_bound_rule
+from fisher_reg.bounds import (
+    Tightening,
+    UpperBound,
+    blockwise_fisher_bound,
+    certified_radius,
+    fisher_bound,
+    lipschitz_bound,
+    local_fisher_bound,
+    register_bound_rule,
+)
 from fisher_reg.callbacks import FisherMonitor, FisherRegularizer
 from fisher_reg.eigen import EigenResult
 from fisher_reg.errors import (
@@ -16,7 +25,7 @@ from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.forward import LogitsOf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
-from fisher_reg.penalty import SpectralPenalty, TracePenalty, mean_log1p
+from fisher_reg.penalty import BoundPenalty, SpectralPenalty, TracePenalty, mean_log1p
 from fisher_reg.solvers import Exact, HutchinsonMax, Lanczos, PowerIteration
 from fisher_reg.trace import Hutchinson, Rademacher, SampledLabels, StandardNormal
 from fisher_reg.universal import universal_spectral_norm
@@ -26,6 +35,7 @@ __all__ = [
     "BlackBox",
     "BlackBoxMax",
     "BlackBoxResult",
+    "BoundPenalty",
     "Categorical",
     "EigenResult",
     "Exact",
@@ -48,16 +58,20 @@ __all__ = [
     "SampledLabels",
     "SpectralPenalty",
     "StandardNormal",
+    "Tightening",
     "TracePenalty",
     "UpperBound",
     "blackbox_spectral_norm",
+    "blockwise_fisher_bound",
     "bound_versus_empirical",
+    "certified_radius",
     "fisher_bound",
     "fisher_effective_rank",
     "fisher_eigenpairs",
     "fisher_spectral_norm",
     "fisher_trace",
     "lipschitz_bound",
+    "local_fisher_bound",
     "mean_log1p",
     "register_bound_rule",
     "universal_spectral_norm",

@@ -12,8 +12,7 @@ then replayed.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -75,7 +74,7 @@ def replay(recording: Recording) -> Generator[None, None, None]:
     try:
         for module, statistics in recording.items():
             module.training = False
-            module.forward = partial(_normalise, module, itertools.cycle(statistics))  # type: ignore[method-assign]
+            module.forward = _Replayed(module, statistics)  # type: ignore[assignment]
         yield
     finally:
         for module, forward in replaced.items():
@@ -130,5 +129,29 @@ def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) 
     recording.setdefault(module, []).append((hidden.mean(axes), hidden.var(axes, unbiased=False)))
 
 
-def _normalise(module: _BatchNorm, statistics: Iterator[Statistics], hidden: Tensor) -> Tensor:
-    return apply_affine(hidden, *batch_norm_affine(module, *next(statistics)))
+class _Replayed:
+    """The forward of a batch norm with recorded statistics, those of the next call each time."""
+
+    def __init__(self, module: _BatchNorm, statistics: list[Statistics]) -> None:
+        self.module = module
+        self.statistics = statistics
+        self.calls = 0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        mean, variance = self.statistics[self.calls % len(self.statistics)]
+        self.calls += 1
+        return apply_affine(hidden, *batch_norm_affine(self.module, mean, variance))
+
+
+def replayed_variance(module: nn.Module) -> Tensor | None:
+    """Return the variance ``(C,)`` that a batch norm normalises with in a replay; None outside of one.
+
+    Raises:
+        ValueError: If it has several.
+    """
+    forward = vars(module).get("forward")
+    if not isinstance(forward, _Replayed):
+        return None
+    if len(forward.statistics) != 1:
+        raise ValueError(f"{module} was called {len(forward.statistics)} times and has no one scale.")
+    return forward.statistics[0][1]

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_LEVELS = {
+    "global": ("tab:red", "s-", "global upper bound"),
+    "local": ("tab:orange", "s-", "local upper bound, mean of log"),
+    "blockwise": ("tab:purple", "s--", "blockwise (not certified), mean of log"),
+}
+
+
 def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
     r"""Draw the estimate and the bounds above it over the epochs, on a logarithmic axis.
 
@@ -39,7 +46,8 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
     keys = dict.fromkeys(key for entry in history for key in entry)
     levels = [key.removeprefix("fisher/log10_bound_") for key in keys if key.startswith("fisher/log10_bound_")]
     for level in levels:
-        axes.plot(epochs, series(f"fisher/log10_bound_{level}"), "s-", color="tab:red", label=f"{level} upper bound")
+        colour, line, name = _LEVELS.get(level, ("tab:red", "s-", f"{level} upper bound"))
+        axes.plot(epochs, series(f"fisher/log10_bound_{level}"), line, color=colour, label=name)
     curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}
     for name, colour in curves.items():
         decades = [_log10(value) for value in series(f"fisher/lambda_max_{name}")]

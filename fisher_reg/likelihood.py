@@ -53,8 +53,14 @@ class Likelihood(Protocol):
         :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`.
         """
 
-    def largest_eigenvalue(self) -> float:
-        r"""Upper bound of :math:`\lambda_\max(\Sigma(z))` over all logits."""
+    def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
+        r"""Largest :math:`\lambda_\max(W^\top \Sigma(z) W)` over all logits, a scalar in double precision.
+
+        ``rows`` is :math:`W` ``(K, D)``, the identity where it is None. The bound is reached for some logits.
+        """
+
+    def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        r"""Return :math:`\lambda_\max(W^\top \Sigma(z) W)` for each of ``(B, K)`` logits, ``(B,)``."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,19 @@ class Categorical:
         label = torch.multinomial(probabilities.to(device), 1, generator=generator).to(logits.device)
         return torch.zeros_like(logits).scatter_(1, label, probabilities.gather(1, label).rsqrt())
 
-    def largest_eigenvalue(self) -> float:
-        """Bound it by 1/2: ``p_j (1 - p_j) + sum_k p_j p_k = 2 p_j (1 - p_j)`` bounds every Gershgorin disc."""
-        return 0.5
+    def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
+        r"""Return :math:`\tfrac14 \max_{jk} \|w_j - w_k\|^2`, 1/2 for the identity.
+
+        :math:`v^\top W^\top \Sigma W v` is the variance of :math:`w_k^\top v` over the labels. By Popoviciu's
+        inequality it is at most a quarter of the squared range, which even odds for two labels reach.
+        """
+        if rows is None:
+            return torch.tensor(0.5, dtype=torch.float64)
+        return largest_distance(rows.double()).square() / 4
+
+    def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the largest eigenvalue of ``L W W' L'``."""
+        return _whitened_curvature(self, logits, rows)
 
 
 @dataclass(frozen=True)
@@ -143,9 +159,13 @@ class Bernoulli:
         is_one = uniform(logits, generator) < logits.sigmoid()
         return torch.where(is_one, (-0.5 * logits).exp(), -(0.5 * logits).exp())
 
-    def largest_eigenvalue(self) -> float:
-        """Bound it by 1/4, reached at ``p = 1/2``."""
-        return 0.25
+    def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
+        """Return a quarter of the squared norm of ``W``, reached at ``p = 1/2``."""
+        return 0.25 * _squared_norm(rows)
+
+    def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the largest eigenvalue of ``L W W' L'``."""
+        return _whitened_curvature(self, logits, rows)
 
 
 @dataclass(frozen=True)
@@ -180,17 +200,32 @@ class Gaussian:
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Mean of all outputs, then single outputs: none is special."""
         num_outputs = logits.shape[1]
-        single = torch.eye(num_outputs, dtype=logits.dtype, device=logits.device)
-        rows = torch.cat([single.mean(0, keepdim=True), single])[: min(count, num_outputs)]
-        return rows.expand(len(logits), -1, -1)
+        mean = torch.full_like(logits[:1], 1 / num_outputs)
+        single = torch.eye(min(count, num_outputs) - 1, num_outputs, dtype=logits.dtype, device=logits.device)
+        return torch.cat([mean, single]).expand(len(logits), -1, -1)
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw the outputs: standard normal ``(B, K)``."""
         return normal(logits, generator)
 
-    def largest_eigenvalue(self) -> float:
-        """Return ``1 / variance``, exactly."""
-        return 1 / self.variance
+    def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
+        """Return the squared norm of ``W`` over the variance, at all logits."""
+        return _squared_norm(rows) / self.variance
+
+    def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the same for each example."""
+        return self.largest_curvature(rows).expand(len(logits))
+
+
+def largest_distance(rows: Tensor) -> Tensor:
+    """Return the largest Euclidean distance between two rows of ``(K, D)``, differentiable, zero for equal ones."""
+    with torch.no_grad():
+        per_row = [torch.cdist(row[None], rows, compute_mode="donot_use_mm_for_euclid_dist")[0] for row in rows]
+        distances = torch.stack([distance.amax() for distance in per_row])
+        first = int(distances.argmax())
+        second = int(per_row[first].argmax())
+    distance: Tensor = torch.linalg.vector_norm(rows[first] - rows[second])
+    return distance
 
 
 def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> None:
@@ -228,6 +263,27 @@ def _root_probabilities(logits: Tensor) -> Tensor:
 def _root_bernoulli_variance(logits: Tensor) -> Tensor:
     log_sigmoid = torch.nn.functional.logsigmoid
     return (0.5 * (log_sigmoid(logits) + log_sigmoid(-logits))).exp()
+
+
+def _squared_norm(rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return torch.ones((), dtype=torch.float64)
+    norm: Tensor = torch.linalg.matrix_norm(rows.double(), 2)
+    return norm.square()
+
+
+def _whitened_curvature(likelihood: Likelihood, logits: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the largest eigenvalue of ``L G L'``, ``G = W W'``, one example at a time: ``K^2`` numbers."""
+    num_outputs = logits.shape[1]
+    gram = torch.eye(num_outputs, dtype=torch.float64, device=logits.device)
+    if rows is not None:
+        gram = rows.double() @ rows.double().mT
+    largest = []
+    for row in logits.double():
+        repeated = row.expand(num_outputs, -1)
+        half = likelihood.whiten(repeated, gram)
+        largest.append(torch.linalg.eigvalsh(likelihood.whiten(repeated, half.mT))[-1])
+    return torch.stack(largest).clamp_min(0)
 
 
 def _remove_component(vector: Tensor, unit: Tensor) -> Tensor:

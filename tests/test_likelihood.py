@@ -29,7 +29,7 @@ def test_contrast_lies_below_the_fisher_matrix_and_its_bound_above(likelihood, c
     for z, c, omega in zip(logits, direction, weight, strict=True):
         eigenvalues = torch.linalg.eigvalsh(covariance(z) - omega * torch.outer(c, c))
         assert eigenvalues.min() > -1e-12
-        assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_eigenvalue() + 1e-12
+        assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_curvature() + 1e-12
 
 
 @pytest.mark.parametrize(("likelihood", "covariance"), CASES)
@@ -46,9 +46,26 @@ def test_candidates_begin_with_the_contrast_and_span_all_outputs(likelihood, cov
 def test_categorical_bound_is_reached_by_two_equal_classes():
     z = torch.tensor([[0.0, 0.0, -1e3]], dtype=torch.float64)
     p = z.softmax(1)[0]
-    assert_close(
-        torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max().item(), Categorical().largest_eigenvalue()
-    )
+    assert_close(torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)).max(), Categorical().largest_curvature())
+
+
+@pytest.mark.parametrize(("likelihood", "covariance"), CASES)
+def test_the_curvature_of_a_linear_layer_is_that_of_the_dense_matrix_and_below_its_largest(likelihood, covariance):
+    logits, rows = 3 * torch.randn(5, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    for weight in (rows, None):
+        matrix = torch.eye(4, dtype=torch.float64) if weight is None else weight
+        dense = torch.stack([torch.linalg.eigvalsh(matrix.T @ covariance(z) @ matrix)[-1] for z in logits])
+        curvature = likelihood.curvature_at(logits, weight)
+        assert_close(curvature, dense)
+        assert (curvature <= likelihood.largest_curvature(weight) * (1 + 1e-12)).all()
+
+
+def test_the_largest_curvature_is_reached_by_even_odds_of_the_two_farthest_rows():
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]], dtype=torch.float64)
+    logits = torch.tensor([[0.0, 0.0, -1e3]], dtype=torch.float64)
+    assert_close(Categorical().largest_curvature(rows).item(), 25 / 4)
+    assert_close(Categorical().curvature_at(logits, rows).item(), 25 / 4)
+    assert Categorical().largest_curvature(torch.ones(3, 2)) == 0
 
 
 def test_saturated_logits_have_finite_values_and_gradients():

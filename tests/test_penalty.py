@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from fisher_reg import Exact, Gaussian, SpectralPenalty, TracePenalty, fisher_spectral_norm, fisher_trace, mean_log1p
+from fisher_reg import (
+    BoundPenalty,
+    Exact,
+    Gaussian,
+    SpectralPenalty,
+    TracePenalty,
+    fisher_bound,
+    fisher_spectral_norm,
+    fisher_trace,
+    mean_log1p,
+)
 from fisher_reg import penalty as penalty_module
 from tests import cases
 
@@ -217,3 +228,61 @@ def test_functional_parameters_receive_the_gradient():
     value = SpectralPenalty()(lambda y: functional_call(model, parameters, (y,)), x)
     gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     assert_close(gradients[0], torch.autograd.grad(SpectralPenalty()(model, x), model[0].weight)[0])
+
+
+def _spectral_normed_products(model):
+    """2 log of the product of singular values and of the distance of the last rows, less log 4, for two layers."""
+    first, last = model[0].weight.double(), model[-1].weight.double()
+    distances = (last[:, None] - last[None]).square().sum(2)
+    return 2 * torch.linalg.matrix_norm(first, 2).log() + distances.max().log() - math.log(4)
+
+
+def test_the_bound_penalty_is_the_log_of_the_bound_with_its_gradient():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(3, 6)
+    penalty = BoundPenalty()(model, x)
+    assert_close(penalty.item() / math.log(10), fisher_bound(model, x).log10_value, rtol=1e-9, atol=0)
+    expected = _spectral_normed_products(model)
+    assert_close(penalty.detach(), expected.detach(), rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(penalty, [model[0].weight, model[2].weight]),
+        torch.autograd.grad(expected, [model[0].weight, model[2].weight]),
+        strict=True,
+    ):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    std = torch.full((6,), 0.5)
+    assert_close(BoundPenalty(input_std=std)(model, x), penalty + 2 * math.log(2))
+
+
+def test_descending_the_bound_penalty_lowers_the_bound_of_each_family(family, digits):
+    model, x = cases.network(family, digits), cases.test_images(digits, 4)
+    if family == "vit":
+        nn.init.normal_(model.network.heads.head.weight)
+    model.eval()
+    before = fisher_bound(model, x).log10_value
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
+    for _ in range(3):
+        optimizer.zero_grad()
+        BoundPenalty()(model, x).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        optimizer.step()
+    assert fisher_bound(model, x).log10_value < before - 0.01
+
+
+def test_the_bound_penalty_gains_nothing_from_a_weight_that_batch_norm_rescales():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, eps=1e-9), nn.ReLU(), nn.Linear(5, 3)).double().train()
+    x = torch.randn(16, 6, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(BoundPenalty()(model, x), model[0].weight)
+    assert_close((slope * model[0].weight).sum().item(), 0.0, rtol=0, atol=1e-6)  # eps over the variance
+    assert slope.norm() > 1e-3
+    assert model[1].num_batches_tracked == 0
+    (frozen_slope,) = torch.autograd.grad(BoundPenalty()(model.eval(), x), model[0].weight)
+    assert (frozen_slope * model[0].weight).sum() > 1  # with running statistics it would shrink the weight instead
+
+
+def test_the_bound_penalty_refuses_a_function():
+    with pytest.raises(ValueError, match="needs the weights of an nn.Module; got function"):
+        BoundPenalty()(lambda x: x, torch.zeros(1, 2))

@@ -1,15 +1,30 @@
-"""Certified upper bounds, composed over the traced network from one rule per layer type."""
+"""Upper bounds, composed over the traced network from one rule per layer type."""
 
-from fisher_reg.bounds.bound import UpperBound, fisher_bound, lipschitz_bound
-from fisher_reg.bounds.graph import BoundTerm
+from fisher_reg.bounds import layers  # noqa: F401  (registers the rules of torch's layers)
+from fisher_reg.bounds.blockwise import blockwise_fisher_bound
+from fisher_reg.bounds.bound import (
+    BoundTerm,
+    UpperBound,
+    certified_radius,
+    fisher_bound,
+    lipschitz_bound,
+    local_fisher_bound,
+    log_fisher_bound,
+)
 from fisher_reg.bounds.registry import Gain, Layer, register_bound_rule
+from fisher_reg.bounds.tightening import Tightening
 
 __all__ = [
     "BoundTerm",
     "Gain",
     "Layer",
+    "Tightening",
     "UpperBound",
+    "blockwise_fisher_bound",
+    "certified_radius",
     "fisher_bound",
     "lipschitz_bound",
+    "local_fisher_bound",
+    "log_fisher_bound",
     "register_bound_rule",
 ]

@@ -1,73 +1,249 @@
-r"""Lipschitz constant of self-attention on a bounded set of tokens.
+r"""Certified operator norms of softmax self-attention.
 
-Dot-product attention has none on an unbounded domain (Kim, Papamakarios, Mnih 2021, arXiv 2006.04710). Behind a layer
-norm its tokens are :math:`x = \gamma \odot y + \beta` with :math:`\|y\| \le r`, and it has one.
+Dot-product attention has no Lipschitz constant on an unbounded domain (Kim, Papamakarios, Mnih 2021, arXiv 2006.04710).
+Behind a layer norm its tokens are :math:`x = \gamma \odot y + \beta` with :math:`\|y\| \le r`, and it has one; at given
+tokens its Jacobian always has a norm.
+
+For one head let :math:`q_i, k_j, v_j \in R^h` be the projected tokens, :math:`c` the scale of the scores,
+:math:`p_i = \mathrm{softmax}_j(c\, q_i^\top k_j)` and :math:`o_i = \sum_j p_{ij} v_j`. Values, queries and keys add to
+
+.. math:: do_i = \sum_j p_{ij}\, dv_j + c\, C_i\, dq_i + c\, N_i (q_i^\top dk_j)_j , \quad
+          N_i = [p_{ij} (v_j - o_i)]_j , \quad C_i = \mathrm{Cov}_{j \sim p_i}(v_j, k_j) .
+
+Biases of keys and values drop out. An additive mask is a constant in the softmax, and what it removes has
+:math:`p_{ij} = 0`; each row must keep an entry. For the operators on all n tokens together (Euclidean norms):
+
+- Values: :math:`\|P\| \le \sqrt n` for a row-stochastic :math:`P`, since :math:`\sum_i p_{ij} \le n`.
+- Queries: the operator is block-diagonal, :math:`c \max_i \|C_i\|`. If all v and k lie in balls of radius
+  :math:`R_v, R_k`, it is at most :math:`c R_v R_k`, since no standard deviation in a ball exceeds its radius.
+- Keys: :math:`\sum_i \|N_i (q_i^\top dk_j)_j\|^2 \le \sum_j \|D Q\, dk_j\|^2` with :math:`D = \mathrm{diag} \|N_i\|`
+  and rows :math:`q_i` of Q, hence :math:`c \|D Q\|`, in a ball at most :math:`c \sqrt{n/2}\, R_v \max_i \|q_i\|`: with
+  the softmax's Jacobian :math:`S = \mathrm{diag}(p) - p p^\top \preceq 1/2`, a unit u and :math:`w_j = u^\top v_j`
+  :math:`\|N_i^\top u\|^2 = w^\top S^2 w \le w^\top S w / 2 = \mathrm{Var}(w) / 2 \le R_v^2 / 2`.
+
+**Heads.** Any invertible matrix may move between :math:`W_o` and :math:`W_v`, or between :math:`W_q` and :math:`W_k`.
+Each term becomes :math:`\sum_h U_h T_h V_h^\top` with (nearly) orthonormal columns of :math:`U_h, V_h`, bases of the
+head's outputs and inputs, and all the rest merged in :math:`T_h`. With :math:`\|T_h\| \le t_h`, by Cauchy-Schwarz,
+
+.. math:: \Big\| \sum_h U_h T_h V_h^\top \Big\|^2
+          \le \Big\| \sum_h t_h U_h U_h^\top \Big\|\, \Big\| \sum_h t_h V_h V_h^\top \Big\| ,
+
+never above :math:`(\sum_h t_h)^2`, the triangle inequality, and :math:`\max_h t_h^2` for heads that share nothing.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fisher_reg.bounds.conv import linear_norm
-from fisher_reg.bounds.registry import Tokens
+from fisher_reg.bounds.registry import Ball, Tokens
 
 
-def self_attention_lipschitz(
-    in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, num_heads: int, num_tokens: int, tokens: Tokens
-) -> float:
-    r"""Bound the Lipschitz constant of multi-head self-attention over the given range of tokens.
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The weights of H heads of h channels; biases of keys, values and outputs do not matter."""
 
-    For one head let :math:`q_i, k_j, v_j` be linear in the n tokens, :math:`p_i = \mathrm{softmax}_j(q_i^\top k_j /
-    \sqrt h)` and :math:`o_i = \sum_j p_{ij} v_j`. Then
+    query: Tensor  # (H, h, E)
+    key: Tensor  # (H, h, E)
+    value: Tensor  # (H, h, E)
+    query_bias: Tensor  # (H, h)
+    out: Tensor  # (H, E_out, h)
+    scale: float  # multiplies the scores, usually h ** -0.5
 
-    .. math:: do_i = \sum_j p_{ij}\, dv_j
-                     + \mathrm{Cov}_{j \sim p_i}\big(v_j,\ (dq_i^\top k_j + q_i^\top dk_j)/\sqrt h\big) .
+    @classmethod
+    def of(cls, module: nn.MultiheadAttention) -> AttentionWeights:
+        """Return the weights of torch's module, in float64; keys and values must be as wide as queries, none added."""
+        heads, embed_dim = module.num_heads, module.embed_dim
+        separate = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        projections = separate if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
+        query, key, value = (matrix.double().unflatten(0, (heads, -1)) for matrix in projections)
+        bias = query.new_zeros(embed_dim) if module.in_proj_bias is None else module.in_proj_bias[:embed_dim].double()
+        out = module.out_proj.weight.double().unflatten(1, (heads, -1)).movedim(1, 0)
+        return cls(query, key, value, bias.reshape(heads, -1), out, module.head_dim**-0.5)
 
-    A row-stochastic matrix has spectral norm at most :math:`\sqrt n`, which bounds the first sum over all heads by
-    :math:`\sqrt n\,\sigma(W_v)`. By Cauchy-Schwarz the covariance is at most the product of the standard deviations;
-    those of :math:`v` and :math:`k` in any direction are at most :math:`R_v = \sigma(W_v \Gamma) r` and
-    :math:`R_k = \sigma(W_k \Gamma) r` (a shift drops out), and that of :math:`q_i^\top dk_j` is at most
-    :math:`R_q (\sum_j p_{ij} \|dk_j\|^2)^{1/2}` with :math:`R_q = \sigma(W_q \Gamma) r + \|W_q \beta + b_q\|`.
-    Summing over i, with :math:`\sum_i p_{ij} \le n`, the second term is at most
+    def on_scaled_tokens(self, token_scale: Tensor) -> AttentionWeights:
+        """Return the weights of the same map as one of ``token_scale * x``, for a positive ``token_scale`` ``(E,)``."""
+        query, key, value = (matrix / token_scale for matrix in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value)
 
-    .. math:: \frac{R_v}{\sqrt h} \big( R_k\, \sigma(W_q) + \sqrt n\, R_q\, \sigma(W_k) \big)
 
-    per head. Heads are concatenated (root of squares) and projected by :math:`W_o`.
+@dataclass(frozen=True)
+class AttentionGains:
+    """Lipschitz constants of dot-product attention in one input at a time, ``()``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def self_attention_lipschitz(weights: AttentionWeights, num_tokens: int, tokens: Tokens) -> Tensor:
+    r"""Bound the Lipschitz constant of self-attention over a range of tokens, masked or not.
+
+    Derived in the module's text; W maps the tokens into a ball of radius :math:`\|W \Gamma\| r`.
 
     Args:
-        in_weight: ``(3 E, E)``: queries, keys, values.
-        in_bias: ``(3 E,)`` or None.
-        out_weight: ``(E, E)``.
-        num_heads: Heads; each has ``h = E / num_heads`` channels.
-        num_tokens: n. Masks only remove summands and keep the bound.
+        weights: The weights.
+        num_tokens: n.
         tokens: The range of the tokens.
 
     Returns:
-        The constant, Euclidean over all tokens together.
+        The constant ``()`` in float64, Euclidean over all tokens together, differentiable. Exact for one token.
     """
-    embed_dim = in_weight.shape[1]
-    head_dim = embed_dim // num_heads
-    weight = in_weight.detach().double()
-    bias = weight.new_zeros(3 * embed_dim) if in_bias is None else in_bias.detach().double()
-    gamma, beta = tokens.gamma.detach().double(), tokens.beta.detach().double()
-    root_n = math.sqrt(num_tokens)
+    parts = _Parts.of(weights)
+    if num_tokens == 1:
+        return _norm(parts.merged)
+    query, key, value = (_norm(part * tokens.gamma) * tokens.radius for part in (parts.query, parts.key, parts.value))
+    centre = torch.linalg.vector_norm(parts.query @ tokens.beta.double() + parts.query_bias, dim=-1)
+    plain = _norm(_beside(weights.out.double())) * _norm(_beside(weights.value.double().mT))
+    through_values = torch.minimum(plain, _over_heads(parts.value_norm, parts.out_basis, parts.value_basis))
+    through_queries = _over_heads(value * key, parts.out_basis, parts.query_basis)
+    through_keys = _over_heads(value * (query + centre), parts.out_basis, parts.key_basis)
+    return math.sqrt(num_tokens) * (through_values + through_keys / math.sqrt(2)) + through_queries
 
-    def bound_of_head(query: Tensor, key: Tensor, value: Tensor, query_bias: Tensor) -> float:
-        query_radius = linear_norm(query * gamma) * tokens.radius + float((query @ beta + query_bias).norm())
-        key_radius, value_radius = (linear_norm(matrix * gamma) * tokens.radius for matrix in (key, value))
-        through_queries, through_keys = key_radius * linear_norm(query), root_n * query_radius * linear_norm(key)
-        return value_radius / math.sqrt(head_dim) * (through_queries + through_keys)
 
-    queries, keys, values = (part.split(head_dim) for part in weight.split(embed_dim))
-    query_biases = bias[:embed_dim].split(head_dim)
-    heads = [bound_of_head(*head) for head in zip(queries, keys, values, query_biases, strict=True)]
-    through_values = root_n * linear_norm(weight[2 * embed_dim :])
-    return linear_norm(out_weight) * (through_values + math.hypot(*heads))
+def self_attention_norm_at(weights: AttentionWeights, hidden: Tensor, probabilities: Tensor) -> Tensor:
+    r"""Bound the norm of the Jacobian of self-attention at given tokens.
+
+    The module's text has the derivation, with the actual :math:`P, C_i, N_i` in place of their bounds. In addition
+
+    - values: with :math:`M_h = W_o^h W_v^h` and the mean :math:`\bar P` over heads, :math:`\sum_h P_h \otimes M_h =
+      \bar P \otimes \sum_h M_h + \sum_h (P_h - \bar P) \otimes M_h`, which is exact for heads that attend alike;
+    - queries: the triangle inequality over heads at each token;
+    - keys: the Schur test, by row and column sums of the blocks' norms :math:`c p_{ij} \|v_j - o_i\| \|q_i\|`.
+
+    Args:
+        weights: The weights.
+        hidden: ``(B, n, E)``, the tokens x.
+        probabilities: ``(B, H, n, n)``, the attention at these tokens; rows sum to one.
+
+    Returns:
+        The bounds ``(B,)`` in float64, differentiable, never above :func:`self_attention_lipschitz` of a range of these
+        tokens. Eigenvalues of two ``h x h`` matrices per token and head; without gradients memory is ``O(n * n * h)``.
+    """
+    parts = _Parts.of(weights)
+    hidden, probabilities = hidden.double(), probabilities.double()
+    projections = parts.value, parts.key, parts.query, parts.query_bias
+    terms = [
+        _terms_at(attention, tokens @ value.mT, tokens @ key.mT, tokens @ query.mT + bias)
+        for tokens, attentions in zip(hidden, probabilities, strict=True)
+        for attention, value, key, query, bias in zip(attentions, *projections, strict=True)
+    ]
+    queries, keys = (torch.stack(term).unflatten(0, probabilities.shape[:2]) for term in zip(*terms, strict=True))
+    merged_queries = _over_heads(queries.amax(-1), parts.out_basis, parts.query_basis)
+    through_queries = torch.minimum(merged_queries, queries.sum(1).amax(-1))
+    through_keys = _over_heads(keys, parts.out_basis, parts.key_basis)
+    return _through_values_at(weights, parts, probabilities) + through_queries + through_keys
+
+
+def dot_product_attention_gains(num_queries: int, scale: float, query: Ball, key: Ball, value: Ball) -> AttentionGains:
+    r"""Bound the Lipschitz constants of ``softmax(scale * q @ k.mT + mask) @ v`` in q, k and v.
+
+    The module's text has the derivation. For m queries and n keys only m enters: :math:`\sum_i p_{ij} \le m` bounds
+    the m x n matrix P by :math:`\sqrt m`, and :math:`D Q` has m rows. Heads act on separate entries, so that the
+    constants of one hold for all together; keys or values that heads share must be counted once per head.
+
+    Args:
+        num_queries: m.
+        scale: Multiplies the scores.
+        query: The range of each head's queries; only their norm matters.
+        key: The range of each head's keys; only their radius matters.
+        value: The range of each head's values; only their radius matters.
+
+    Returns:
+        :math:`c R_v R_k`, :math:`c \sqrt{m/2}\, R_v \max \|q\|` and :math:`\sqrt m`, with the other inputs in range.
+    """
+    radius = abs(scale) * torch.as_tensor(value.radius, dtype=torch.float64)
+    root = radius.new_tensor(num_queries).sqrt()
+    return AttentionGains(query=radius * key.radius, key=root / math.sqrt(2) * radius * query.norm, value=root)
 
 
 def layer_norm_tokens(gamma: Tensor, beta: Tensor) -> Tokens:
     r"""Return the range of a layer norm: :math:`\gamma \odot y + \beta` with :math:`\|y\| \le \sqrt d`."""
     return Tokens(torch.as_tensor(gamma), torch.as_tensor(beta), math.sqrt(gamma.numel()))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bases ``(H, E, h)`` of each head's outputs and inputs, and projections ``(H, h, E)`` that hold all the rest."""
+
+    out_basis: Tensor
+    value_basis: Tensor
+    query_basis: Tensor
+    key_basis: Tensor
+    value: Tensor
+    key: Tensor
+    query: Tensor
+    query_bias: Tensor
+    value_norm: Tensor  # (H,): of each head's W_o W_v
+    merged: Tensor  # (E_out, E): the sum over heads of W_o W_v
+
+    @classmethod
+    def of(cls, weights: AttentionWeights) -> _Parts:
+        query, key, value, out = (part.double() for part in (weights.query, weights.key, weights.value, weights.out))
+        (out_basis, out_rest), (value_basis, value_rest) = _basis(out), _basis(value.mT)
+        (query_basis, query_rest), (key_basis, key_rest) = _basis(query.mT), _basis(key.mT)
+        to_query = weights.scale * key_rest  # q^T dk = (key_rest q)^T (key_basis^T dx)
+        bias = (to_query @ weights.query_bias.double()[..., None])[..., 0]
+        projections = out_rest @ value, weights.scale * query_rest @ key, to_query @ query, bias
+        norm = _norm(out_rest @ value_rest.mT)
+        return cls(out_basis, value_basis, query_basis, key_basis, *projections, norm, (out @ value).sum(0))
+
+
+def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a basis ``(H, E, h)`` and a rest ``(H, h, h)`` whose product is the given ``(H, E, h)``."""
+    # Any invertible rest is valid. The ridge keeps it so, and the gradient finite, where columns are dependent.
+    gram = columns.mT @ columns
+    ridge = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-30
+    lower = torch.linalg.cholesky(gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:-1])))
+    return torch.linalg.solve_triangular(lower, columns.mT, upper=False).mT, lower.mT
+
+
+def _through_values_at(weights: AttentionWeights, parts: _Parts, probabilities: Tensor) -> Tensor:
+    norms, mean, bases = _norm(probabilities), probabilities.mean(1), (parts.out_basis, parts.value_basis)
+    unlike = _norm(probabilities - mean[:, None]) * parts.value_norm
+    alike = _norm(mean) * _norm(parts.merged) + _over_heads(unlike, *bases)
+    plain = _norm(_beside(weights.out.double())) * _root(_largest_sum(norms**2, weights.value.double().mT))
+    return torch.minimum(torch.minimum(plain, alike), _over_heads(norms * parts.value_norm, *bases))
+
+
+def _terms_at(attention: Tensor, value: Tensor, key: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the norms of one head's query term at each token ``(n,)`` and of its key term ``()``."""
+    centred = value - (attention @ value)[:, None]  # v_j - o_i, (n, n, h)
+    moved = attention[..., None] * centred
+    key_rows = _norm(moved)[:, None] * query
+    lengths = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
+    blocks = attention * torch.linalg.vector_norm(centred, dim=-1) * lengths
+    schur = _root(blocks.sum(1).amax() * blocks.sum(0).amax())
+    return _norm(moved.mT @ key), torch.minimum(_norm(key_rows), schur)
+
+
+def _over_heads(norms: Tensor, out_basis: Tensor, in_basis: Tensor) -> Tensor:
+    """Bound the sum over heads of ``out_basis @ T @ in_basis.mT`` for ``T`` of the given norms ``(..., H)``."""
+    return _root(_largest_sum(norms, out_basis) * _largest_sum(norms, in_basis))
+
+
+def _largest_sum(factors: Tensor, basis: Tensor) -> Tensor:
+    """Return the largest eigenvalue of the sum over heads of ``factor * basis @ basis.mT``."""
+    columns = _beside(basis)
+    factors = factors.repeat_interleave(basis.shape[-1], -1)[..., None, :]
+    eigenvalues: Tensor = torch.linalg.eigvalsh((columns * factors) @ columns.mT)
+    return eigenvalues[..., -1]
+
+
+def _beside(matrices: Tensor) -> Tensor:
+    """Put ``(H, a, b)`` next to each other, ``(a, H b)``."""
+    return matrices.movedim(0, 1).flatten(1)
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Return the spectral norms of ``(..., a, b)``, by the largest eigenvalue of the smaller Gram matrix."""
+    gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
+    return _root(torch.linalg.eigvalsh(gram)[..., -1])
+
+
+def _root(square: Tensor) -> Tensor:
+    """Return the square root, with gradient 0 at 0."""
+    return square.clamp_min(1e-300).sqrt()

@@ -1,16 +1,43 @@
-"""Upper bounds of the Fisher spectral norm from the weights of the network."""
+"""Upper bounds of the Fisher spectral norm from the weights of the network, over all inputs and at given ones."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.graph import BoundTerm, compose
+from fisher_reg.bounds.balance import balanced_scales
+from fisher_reg.bounds.calls import log
+from fisher_reg.bounds.certified import CertifiedNorms
+from fisher_reg.bounds.conv import linear_norm
+from fisher_reg.bounds.graph import Composition, compose
+from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.trace import Trace, trace
 from fisher_reg.forward import check_input_std, check_inputs, evaluation_behaviour
 from fisher_reg.likelihood import Categorical, Likelihood, check_logits
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """The share of one layer.
+
+    Attributes:
+        name: Qualified name of the module.
+        layer: Its type, with what was merged into it.
+        norm: Its Lipschitz constant, in the coordinates that the layers around it left to it; the median over the
+            examples at a local level.
+        decades: Its share of ``log10_value``: the derivative of that by the logarithm of ``norm``, times that
+            logarithm. What is left over is that of the sums, copies and factors between the layers.
+    """
+
+    name: str
+    layer: str
+    norm: float
+    decades: float
 
 
 @dataclass(frozen=True)
@@ -18,31 +45,50 @@ class UpperBound:
     """An upper bound with its evidence.
 
     Attributes:
-        level: ``"global"`` (from the weights alone).
-        log10_value: Decimal logarithm of the bound; finite where the value itself would overflow.
+        level: ``"global"`` (from the weights alone), ``"local"`` (certified at the inputs), or ``"blockwise"``
+            (estimated at the inputs).
+        log10_value: Decimal logarithm of the bound, a number, or ``(B,)`` of the inputs; finite where the value itself
+            would overflow.
         certified: Whether the mathematics excludes that the true value lies above.
-        terms: The Lipschitz constants of the layers, in the order of the forward pass.
+        terms: The shares of the layers, in the order of the forward pass; their mean over the inputs.
         domain: The inputs for which the bound holds.
     """
 
     level: str
-    log10_value: float
+    log10_value: Any
     certified: bool
     terms: tuple[BoundTerm, ...]
     domain: str = "all inputs"
 
     @property
-    def value(self) -> float:
+    def value(self) -> Any:
         """The bound; infinite beyond the range of a double."""
+        if isinstance(self.log10_value, Tensor):
+            return 10**self.log10_value
         return 10**self.log10_value if self.log10_value < 308 else math.inf
 
     def __str__(self) -> str:
-        lines = [f"{term.norm:12.4g}  {term.name}  ({term.layer})" for term in self.terms]
+        total = float(torch.as_tensor(self.log10_value).double().mean())
+        shown = [term for term in self.terms if term.norm != 1.0 or term.decades != 0.0]
+        width = max([len(term.name) for term in shown] + [len("between")])
+        lines = [f"{'layer':{width}}  {'norm':>10}  decades  share"]
+        for term in shown:
+            share = f"{term.decades / total:6.1%}" if total else ""
+            lines.append(f"{term.name:{width}}  {term.norm:10.4g}  {term.decades:7.2f} {share}  {term.layer}")
+        rest = total - sum(term.decades for term in self.terms)
+        lines.append(
+            f"{'between':{width}}  {'':10}  {rest:7.2f} {rest / total if total else 0:6.1%}  sums, copies, factors"
+        )
+        largest = sorted(shown, key=lambda term: -term.decades)[:3]
+        if largest and largest[0].decades > 0:
+            lines.append("most to gain: " + ", ".join(term.name for term in largest if term.decades > 0))
         certificate = "certified" if self.certified else "not certified"
-        return "\n".join([*lines, f"bound 10^{self.log10_value:.2f}, {certificate}, {self.domain}"])
+        average = "mean of " if isinstance(self.log10_value, Tensor) else ""
+        lines.append(f"{self.level} bound {average}10^{total:.2f}, {certificate}, {self.domain}")
+        return "\n".join(lines)
 
 
-def lipschitz_bound(model: nn.Module, inputs: Tensor) -> UpperBound:
+def lipschitz_bound(model: nn.Module, inputs: Tensor, *, tightening: Tightening = Tightening()) -> UpperBound:
     r"""Bound the Lipschitz constant of the centred logits :math:`P z`, :math:`P = I - \mathbf 1 \mathbf 1^\top / K`.
 
     The softmax ignores a common shift of the logits, so nothing is lost by centring. Layers are composed over the
@@ -51,10 +97,10 @@ def lipschitz_bound(model: nn.Module, inputs: Tensor) -> UpperBound:
     Args:
         model: The network; its evaluation behaviour is bounded, and it is left as it was found.
         inputs: ``(B, *S)``; only the shape of one example matters.
+        tightening: Which certified improvements are used.
 
     Returns:
-        A certified bound, Euclidean to Euclidean, in logits per input unit. Seconds for small networks, minutes for
-        large convolutions on large images.
+        A certified bound, Euclidean to Euclidean, in logits per input unit.
 
     Raises:
         NoBoundError: For a part without a rule; the message shows how to register one.
@@ -66,7 +112,11 @@ def lipschitz_bound(model: nn.Module, inputs: Tensor) -> UpperBound:
         >>> round(lipschitz_bound(model, torch.zeros(1, 2)).value, 6)  # centred rows (2, 0) and (-2, 0)
         2.828427
     """
-    return _lipschitz(model, inputs, Categorical())
+
+    def head(rows: Tensor | None, logits: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.float64) if rows is None else log(linear_norm(rows - rows.mean(0)))
+
+    return _bound(model, inputs[:1], Categorical(), tightening, head, power=1)
 
 
 def fisher_bound(
@@ -75,19 +125,25 @@ def fisher_bound(
     *,
     likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
 ) -> UpperBound:
     r"""Bound the largest eigenvalue of the input-space Fisher matrix over all inputs, from the weights alone.
 
-    .. math:: \|F(x)\|_2 \le \tfrac12\, \mathrm{Lip}(P z)^2 ,
+    For logits :math:`z = W h(x) + b`
 
-    since :math:`F = (PJ)^\top \Sigma (PJ)` and :math:`\lambda_\max(\Sigma) \le \tfrac12` for a categorical output.
-    Other likelihoods have their own largest :math:`\Sigma`, and :math:`P = I`.
+    .. math:: \|F(x)\|_2 \le \max_p \lambda_\max(W^\top \Sigma(p) W)\, \mathrm{Lip}(h)^2
+              = \tfrac14 \max_{jk} \|w_j - w_k\|^2\, \mathrm{Lip}(h)^2 ,
+
+    since :math:`v^\top W^\top \Sigma W v` is the variance of :math:`w_k^\top v` over labels :math:`k`, which
+    Popoviciu's inequality bounds by a quarter of the squared range. A network that does not end in a linear layer has
+    :math:`\tfrac12 \mathrm{Lip}(z)^2`.
 
     Args:
         model: As in :func:`lipschitz_bound`.
         inputs: ``(B, *S)``; only the shape of one example matters.
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        tightening: Which certified improvements are used.
 
     Returns:
         A certified bound in nats per squared input unit.
@@ -102,22 +158,186 @@ def fisher_bound(
         >>> round(fisher_bound(model, torch.zeros(1, 2)).value, 6)  # tight here: F(0) has the eigenvalue 1
         1.0
     """
+
+    def head(rows: Tensor | None, logits: Tensor) -> Tensor:
+        return log(likelihood.largest_curvature(rows))
+
+    return _bound(model, inputs[:1], likelihood, tightening, head, input_std=input_std)
+
+
+def local_fisher_bound(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    likelihood: Likelihood = Categorical(),
+    input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
+) -> UpperBound:
+    r"""Bound the largest eigenvalue of the input-space Fisher matrix at the given inputs.
+
+    As :func:`fisher_bound`, with what is known there: the probabilities in :math:`\Sigma(p)`, the scales of layer
+    norms, the weights of attention, the slopes of activations, and which pixels win the max poolings. It bounds F at
+    these inputs, not in a neighbourhood of them.
+
+    Args:
+        model: As in :func:`lipschitz_bound`.
+        inputs: ``(B, *S)``.
+        likelihood: The output distribution.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        tightening: Which certified improvements are used.
+
+    Returns:
+        A certified bound with values ``(B,)``, in nats per squared input unit, for one forward pass and the norms of
+        :func:`fisher_bound`.
+
+    Raises:
+        NoBoundError: As in :func:`lipschitz_bound`.
+        ValueError: As in :func:`lipschitz_bound`.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> local_fisher_bound(model, torch.tensor([[0.0, 0.0], [5.0, 0.0]])).value  # p (1 - p) |w0 - w1|^2
+        tensor([1.0000e+00, 1.8158e-04], dtype=torch.float64)
+    """
+
+    def head(rows: Tensor | None, logits: Tensor) -> Tensor:
+        return log(likelihood.curvature_at(logits.double(), rows))
+
+    return _bound(model, inputs, likelihood, tightening, head, input_std=input_std, is_local=True)
+
+
+def log_fisher_bound(
+    model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
+) -> Tensor:
+    """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
+    traced = traced_model(model, inputs[:1], likelihood)
+    with torch.inference_mode(False), torch.enable_grad():
+        composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
+        log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
+    return log_value if input_std is None else log_value - 2 * input_std.min().log()
+
+
+def certified_radius(
+    model: nn.Module, inputs: Tensor, *, input_std: Tensor | None = None, tightening: Tightening = Tightening()
+) -> Tensor:
+    r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
+
+    .. math:: r(x) = \min_{k \ne y} \frac{z_y - z_k}{\mathrm{Lip}(z_y - z_k)}, \qquad
+              \mathrm{Lip}(z_y - z_k) \le \|w_y - w_k\|\, \mathrm{Lip}(h)
+
+    for logits :math:`z = W h + b` and :math:`y` the predicted class; :math:`\sqrt 2\, \mathrm{Lip}(z)` where the
+    network does not end in a linear layer. It holds against every attack, and is far below
+    the distance that attacks need.
+
+    Args:
+        model: As in :func:`lipschitz_bound`.
+        inputs: ``(B, *S)``.
+        input_std: If the model is fed ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
+        tightening: Which certified improvements are used.
+
+    Returns:
+        ``(B,)`` in input units, double precision; infinite where no perturbation can change anything.
+
+    Raises:
+        NoBoundError: As in :func:`lipschitz_bound`.
+        ValueError: As in :func:`lipschitz_bound`.
+
+    Reference: Tsuzuku, Sato, Sugiyama (2018), "Lipschitz-margin training", arXiv 1802.04034.
+
+    Example:
+        >>> model = nn.Linear(1, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> certified_radius(model, torch.tensor([[3.0]]))  # the boundary is at 0
+        tensor([3.], dtype=torch.float64)
+    """
     if input_std is not None:
         check_input_std(input_std)
-    lipschitz = _lipschitz(model, inputs, likelihood)
-    log10_value = 2 * lipschitz.log10_value + math.log10(likelihood.largest_eigenvalue())
+    traced = traced_model(model, inputs, Categorical())
+    with torch.inference_mode(False), torch.no_grad():
+        composition, _ = _tightest(traced, Categorical(), tightening, lambda rows, logits: _log_spread(rows))
+        logits = traced.result.double()
+        predicted = logits.argmax(1)
+        rows = composition.head
+        if rows is None:
+            rows = torch.eye(logits.shape[1], dtype=torch.float64, device=logits.device)
+        constants = torch.cdist(rows[predicted], rows, compute_mode="donot_use_mm_for_euclid_dist")
+        constants = constants * composition.log_norm.exp()
+        margins = logits.gather(1, predicted[:, None]) - logits
+        radii = torch.where(margins > 0, margins / constants, 0.0)
+        radii = radii.scatter(1, predicted[:, None], math.inf).amin(1)
+    return radii if input_std is None else radii * input_std.min().double()
+
+
+def _log_spread(rows: Tensor | None) -> Tensor:
+    return log(Categorical().largest_curvature(rows))
+
+
+Head = Callable[[Tensor | None, Tensor], Tensor]
+
+
+def _bound(
+    model: nn.Module,
+    inputs: Tensor,
+    likelihood: Likelihood,
+    tightening: Tightening,
+    head: Head,
+    *,
+    power: int = 2,
+    input_std: Tensor | None = None,
+    is_local: bool = False,
+) -> UpperBound:
     if input_std is not None:
-        log10_value -= 2 * math.log10(float(input_std.min()))
-    return replace(lipschitz, log10_value=log10_value)
+        check_input_std(input_std)
+    traced = traced_model(model, inputs, likelihood)
+    with torch.inference_mode(False), torch.enable_grad():
+        composition, log_value = _tightest(traced, likelihood, tightening, head, power, is_local)
+        terms = _shares(composition, log_value, head(composition.head, traced.result), power)
+    shift = 0.0 if input_std is None else power * math.log10(float(input_std.min()))
+    log10_value = log_value.detach() / math.log(10) - shift
+    level, domain = (
+        ("local", "the given inputs") if is_local else ("global", "; ".join(composition.domains) or "all inputs")
+    )
+    return UpperBound(level, log10_value if is_local else float(log10_value), True, terms, domain)
 
 
-def _lipschitz(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> UpperBound:
+def _tightest(
+    traced: Trace, likelihood: Likelihood, tightening: Tightening, head: Head, power: int = 2, is_local: bool = False
+) -> tuple[Composition, Tensor]:
+    """Return the best of the compositions with and without balanced coordinates, and its log value."""
+    scales: list[Mapping[fx.Node, Tensor] | None] = [None]
+    if tightening.balancing_steps:
+        scales.append(balanced_scales(traced, tightening, likelihood))
+    norms = CertifiedNorms(tightening.dense)
+    compositions = [
+        compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item) for item in scales
+    ]
+    values = [power * item.log_norm + head(item.head, traced.result) for item in compositions]
+    best = min(range(len(values)), key=lambda index: float(values[index].detach().mean()))
+    return compositions[best], values[best]
+
+
+def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
+    """Trace the evaluation behaviour of ``model`` after checking what was given."""
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    example = inputs[:1]
     with torch.inference_mode(False), torch.no_grad(), evaluation_behaviour(model):
-        composition = compose(model, example.clone(), centre=likelihood.shift_invariant)
-    check_logits(composition.logits, len(example), likelihood)
-    domain = "; ".join(composition.domains) or "all inputs"
-    return UpperBound("global", composition.log_norm / math.log(10), True, composition.terms, domain)
+        traced = trace(model, inputs.clone())
+    check_logits(traced.result, len(inputs), likelihood)
+    return traced
+
+
+def _shares(composition: Composition, log_value: Tensor, log_head: Tensor, power: int) -> tuple[BoundTerm, ...]:
+    leaves = [term.log_norm for term in composition.terms]
+    slopes = torch.autograd.grad(log_value.mean(), leaves, allow_unused=True, materialize_grads=True) if leaves else ()
+    terms = []
+    for term, slope in zip(composition.terms, slopes, strict=True):
+        log_norm = term.log_norm.detach()
+        decades = float((slope * log_norm).nan_to_num(0.0, 0.0, 0.0).sum()) / math.log(10)
+        terms.append(BoundTerm(term.name, term.layer, float(log_norm.exp().median()), decades))
+    if composition.head is not None:
+        decades = float(log_head.mean()) / math.log(10)
+        norm = float((log_head / power).exp().median())
+        terms.append(BoundTerm(composition.head_name, "Linear, with the softmax", norm, decades))
+    return tuple(terms)

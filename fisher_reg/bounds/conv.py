@@ -1,108 +1,237 @@
-r"""Certified operator norms of linear layers: never below the true norm.
+r"""Certified operator norms of convolutions: never below the true norm.
 
-A zero-padded convolution is a compression of a circular one on a grid that has room for every overlap, whose operator
-norm is the largest norm of its symbol, one small matrix per frequency. A stride is first turned into channels
-(polyphase form), which is exact. The norm of the flattened kernel is *not* an upper bound and is not used.
+A stride is first turned into channels (polyphase form), which is exact. What is left is a compression of a circular
+convolution on any grid with room for every overlap, whose norm is the largest norm of its symbol
+
+.. math:: X(\omega) = \sum_t W_t e^{-i t \cdot \omega},
+
+one small matrix per frequency of the grid; and that is at most the largest over all frequencies. The norm of the
+flattened kernel is *not* an upper bound and is not used.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-_MAX_SYMBOL_NUMBERS = 2**24
-"""Complex numbers held at once (256 MiB in double precision)."""
+from fisher_reg.bounds.norms import (
+    is_settled,
+    largest_entry,
+    largest_norm,
+    linear_norm,
+    vanishing,
+)
+from fisher_reg.bounds.symbols import fine_grid, norm_everywhere, norm_on_grid, num_frequencies
+from fisher_reg.errors import NoBoundError
+
+__all__ = ["Geometry", "conv_norm", "conv_transpose_norm", "largest_norm", "linear_norm"]
+
+_MAX_DENSE_SIDE = 1024
+"""The operator itself is formed if its shorter side per group is at most this, ..."""
+_MAX_DENSE_NUMBERS = 2**24
+"""... and if it has at most so many entries (128 MiB)."""
 
 
-def linear_norm(weight: Tensor) -> float:
-    """Return the spectral norm of a matrix, by its singular values."""
-    return float(torch.linalg.matrix_norm(weight.detach().double(), 2))
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution slides.
+
+    Args:
+        input_size: One entry per spatial axis, like all that follow.
+        stride: The step between outputs.
+        padding: Added on either side.
+        dilation: The step between taps.
+        groups: Channel groups, over which the operator is block-diagonal.
+        padding_mode: What is added: "zeros", "circular", "reflect" or "replicate".
+
+    Example:
+        >>> Geometry.of(nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).output_size((3, 3))
+        (16, 16)
+    """
+
+    input_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, module: _ConvNd, input_size: tuple[int, ...]) -> Geometry:
+        """Return the geometry of a convolution module on inputs of a spatial size.
+
+        Raises:
+            NoBoundError: If padding="same" adds more on one side than on the other.
+        """
+        padding = module.padding
+        if padding == "valid":
+            padding = (0,) * len(input_size)
+        elif padding == "same":
+            totals = [gap * (width - 1) for width, gap in zip(module.kernel_size, module.dilation, strict=True)]
+            if any(total % 2 for total in totals):
+                raise NoBoundError(
+                    f"{module} pads by {totals} in total, which is more on one side than on the other, and has no "
+                    "bound; use a kernel of odd size, or pad before it."
+                )
+            padding = tuple(total // 2 for total in totals)
+        padding = tuple(int(amount) for amount in padding)
+        return cls(input_size, module.stride, padding, module.dilation, module.groups, module.padding_mode)
+
+    def output_size(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the spatial size of the output."""
+        axes = zip(self.input_size, self.stride, self.padding, self.dilation, kernel_size, strict=True)
+        return tuple((size + 2 * pad - gap * (width - 1) - 1) // step + 1 for size, step, pad, gap, width in axes)
+
+    def sources(self, axis: int) -> Tensor:
+        """Return the input position that each position of the padded axis shows; -1 for a zero."""
+        pad, positions = self.padding[axis], torch.arange(self.input_size[axis], dtype=torch.float64)[None, None]
+        if self.padding_mode == "zeros":
+            return nn.functional.pad(positions, (pad, pad), value=-1.0).flatten().long()
+        return nn.functional.pad(positions, (pad, pad), mode=self.padding_mode).flatten().long()
 
 
-def conv_norm(
-    weight: Tensor, output_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> float:
-    r"""Return an upper bound of the operator norm of a zero-padded convolution.
+def conv_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tensor:
+    r"""Return an upper bound of the operator norm of a convolution, at round-off or above.
+
+    A small operator is formed, and its norm is exact; so is a kernel of one tap. Otherwise the excess is that of the
+    circular boundary, some per cent where the image is large against the kernel, and about one per cent of
+    :func:`~fisher_reg.bounds.symbols.norm_everywhere`. Padding that repeats the input multiplies by the norm of the
+    padding, except circular padding that is what the symbol assumes.
 
     Args:
         weight: ``(out_channels, in_channels / groups, *kernel)``.
-        output_size: Spatial size of the output; with the kernel it fixes the grid.
-        stride: Per axis.
-        dilation: Per axis.
-        groups: Channel groups; the operator is block-diagonal over them.
+        geometry: Where it slides.
+        dense: Whether the operator may be formed.
 
     Returns:
-        A value at or above the norm. The excess is that of the circular boundary: a few per cent where the image is
-        large against the kernel, several-fold where the kernel covers it (4 for 3 x 3 on a single pixel).
+        ``()`` in float64. Its gradient is that of the singular value at the frequency of the maximum; zero where the
+        norm is zero. NaN entries give NaN.
+
+    Example:
+        >>> geometry = Geometry((8,), stride=(1,), padding=(0,), dilation=(1,))
+        >>> float(conv_norm(torch.full((1, 1, 1), -2.0), geometry))
+        2.0
     """
-    kernel = _polyphase(_dilate(weight.detach().double(), dilation), stride)
-    # Along an axis of one tap the symbol is constant.
-    grid = [size + width - 1 if width > 1 else 1 for size, width in zip(output_size, kernel.shape[2:], strict=True)]
-    blocks = kernel.reshape(groups, -1, *kernel.shape[1:])
-    axes = tuple(range(-len(grid), 0))
-    frequencies = math.prod(grid[:-1]) * (grid[-1] // 2 + 1)
-    step = max(1, _MAX_SYMBOL_NUMBERS // max(1, blocks[0].shape[0] * blocks[0].shape[1] * frequencies))
-    norms = []
-    for chunk in blocks.split(step):
-        symbol = torch.fft.rfftn(chunk, grid, dim=axes).flatten(3).movedim(3, 1).flatten(0, 1)
-        norms.append(largest_norm(symbol))
-    return max(norms)
+    weight = weight.double()
+    scale = largest_entry(weight)
+    if is_settled(scale):
+        return scale + vanishing(weight)
+    kernel = weight.view(geometry.groups, -1, *weight.shape[1:]) / scale
+    one_tap = all(_num_taps(geometry, axis, width) == 1 for axis, width in enumerate(kernel.shape[3:]))
+    if one_tap and not any(geometry.padding):
+        return scale * largest_norm(_polyphase(kernel, geometry.stride, geometry.dilation).flatten(2), rtol=1e-6)
+    if dense and _is_small(kernel, geometry):
+        return scale * largest_norm(_dense_operator(kernel, geometry), rtol=1e-6)
+    return scale * _padding_norm(kernel, geometry) * _symbol_norm(kernel, geometry)
 
 
-def largest_norm(matrices: Tensor, max_squarings: int = 9, rtol: float = 1e-3) -> float:
-    r"""Return an upper bound of the largest spectral norm of a stack of matrices ``(M, a, b)``, by Gram iteration.
+def conv_transpose_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tensor:
+    """Return an upper bound of the operator norm of a transposed convolution, which is that of its adjoint.
 
-    With :math:`G_0 = X X^*` and :math:`G_{t+1} = G_t G_t^*`, for every t
+    Args:
+        weight: ``(in_channels, out_channels / groups, *kernel)``, which the adjoint reads as its own weight.
+        geometry: That of the adjoint, which goes from the transposed convolution's output to its input.
+        dense: As in :func:`conv_norm`.
 
-    .. math:: \|G_t\|_F^2 / \operatorname{tr} G_t \le \|X\|_2^{2^{t+1}} \le \|G_t\|_F ,
+    Returns:
+        As :func:`conv_norm`.
 
-    so that the bound overestimates by a factor of at most :math:`\min(a, b)^{2^{-t-2}}` after t squarings (0.3 % for
-    512 channels at the default). A matrix whose upper bound lies below another's lower bound is dropped on the way, and
-    the iteration ends when the two agree to ``rtol``.
-
-    Reference: Delattre et al. (2023), "Efficient bound of Lipschitz constant for convolutional layers by Gram
-    iteration", arXiv 2305.16173.
+    Raises:
+        NoBoundError: If the padding is not by zeros.
     """
-    if matrices.shape[1] > matrices.shape[2]:
-        matrices = matrices.mH
-    largest = float(matrices.abs().max())
-    if largest == 0:
-        return 0.0
-    matrices = matrices / largest  # so that nothing overflows or underflows
-    gram = matrices @ matrices.mH
-    log_scale = gram.new_zeros(len(gram), dtype=torch.float64)
-    for squaring in range(max_squarings):
-        frobenius = torch.linalg.matrix_norm(gram)
-        exponent = 0.5 ** (squaring + 1)
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1).real
-        log_upper = (log_scale + frobenius.log()) * exponent
-        log_lower = (log_scale + (frobenius**2 / trace.clamp_min(torch.finfo(trace.dtype).tiny)).log()) * exponent
-        if bool(log_upper.max() - log_lower.max() < rtol):
-            return largest * float(log_upper.max().exp())
-        alive = (frobenius > 0) & (log_upper >= log_lower.max())
-        gram, frobenius, log_scale = gram[alive], frobenius[alive], log_scale[alive]
-        gram = gram / frobenius[:, None, None]
-        gram = gram @ gram.mH
-        log_scale = 2 * (log_scale + frobenius.log())
-    log_upper = (log_scale + torch.linalg.matrix_norm(gram).log()) * 0.5 ** (max_squarings + 1)
-    return largest * float(log_upper.max().exp())
+    if geometry.padding_mode != "zeros":
+        raise NoBoundError(f"A transposed convolution pads by zeros only, got {geometry.padding_mode!r}.")
+    return conv_norm(weight, geometry, dense=dense)
 
 
-def _dilate(weight: Tensor, dilation: tuple[int, ...]) -> Tensor:
-    """Put the zeros between the taps."""
-    sizes = [(width - 1) * gap + 1 for width, gap in zip(weight.shape[2:], dilation, strict=True)]
-    dilated = weight.new_zeros(*weight.shape[:2], *sizes)
-    dilated[(slice(None), slice(None), *(slice(None, None, gap) for gap in dilation))] = weight
-    return dilated
+def _symbol_norm(kernel: Tensor, geometry: Geometry) -> Tensor:
+    """Return the largest norm of the symbol, on a sufficient grid or over all frequencies, whichever is less work."""
+    grid = tuple(_grid_size(geometry, axis, width) for axis, width in enumerate(kernel.shape[3:]))
+    # A dilation of the taps only rescales the frequencies, which changes no supremum over all of them.
+    gaps = tuple(1 if step == 1 else gap for step, gap in zip(geometry.stride, geometry.dilation, strict=True))
+    undilated = _polyphase(kernel, geometry.stride, gaps)
+    if num_frequencies(fine_grid(undilated)) < num_frequencies(grid):
+        return norm_everywhere(undilated)
+    return norm_on_grid(_polyphase(kernel, geometry.stride, geometry.dilation), grid)
 
 
-def _polyphase(weight: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return the stride-1 kernel over ``prod(stride)`` times as many input channels that does the same."""
-    padding = [(-width) % step for width, step in zip(weight.shape[2:], stride, strict=True)]
-    padded = torch.nn.functional.pad(weight, [side for extra in reversed(padding) for side in (0, extra)])
-    phases = product(*(range(step) for step in stride))
+def _num_taps(geometry: Geometry, axis: int, width: int) -> int:
+    """Return the taps along an axis of the polyphase form of a kernel."""
+    return (width - 1) * geometry.dilation[axis] // geometry.stride[axis] + 1
+
+
+def _wraps(geometry: Geometry, axis: int, width: int) -> bool:
+    """Say whether circular padding makes the convolution circular along an axis, in steps of the stride."""
+    size, step = geometry.input_size[axis], geometry.stride[axis]
+    outputs = geometry.output_size((width,) * len(geometry.input_size))[axis]
+    return geometry.padding_mode == "circular" and size % step == 0 and outputs * step <= size
+
+
+def _grid_size(geometry: Geometry, axis: int, width: int) -> int:
+    r"""Return the size of a circular axis of which the convolution is a part.
+
+    In steps of the stride, input q meets output p by tap q - p. On N points nothing meets twice if the last q is below
+    N, and the first q, less the last p, plus N, is above the last tap.
+    """
+    step, pad, taps = geometry.stride[axis], geometry.padding[axis], _num_taps(geometry, axis, width)
+    if taps == 1:
+        return 1  # a constant symbol
+    if _wraps(geometry, axis, width):
+        return geometry.input_size[axis] // step
+    outputs = geometry.output_size((width,) * len(geometry.input_size))[axis]
+    length = geometry.input_size[axis] + pad
+    if geometry.padding_mode != "zeros":
+        length, pad = length + pad, 0  # the padded numbers are inputs like the others
+    first, last = pad // step, min((length - 1) // step, outputs + taps - 2)
+    return max(last + 1, outputs + taps - 1 - first, outputs)
+
+
+def _padding_norm(kernel: Tensor, geometry: Geometry) -> float:
+    """Return the norm of the padding, less that of circular axes: an input shown r times counts sqrt(r)."""
+    repeats = [
+        int(geometry.sources(axis).bincount().max())
+        for axis, width in enumerate(kernel.shape[3:])
+        if geometry.padding_mode != "zeros" and not _wraps(geometry, axis, width)
+    ]
+    return math.sqrt(math.prod(repeats))
+
+
+def _is_small(kernel: Tensor, geometry: Geometry) -> bool:
+    """Say whether the operator is small enough to be formed."""
+    rows = kernel.shape[1] * math.prod(geometry.output_size(tuple(kernel.shape[3:])))
+    columns = kernel.shape[2] * math.prod(geometry.input_size)
+    return min(rows, columns) <= _MAX_DENSE_SIDE and kernel.shape[0] * rows * columns <= _MAX_DENSE_NUMBERS
+
+
+def _dense_operator(kernel: Tensor, geometry: Geometry) -> Tensor:
+    """Return the operator ``(groups, out * outputs, in * inputs)`` of the kernel ``(groups, out, in, *kernel)``."""
+    outputs = geometry.output_size(tuple(kernel.shape[3:]))
+    operator = kernel
+    for axis, width in enumerate(kernel.shape[3:]):
+        starts = geometry.stride[axis] * torch.arange(outputs[axis])
+        taps = geometry.dilation[axis] * torch.arange(width)
+        seen = geometry.sources(axis)[starts[:, None] + taps]
+        meets = seen[..., None] == torch.arange(geometry.input_size[axis])  # output, tap, input
+        # (g, o, i, this tap, other taps, p, x, ...) moves each tap to the end as an output and an input
+        operator = torch.tensordot(operator, meets.to(kernel), dims=([3], [1]))
+    pairs = list(range(3, operator.ndim))
+    operator = operator.permute(0, 1, *pairs[::2], 2, *pairs[1::2])
+    return operator.reshape(kernel.shape[0], kernel.shape[1] * math.prod(outputs), -1)
+
+
+def _polyphase(kernel: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
+    """Return the stride-1 kernel that does the same on the input's phases, as channels, but for phases without taps."""
+    widths = kernel.shape[3:]
+    axes = list(zip(widths, stride, dilation, strict=True))
+    lengths = [((width - 1) * gap // step + 1) * step for width, step, gap in axes]
+    dilated = kernel.new_zeros(*kernel.shape[:3], *lengths)
+    whole = (slice(None),) * 3
+    dilated[(*whole, *(slice(0, (width - 1) * gap + 1, gap) for width, _, gap in axes))] = kernel
+    phases = product(*(sorted({tap * gap % step for tap in range(width)}) for width, step, gap in axes))
     taps = [tuple(slice(first, None, step) for first, step in zip(phase, stride, strict=True)) for phase in phases]
-    return torch.cat([padded[(slice(None), slice(None), *tap)] for tap in taps], dim=1)
+    return torch.cat([dilated[(*whole, *tap)] for tap in taps], dim=2)

@@ -10,188 +10,281 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.functions import CONSTANT, FUNCTION_RULES, Reach, call_reach, log, name_of, side_by_side
-from fisher_reg.bounds.layers import absorbs, batch_norm_scale
-from fisher_reg.bounds.registry import Gain, Layer, find_rule, no_rule
+from fisher_reg.bounds.averaging import average
+from fisher_reg.bounds.calls import CONSTANT, Reach, log, log_sum, make_call, name_of, side_by_side
+from fisher_reg.bounds.functions import find_function_rule
+from fisher_reg.bounds.linears import in_coordinates, linear_rule, scales_outputs
+from fisher_reg.bounds.normalizations import batch_norm_rule, batch_norm_scale
+from fisher_reg.bounds.registry import Gain, Layer, Norms, ScaledGain, find_rule, no_rule
+from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.trace import Trace, asks_for_shape, where
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
 
 @dataclass(frozen=True)
-class BoundTerm:
-    """The share of one layer.
-
-    Attributes:
-        name: Qualified name of the module.
-        layer: Its type, with what was merged into it.
-        norm: Its Lipschitz constant.
-    """
+class Term:
+    """The constant of one layer, as a leaf of the composition's graph."""
 
     name: str
     layer: str
-    norm: float
+    log_norm: Tensor
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The composed constant of the output, one term per layer, the domains that layers asked for, and the logits."""
+    """What reaches the output.
 
-    log_norm: float
-    terms: tuple[BoundTerm, ...]
+    Attributes:
+        log_norm: Log of the constant of the output; with a head, of the head's input in its coordinates.
+        head: Weight ``(K, D)`` of a last linear layer in the coordinates of its input, or None.
+        head_name: Its name.
+        terms: One per layer, without the head.
+        domains: The domains that layers asked for.
+    """
+
+    log_norm: Tensor
+    head: Tensor | None
+    head_name: str
+    terms: tuple[Term, ...]
     domains: tuple[str, ...]
-    logits: Any
 
 
-def compose(model: nn.Module, inputs: Tensor, *, centre: bool) -> Composition:
-    """Trace ``model``, which is in evaluation mode, and compose the rules of its layers into one constant.
+def compose(
+    trace: Trace,
+    norms: Norms,
+    *,
+    tightening: Tightening,
+    is_local: bool = False,
+    differentiable: bool = False,
+    output_scales: Mapping[fx.Node, Tensor] | None = None,
+) -> Composition:
+    """Compose the rules of the layers of a traced model into one constant.
 
-    The input's values do not matter, its shape does. Batch norm is folded into the linear layer before it. With
-    ``centre`` the constant is that of the outputs less their mean: a last linear layer is centred.
+    Args:
+        trace: The model, in evaluation mode, at an example; its values matter at the local level only.
+        norms: What computes the norms of weights.
+        tightening: What is merged with its neighbours.
+        is_local: Whether the constants are those at the given examples.
+        differentiable: Whether the gradient reaches the weights; otherwise it reaches the terms.
+        output_scales: Coordinates ``(C,)`` wanted of the outputs of linear layers, by their nodes.
 
     Returns:
-        The constant with its terms, and the logits of the inputs.
+        The constant with its terms.
 
     Raises:
-        NoBoundError: For an untraceable model or a part without a rule.
+        NoBoundError: For a part without a rule.
         NonFiniteWeightsError: For weights that are not finite.
     """
-    root = _Root(model)
-    try:
-        graph = _Tracer().trace(root)
-    except Exception as error:  # the user's own forward meets placeholders here and may raise anything
-        raise NoBoundError(
-            f"{type(model).__name__} cannot be traced: {error}\nMake its control flow independent of the data, or put "
-            "the part in a module of its own and register a bound rule for that (fisher_reg.register_bound_rule)."
-        ) from error
-    interpreter = _Interpreter(fx.GraphModule(root, graph), centre)
-    logits = interpreter.run(inputs)
-    (output,) = graph.find_nodes(op="output")
-    result = interpreter.reaches[output]
-    if math.isnan(result.log_norm):
-        raise NonFiniteWeightsError(f"The bound of {type(model).__name__} is not a number. Check its weights for NaN.")
-    domains = tuple(dict.fromkeys(interpreter.domains))
-    return Composition(result.log_norm, tuple(interpreter.terms), domains, logits)
+    composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {})
+    with torch.enable_grad():
+        for node in trace.graph.nodes:
+            composer.visit(node)
+        reach = composer.reaches[trace.output].plain()
+    if reach.log_norm is None or reach.parts:
+        raise NoBoundError("The output does not depend on the input, or is no tensor.")
+    log_norm, head = reach.log_norm, None
+    if composer.head is not None:
+        log_norm, head = composer.head
+    assert log_norm is not None
+    if bool(log_norm.isnan().any()):
+        raise NonFiniteWeightsError("The bound is not a number. Check the weights and buffers for NaN.")
+    terms = tuple(composer.terms)
+    return Composition(log_norm, head, composer.head_name, terms, tuple(dict.fromkeys(composer.domains)))
 
 
-class _Root(nn.Module):
-    """Calls the model as its user does: with its hooks and the defaults of its forward."""
+@dataclass
+class _Composer:
+    """Visits the nodes in order and carries the reach of every value along."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    trace: Trace
+    norms: Norms
+    tightening: Tightening
+    is_local: bool
+    differentiable: bool
+    output_scales: Mapping[fx.Node, Tensor]
+    reaches: dict[fx.Node, Reach] = field(default_factory=dict)
+    terms: list[Term] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    gains: dict[fx.Node, Tensor] = field(default_factory=dict)
+    head: tuple[Tensor, Tensor] | None = None
+    head_name: str = ""
 
-    def forward(self, inputs: Tensor) -> Any:
-        return self.model(inputs)
+    def visit(self, node: fx.Node) -> None:
+        """Find what reaches the value of the node."""
+        value = self.trace.values[node]
+        reach = self._reach(node, value)
+        if self.tightening.averaged and not self.is_local and not self.differentiable:
+            reach = self._averaged(node, reach)
+        keeps = self.tightening.merged or reach.parts or self._batch_norm_after(node, value) is not None
+        self.reaches[node] = reach if keeps else reach.plain()
+        for by, other in self.trace.stale:
+            if by is node:
+                self._check_stale(by, other)
 
-
-class _Tracer(fx.Tracer):
-    """A module with a rule of its own is one layer."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs the graph on an example for its shapes and carries the reach of every value along."""
-
-    def __init__(self, module: fx.GraphModule, centre: bool) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback = False  # the messages of the rules name the place
-        self.centre = centre
-        self.modules = dict(module.named_modules())
-        self.reaches: dict[fx.Node, Reach] = {}
-        self.terms: list[BoundTerm] = []
-        self.domains: list[str] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        versions = {node: _version(self.env[node]) for node in n.all_input_nodes}
-        value = super().run_node(n)
-        self.reaches[n] = self._reach(n, value)
-        for node, version in versions.items():
-            if _version(self.env[node]) != version:
-                self._check_aliases(n, node)
-        return value
+    def _averaged(self, node: fx.Node, reach: Reach) -> Reach:
+        """Return what reaches the end of a block, if it is one, bounded with its activation if that is better."""
+        block = None if reach.is_constant or reach.parts else average(self.trace, node)
+        if block is None or block.source not in self.reaches:
+            return reach
+        source = self.reaches[block.source]
+        branch = reach if block.branch[-1] is node else self.reaches[block.branch[-1]]
+        # The rest needs the norms of both layers, not what the mean slope already made of them on the way.
+        gained = sum(self.gains.get(item, 0.0) for item in block.branch)
+        before, after = source.scale, reach.scale
+        matrix = block.matrix
+        if before is not None:
+            matrix = matrix / before.expand(self.trace.values[block.source].shape).reshape(1, -1)
+        if after is not None:
+            matrix = matrix * after.expand(self.trace.values[node].shape).reshape(-1, 1)
+        log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()
+        assert reach.log_norm is not None
+        assert source.log_norm is not None
+        joint = log_sum([source.log_norm + log_norm, branch.within(after) + gained + math.log(block.share)])
+        if bool(joint >= reach.log_norm):
+            return reach
+        self.terms.append(Term(where(node), "block, with the mean slope of its activation", log_norm))
+        self.gains[node] = reach.log_norm - joint
+        return replace(reach, log_norm=joint)
 
     def _fetch(self, argument: Any) -> Any:
-        return fx.map_arg(argument, lambda node: self.env[node])
+        return fx.map_arg(argument, lambda node: self.trace.values[node])
 
     def _reach(self, node: fx.Node, value: Any) -> Reach:
         if node.op == "placeholder":
-            return Reach(0.0)
+            return Reach(torch.zeros((), dtype=torch.float64, device=value.device))
         incoming = [self.reaches[argument] for argument in node.all_input_nodes]
-        if value is None or all(reach.is_constant for reach in incoming) or _asks_for_shape(node):
-            return Reach(CONSTANT)
+        if value is None or all(reach.is_constant for reach in incoming) or asks_for_shape(node):
+            return CONSTANT
         if node.op == "output":
             return incoming[0]
         if node.op == "call_module":
             return self._module_reach(node, value)
-        rule = FUNCTION_RULES.get(node.target)
+        rule = find_function_rule(node.target)
         if rule is None:
-            raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", str(node))
-        return call_reach(rule, node, self.reaches, value, self._fetch)
+            raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", where(node))
+        is_local = self.is_local and not any(item in self.trace.lost for item in node.all_input_nodes)
+        call = make_call(rule, node, self.reaches, value, self._fetch, self.norms, is_local)
+        if self._is_head(node, value) and name_of(node.target) == "linear":
+            return self._head_reach(node, call.argument("weight"), call.reach, call.source.value)
+        with torch.set_grad_enabled(self.differentiable or not rule.is_layer):
+            result = rule.apply(call)
+        return self._after(node, name_of(node.target), call.reach, result) if isinstance(result, Gain) else result
 
     def _module_reach(self, node: fx.Node, value: Any) -> Reach:
-        module, where = self.modules[str(node.target)], _where(node)
-        label = type(module).__name__
-        if self._absorbing(node, value) is not None:
-            return self.reaches[node.all_input_nodes[0]]
+        module = self.trace.modules[str(node.target)]
         if not isinstance(value, Tensor) and any(_takes_another(user) for user in node.users):
-            raise NoBoundError(f"Of what '{where}' returns, the rule speaks of the first output only; another is used.")
-        layer = self._layer(node, module, value)
-        target, before = module, node.all_input_nodes[0]
-        if self._absorbing(before, value) is node:
-            target, layer = (
-                self.modules[str(before.target)],
-                self._layer(before, self.modules[str(before.target)], value),
+            raise NoBoundError(
+                f"Of what '{where(node)}' returns, the rule speaks of the first output only; another is used."
             )
-            label = f"{type(target).__name__} + {label}"
-            layer = replace(layer, transform=partial(_scale_outputs, batch_norm_scale(module)))
-        elif self.centre and isinstance(module, nn.Linear) and all(user.op == "output" for user in node.users):
-            layer, label = replace(layer, transform=_centre_outputs), f"{label}, centred"
-        _check_finite((module, target), where)
-        gain = _gain(target, layer, where)
-        self.terms.append(BoundTerm(where, label, gain.norm))
+        operands = {name: item for name, item in _bind(node, module).items() if isinstance(item, fx.Node)}
+        varying = [item for item in operands.values() if not self.reaches[item].is_constant]
+        single = self.reaches[varying[0]] if len(set(varying)) == 1 else None
+        if single is not None and self._is_head(node, value) and find_rule(module) is linear_rule:
+            return self._head_reach(node, module.get_parameter("weight"), single, self._fetch(varying[0]))
+        with torch.set_grad_enabled(self.differentiable):
+            gain = _gain(module, self._layer(node, module, operands, single, value), where(node))
+        if single is not None and (len(varying) == 1 or gain.of_one_input):
+            source = single
+        else:
+            plain = [self.reaches[item].plain().log_norm for item in varying]
+            source = Reach(side_by_side([item for item in plain if item is not None]))
+        label = type(module).__name__
+        if self._batch_norm_after(node, value) is not None:
+            label = f"{label} + batch norm"
+        return self._after(node, label, source, gain)
+
+    def _after(self, node: fx.Node, label: str, source: Reach, gain: Gain) -> Reach:
+        log_norm = log(gain.norm)
+        if not self.differentiable:
+            log_norm = log_norm.detach().requires_grad_()
+        self.terms.append(Term(where(node), label, log_norm))
         if gain.domain is not None:
             self.domains.append(gain.domain)
-        operands = _bind(node, module)
-        varying = [self.reaches[item] for item in operands.values() if isinstance(item, fx.Node)]
-        source = max(reach.log_norm for reach in varying) if gain.of_one_input else side_by_side(varying)
-        return Reach(source + log(gain.norm), gain.tokens)
+        reached = source.after(gain)
+        trivial = source.after(_with_norm_one(gain))
+        assert trivial.log_norm is not None
+        return Reach(trivial.log_norm + log_norm, reached.scale, reached.range)
 
-    def _layer(self, node: fx.Node, module: nn.Module, value: Any) -> Layer:
-        nodes = {name: item for name, item in _bind(node, module).items() if isinstance(item, fx.Node)}
-        inputs = {name: self.env[item] for name, item in nodes.items() if isinstance(self.env[item], Tensor)}
-        sources = {name: None if self.reaches[item].is_constant else item.name for name, item in nodes.items()}
-        first = next(iter(nodes.values()))
-        return Layer(inputs, value, self.reaches[first].tokens, sources)
+    def _layer(
+        self, node: fx.Node, module: nn.Module, operands: Mapping[str, fx.Node], single: Reach | None, value: Any
+    ) -> Layer:
+        return Layer(
+            inputs={
+                name: self._fetch(item) for name, item in operands.items() if isinstance(self._fetch(item), Tensor)
+            },
+            output=value,
+            norms=self.norms,
+            reach=None if single is None else single.range,
+            sources={name: None if self.reaches[item].is_constant else item.name for name, item in operands.items()},
+            is_local=self.is_local and not any(item in self.trace.lost for item in operands.values()),
+            scale=None if single is None else single.scale,
+            output_scale=self._output_scale(node, value),
+        )
 
-    def _absorbing(self, node: fx.Node, value: Any) -> fx.Node | None:
-        """Return the batch norm that takes this linear layer in, if it is the only user."""
+    def _output_scale(self, node: fx.Node, value: Any) -> Tensor | None:
+        """Return the coordinates in which the norm of a linear layer is taken: those of the batch norm that follows."""
+        norm = self._batch_norm_after(node, value)
+        scale = None
+        if norm is not None:
+            size = batch_norm_scale(norm).abs()
+            scale = size.clamp_min(1e-12 * size.amax().detach()) if bool(size.amax() > 0) else None
+        wanted = self.output_scales.get(node)
+        if wanted is None:
+            return scale
+        return wanted if scale is None else wanted * scale
+
+    def _batch_norm_after(self, node: fx.Node, value: Any) -> _BatchNorm | None:
         (user,) = node.users if len(node.users) == 1 else (None,)
         if node.op != "call_module" or user is None or user.op != "call_module" or not isinstance(value, Tensor):
             return None
-        pair = self.modules[str(node.target)], self.modules[str(user.target)]
-        return user if absorbs(*pair, value.ndim) else None
+        module, following = (self.trace.modules[str(item.target)] for item in (node, user))
+        absorbed = self.tightening.folded and find_rule(following) is batch_norm_rule
+        if not absorbed or not scales_outputs(module, value.ndim):
+            return None
+        assert isinstance(following, _BatchNorm)
+        return following
 
-    def _check_aliases(self, node: fx.Node, mutated: fx.Node) -> None:
-        """Refuse a call in place that makes an older name of the same memory wrong, if that name is used again."""
-        order = {other: index for index, other in enumerate(node.graph.nodes)}
-        storage = self.env[mutated].untyped_storage().data_ptr()
-        for other, value in self.env.items():
-            is_alias = isinstance(value, Tensor) and value.untyped_storage().data_ptr() == storage
-            used_again = any(order[user] > order[node] for user in other.users)
-            known = self.reaches[other]
-            if is_alias and used_again and (known.tokens or known.log_norm < self.reaches[node].log_norm):
-                raise NoBoundError(
-                    f"'{node}' changes '{other}' in place, which is used again afterwards. Write it out of place."
-                )
+    def _is_head(self, node: fx.Node, value: Any) -> bool:
+        ends = all(user.op == "output" for user in node.users)
+        return self.tightening.head and ends and isinstance(value, Tensor) and value.ndim == 2
+
+    def _head_reach(self, node: fx.Node, weight: Tensor, source: Reach, hidden: Tensor) -> Reach:
+        layer = Layer({"input": hidden}, None, self.norms, scale=source.scale)
+        with torch.set_grad_enabled(self.differentiable):
+            scaled = in_coordinates(weight, layer.scale_along(-1), None)
+        assert source.log_norm is not None
+        self.head, self.head_name = (source.log_norm, scaled), where(node)
+        return source
+
+    def _check_stale(self, by: fx.Node, other: fx.Node) -> None:
+        """Refuse a call in place that makes an older name of the same memory wrong, as that name is used again."""
+        known, true = self.reaches[other], self.reaches[by]
+        if known.log_norm is None and true.log_norm is None:
+            return
+        same_shape = self.trace.values[other].shape == self.trace.values[by].shape
+        comparable = same_shape or (known.scale is None and true.scale is None)
+        if known.log_norm is None or known.range or not comparable or _is_below(known.log_norm, true, known.scale):
+            raise NoBoundError(
+                f"'{by}' changes '{other}' in place, which is used again afterwards. Write it out of place."
+            )
+
+
+def _is_below(log_norm: Tensor, true: Reach, scale: Tensor | None) -> bool:
+    return bool((log_norm < true.within(scale)).any())
+
+
+def _with_norm_one(gain: Gain) -> Gain:
+    if isinstance(gain, ScaledGain):
+        return ScaledGain(1.0, gain.reach, gain.domain, gain.of_one_input, gain.scale)
+    return Gain(1.0, gain.reach, gain.domain, gain.of_one_input)
 
 
 def _bind(node: fx.Node, module: nn.Module) -> dict[str, Any]:
@@ -199,52 +292,20 @@ def _bind(node: fx.Node, module: nn.Module) -> dict[str, Any]:
     try:
         return inspect.signature(module.forward).bind(*node.args, **node.kwargs).arguments
     except TypeError as error:
-        raise NoBoundError(f"The call of '{_where(node)}' does not fit its forward: {error}") from error
+        raise NoBoundError(f"The call of '{where(node)}' does not fit its forward: {error}") from error
 
 
-def _where(node: fx.Node) -> str:
-    return str(node.target).removeprefix("model").removeprefix(".") or "the model itself"
-
-
-def _gain(module: nn.Module, layer: Layer, where: str) -> Gain:
+def _gain(module: nn.Module, layer: Layer, name: str) -> Gain:
     rule = find_rule(module)
     if rule is None:
-        raise no_rule(type(module).__name__, where)
+        raise no_rule(type(module).__name__, name)
     try:
         gain = rule(module, layer)
     except NoBoundError as error:
-        raise NoBoundError(f"At '{where}': {error}") from error
-    return gain if isinstance(gain, Gain) else Gain(float(gain))
-
-
-def _asks_for_shape(node: fx.Node) -> bool:
-    """Say whether the node asks a tensor for what does not depend on its values."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "ndimension", "numel", "is_floating_point")
-    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+        raise NoBoundError(f"At '{name}': {error}") from error
+    return gain if isinstance(gain, Gain) else Gain(gain)
 
 
 def _takes_another(node: fx.Node) -> bool:
     takes_first = node.target is operator.getitem and node.args[1] in (0,)
     return len(node.users) > 0 and not takes_first
-
-
-def _check_finite(modules: Iterable[nn.Module], where: str) -> None:
-    for module in modules:
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if not torch.isfinite(tensor).all():
-                raise NonFiniteWeightsError(
-                    f"'{where}' ({type(module).__name__}) has NaN or infinite values in {name}."
-                )
-
-
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) else None
-
-
-def _scale_outputs(scale: Tensor, weight: Tensor) -> Tensor:
-    return scale.view(-1, *(1,) * (weight.ndim - 1)) * weight.detach().double()
-
-
-def _centre_outputs(weight: Tensor) -> Tensor:
-    return weight - weight.mean(0)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from fisher_reg.batch_statistics import replayed_variance
+from fisher_reg.bounds.conv import Geometry
 from fisher_reg.errors import NoBoundError
+
+Number = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -21,20 +26,53 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Ball:
+    """All vectors ``v`` along the last axis have ``|v - c| <= radius`` for one ``c``, and ``|v| <= norm``."""
+
+    radius: Tensor
+    norm: Tensor
+
+
+class Norms(Protocol):
+    """How the norms of linear layers are computed."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the norm of a matrix ``(m, n)``, a scalar."""
+
+    def convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Return the norm of a convolution, a scalar."""
+
+    def transposed_convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Return the norm of the adjoint of a convolution, a scalar."""
+
+
+@dataclass(frozen=True)
 class Gain:
     """What a layer does to perturbations, and what it makes sure of for the next layer.
 
     Attributes:
-        norm: Lipschitz constant of the layer, Euclidean to Euclidean, with respect to all its inputs together.
-        tokens: The range of the output, where the layer bounds it.
+        norm: Lipschitz constant of the layer, Euclidean to Euclidean, with respect to all its inputs together; at the
+            local level it may be that at each example, ``(B,)``.
+        reach: The range of the output, where the layer bounds it.
         domain: For which inputs the constant holds, where it is not all of them.
         of_one_input: The constant is with respect to the one value that is passed in several places.
     """
 
-    norm: float
-    tokens: Tokens | None = None
+    norm: Number
+    reach: Tokens | Ball | None = None
     domain: str | None = None
     of_one_input: bool = False
+
+
+@dataclass(frozen=True)
+class ScaledGain(Gain):
+    r"""A gain between scaled coordinates: from ``layer.scale * input`` to ``scale * output``.
+
+    Attributes:
+        scale: Positive, broadcastable to the output; None for 1.
+    """
+
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,27 +80,45 @@ class Layer:
     """What a rule may know besides the module.
 
     Attributes:
-        inputs: The tensors of the call by parameter name, at the example that fixes the shapes.
+        inputs: The tensors of the call by parameter name. At the global level only their shapes matter.
         output: What the module returned.
-        tokens: The range of the first input, where the layer before bounds it.
+        reach: The range of the first input, where the layer before bounds it.
         sources: Where each input comes from: the name of the value in the graph, None if it does not depend on the
             network's input.
-        transform: What to do with the weight of a linear layer before its norm: a folded batch norm, centred logits.
+        is_local: Whether the constant is wanted at the given inputs, one per example, and not over all of them.
+        scale: Coordinates of the first input, positive and broadcastable to it, None for 1: a diagonal map before this
+            layer was not bounded by itself but is left to this layer.
+        output_scale: Coordinates ``(C,)`` that are wanted of a linear layer's output channels, None for 1.
+        norms: What computes the norms of weights.
     """
 
     inputs: Mapping[str, Tensor]
     output: Any
-    tokens: Tokens | None = None
+    norms: Norms
+    reach: Tokens | Ball | None = None
     sources: Mapping[str, str | None] = field(default_factory=dict)
-    transform: Callable[[Tensor], Tensor] = lambda weight: weight
+    is_local: bool = False
+    scale: Tensor | None = None
+    output_scale: Tensor | None = None
 
     @property
     def input(self) -> Tensor:
         """The first input."""
         return next(iter(self.inputs.values()))
 
+    def scale_along(self, axis: int) -> Tensor:
+        """Return coordinates that vary along one axis of the input only, ``(C,)``: the smallest over the others.
 
-Rule = Callable[[Any, Layer], "float | Gain"]
+        A smaller scale is a smaller vector, so that what reaches the scaled input bounds it still.
+        """
+        size = self.input.shape[axis]
+        if self.scale is None:
+            return torch.ones(size, dtype=torch.float64, device=self.input.device)
+        others = [other for other in range(self.input.ndim) if other != axis % self.input.ndim]
+        return self.scale.expand(self.input.shape).amin(others) if others else self.scale.expand(self.input.shape)
+
+
+Rule = Callable[[Any, Layer], "Number | Gain"]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -101,11 +157,13 @@ def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule of the module's class, or of the nearest base class, if it computes what that class computes.
 
     A forward that is overridden or replaced on the instance, or a hook that may change the input or the output, makes
-    it another function. The hooks of torch's own weight and spectral normalisation only set the weight.
+    it another function. The hooks of torch's own weight and spectral normalisation only set the weight, and a batch
+    norm that replays the statistics of a batch is still one.
     """
     kind = type(module)
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if "forward" in vars(module) or not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+    replaced = "forward" in vars(module) and replayed_variance(module) is None
+    if replaced or not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
         return None
     return next((_RULES[base] for base in kind.__mro__ if base in _RULES and _same_forward(kind, base)), None)
 

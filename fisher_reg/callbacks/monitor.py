@@ -36,7 +36,7 @@ class Bound(Protocol):
     def __call__(
         self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
     ) -> UpperBound:
-        """Return the bound of ``model`` for inputs of the shape of ``inputs``."""
+        """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
 
 class FisherMonitor(pl.Callback):
@@ -48,15 +48,19 @@ class FisherMonitor(pl.Callback):
     Logged keys, in nats per squared input unit:
 
     - ``fisher/lambda_max_mean``, ``_median``, ``_p95``, ``_max``: largest eigenvalue over the probe
-    - ``fisher/log10_lambda_max_max``: decimal logarithm of the last one
+    - ``fisher/log10_lambda_max_max``, ``fisher/log10_lambda_max_median``: decimal logarithms
     - ``fisher/trace_mean``: unbiased, by 4 random sign vectors per example, the same ones each time
     - ``fisher/unconverged``: examples whose residual is above the solver's tolerance
     - ``fisher/bound_global``, ``fisher/log10_bound_global`` (finite also where the bound overflows), and
       ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
-    - ``fisher/seconds``: what the measurement took
+    - ``fisher/bound_local_mean``, ``fisher/bound_blockwise_mean``: mean over the probe, for bounds at the inputs;
+      ``fisher/log10_bound_local``, …: mean of the decimal logarithms, and ``fisher/log10_gap_local``, …: mean decades
+      between the bound and the eigenvalue of each input
+    - ``fisher/seconds``: what the measurement took; ``fisher/seconds_bound_global``, …: its parts
 
     A logger that takes them (TensorBoard's) also gets the histogram ``fisher/log10_lambda_max`` (of the values above
-    zero), the figure ``fisher/bound_versus_empirical`` (needs matplotlib) and a chart of the log10 curves.
+    zero), the figure ``fisher/bound_versus_empirical`` (needs matplotlib), and charts of the log10 curves and of the
+    gaps.
 
     A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer is warned
     of once and left out. Neither stops a training.
@@ -66,8 +70,8 @@ class FisherMonitor(pl.Callback):
             measured, and whenever ``trainer.validate`` is called.
         num_samples: Size of the probe; it comes from the first validation loader.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
-        bounds: Upper bounds to measure beside it; ``()`` for none. Wide convolutions on large images take minutes each
-            time (VGG at 224 x 224): look at ``fisher/seconds``.
+        bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
+            :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
@@ -174,7 +178,8 @@ class FisherMonitor(pl.Callback):
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
         eigenvalues, logged = self._estimate(model, self._probe, pl_module.device)
-        logged |= self._bound(model, pl_module.device, logged["fisher/log10_lambda_max_max"])
+        for bound in [bound for bound in self.bounds if bound not in self._without_bound]:
+            logged |= self._bound(bound, model, pl_module.device, eigenvalues)
         logged["fisher/seconds"] = time.perf_counter() - begin
         pl_module.log_dict(logged, sync_dist=True, batch_size=1)
         if trainer.state.fn == "validate":
@@ -206,31 +211,36 @@ class FisherMonitor(pl.Callback):
             warnings.filterwarnings("ignore", message="The ``compute`` method")  # told already, if nothing was measured
             eigenvalues, mean_trace, count = metric.compute(), trace.compute(), unconverged.compute()
         logged = {f"fisher/lambda_max_{name}": float(value) for name, value in summarize(eigenvalues).items()}
-        logged["fisher/log10_lambda_max_max"] = _log10(logged["fisher/lambda_max_max"])
+        for name in ("max", "median"):
+            logged[f"fisher/log10_lambda_max_{name}"] = _log10(logged[f"fisher/lambda_max_{name}"])
         logged["fisher/trace_mean"] = float(mean_trace)
         logged["fisher/unconverged"] = float(count)
         return eigenvalues, logged
 
-    def _bound(self, model: nn.Module, device: torch.device, log10_largest: float) -> dict[str, float]:
-        logged = {}
-        for bound in [bound for bound in self.bounds if bound not in self._without_bound]:
-            try:
-                upper = bound(
-                    model, self._probe[0][:1].to(device), likelihood=self.likelihood, input_std=self.input_std
-                )
-            except NoBoundError as error:
-                self._warn_once(
-                    str(bound), f"FisherMonitor leaves out a bound that this network does not have. {error}"
-                )
-                self._without_bound.add(bound)
-                continue
-            except NonFiniteError as error:
-                self._warn_once("weights", f"FisherMonitor logs no bound for an epoch. {error}")
-                continue
-            logged[f"fisher/bound_{upper.level}"] = upper.value
-            logged[f"fisher/log10_bound_{upper.level}"] = upper.log10_value
-            logged[f"fisher/log10_gap_{upper.level}"] = upper.log10_value - log10_largest
-        return logged
+    def _bound(self, bound: Bound, model: nn.Module, device: torch.device, eigenvalues: Tensor) -> dict[str, float]:
+        begin = time.perf_counter()
+        inputs = torch.cat(self._probe).to(device)
+        try:
+            upper = bound(model, inputs, likelihood=self.likelihood, input_std=self.input_std)
+        except NoBoundError as error:
+            self._warn_once(str(bound), f"FisherMonitor leaves out a bound that this network does not have. {error}")
+            self._without_bound.add(bound)
+            return {}
+        except NonFiniteError as error:
+            self._warn_once("weights", f"FisherMonitor logs no bound for an epoch. {error}")
+            return {}
+        decades = eigenvalues.double().log10()
+        if isinstance(upper.log10_value, Tensor):
+            mean = {f"fisher/bound_{upper.level}_mean": float(upper.value.mean())}
+            log10_value, log10_estimate = float(upper.log10_value.mean()), float(decades[decades.isfinite()].mean())
+        else:
+            mean = {f"fisher/bound_{upper.level}": upper.value}
+            log10_value, log10_estimate = upper.log10_value, float(decades.max()) if len(decades) else math.nan
+        return mean | {
+            f"fisher/log10_bound_{upper.level}": log10_value,
+            f"fisher/log10_gap_{upper.level}": log10_value - log10_estimate,
+            f"fisher/seconds_bound_{upper.level}": time.perf_counter() - begin,
+        }
 
     def _draw(self, experiment: Any, eigenvalues: Tensor, step: int) -> None:
         if not all(hasattr(experiment, name) for name in ("add_histogram", "add_figure", "add_custom_scalars")):
@@ -243,8 +253,12 @@ class FisherMonitor(pl.Callback):
             self._warn_once("matplotlib", "FisherMonitor draws no figure, since matplotlib is not installed.")
         else:
             experiment.add_figure("fisher/bound_versus_empirical", bound_versus_empirical(self.history), step)
-        curves = [key for key in self.history[-1] if "log10_bound" in key or "log10_lambda" in key]
-        experiment.add_custom_scalars({"fisher": {"bound versus empirical (log10)": ["Multiline", curves]}})
+        keys = self.history[-1]
+        curves = [key for key in keys if "log10_bound" in key or "log10_lambda" in key]
+        charts = {"bound versus empirical (log10)": ["Multiline", curves]}
+        if gaps := [key for key in keys if "log10_gap" in key]:
+            charts["gap in decades"] = ["Multiline", gaps]
+        experiment.add_custom_scalars({"fisher": charts})
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -11,7 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg import Exact, FisherMonitor, fisher_bound, fisher_spectral_norm, fisher_trace
+from fisher_reg import (
+    Exact,
+    FisherMonitor,
+    blockwise_fisher_bound,
+    bound_versus_empirical,
+    fisher_bound,
+    fisher_spectral_norm,
+    fisher_trace,
+    local_fisher_bound,
+)
 from fisher_reg.metrics import summarize
 from tests import cases
 from tests.callbacks.test_regularizer import _fingerprint
@@ -22,12 +31,14 @@ KEYS = {
     "fisher/lambda_max_p95",
     "fisher/lambda_max_max",
     "fisher/log10_lambda_max_max",
+    "fisher/log10_lambda_max_median",
     "fisher/trace_mean",
     "fisher/unconverged",
     "fisher/bound_global",
     "fisher/log10_bound_global",
     "fisher/log10_gap_global",
     "fisher/seconds",
+    "fisher/seconds_bound_global",
 }
 
 
@@ -63,6 +74,26 @@ def test_logs_the_numbers_of_the_functional_interface_on_the_probe(tmp_path):
     trace = fisher_trace(module, x, estimator=Exact()).mean()
     assert abs(logged["fisher/trace_mean"] / trace - 1) < 4 * (2 / (4 * 7)) ** 0.5
     assert logged["fisher/seconds"] > 0
+
+
+def test_bounds_at_the_inputs_are_logged_by_their_means_over_the_probe(tmp_path):
+    module = _module(batch_norm=True)
+    bounds = (fisher_bound, local_fisher_bound, blockwise_fisher_bound)
+    monitor = FisherMonitor(num_samples=7, bounds=bounds)
+    logged = _fit(tmp_path, module, monitor).callback_metrics
+    x = _probe(7)
+    decades = fisher_spectral_norm(module, x).eigenvalue.double().log10().mean().item()
+    for level, bound in (("local", local_fisher_bound), ("blockwise", blockwise_fisher_bound)):
+        upper = bound(module, x)
+        assert_close(logged[f"fisher/bound_{level}_mean"].item(), upper.value.mean().item(), rtol=1e-4, atol=0)
+        mean = upper.log10_value.mean().item()
+        assert_close(logged[f"fisher/log10_bound_{level}"].item(), mean, rtol=1e-4, atol=0)
+        assert_close(logged[f"fisher/log10_gap_{level}"].item(), mean - decades, rtol=1e-4, atol=1e-5)
+        assert logged[f"fisher/log10_gap_{level}"] > 0
+    seconds = sum(logged[f"fisher/seconds_bound_{level}"] for level in ("global", "local", "blockwise"))
+    assert 0 < seconds < logged["fisher/seconds"]
+    labels = [line.get_label() for line in bound_versus_empirical(monitor.history).axes[0].lines[:3]]
+    assert [label.split()[0] for label in labels] == ["global", "local", "blockwise"]
 
 
 def test_the_probe_is_fixed_over_the_epochs_even_when_validation_is_shuffled(tmp_path):

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fisher_reg import FisherMonitor, FisherRegularizer, SpectralPenalty, TracePenalty
+from fisher_reg import BoundPenalty, FisherMonitor, FisherRegularizer, SpectralPenalty, TracePenalty
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [
@@ -45,7 +45,7 @@ def test_callbacks_loggers_and_penalties_are_built(tmp_path):
         "CSVLogger",
     }
     assert isinstance(instantiate(config.trainer, logger=False), pl.Trainer)
-    for choice, penalty in (("spectral", SpectralPenalty), ("trace", TracePenalty)):
+    for choice, penalty in (("spectral", SpectralPenalty), ("trace", TracePenalty), ("bound", BoundPenalty)):
         regularizer = instantiate(_compose(tmp_path, f"penalty={choice}").penalty)
         assert isinstance(regularizer, FisherRegularizer)
         assert isinstance(regularizer.penalty, penalty)

@@ -1,0 +1,113 @@
+r"""Coordinates of the channels in which the product of the layers' norms is small.
+
+An activation acts on each channel by itself, so that its Jacobian commutes with any positive diagonal matrix
+:math:`T`: for two layers :math:`\|W_2 D W_1\| \le \|W_2 T^{-1}\| \|T W_1\|`, whatever T. The bound holds for every
+choice; a good one is found by descending the product of Schatten norms, which are cheap and smooth, and the certified
+norms are taken after it. The semidefinite programme LipSDP optimises such diagonal multipliers, too, over all layers at
+once.
+
+Reference: Fazlyab et al. (2019), "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
+arXiv 1906.04893.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fisher_reg.bounds.activations import activation_gain
+from fisher_reg.bounds.calls import log
+from fisher_reg.bounds.certified import SchattenNorms
+from fisher_reg.bounds.functions import adds, passes_channels
+from fisher_reg.bounds.graph import compose
+from fisher_reg.bounds.layers import passes
+from fisher_reg.bounds.linears import conv_rule, linear_rule
+from fisher_reg.bounds.normalizations import batch_norm_rule
+from fisher_reg.bounds.poolings import POOLING_RULES
+from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.trace import Trace
+from fisher_reg.likelihood import Likelihood
+
+_LEARNING_RATE = 0.05
+
+
+def balanced_scales(trace: Trace, tightening: Tightening, likelihood: Likelihood) -> dict[fx.Node, Tensor]:
+    """Return coordinates ``(C,)`` for the outputs of the linear layers of a traced model, one set per stream."""
+    streams = _streams(trace)
+    logs = {
+        stream: torch.zeros(_width(trace, stream), dtype=torch.float64, device=trace.values[stream].device)
+        for stream in dict.fromkeys(streams.values())
+    }
+    if not logs:
+        return {}
+    for value in logs.values():
+        value.requires_grad_()
+    optimizer = torch.optim.Adam(logs.values(), lr=_LEARNING_RATE)
+    norms = SchattenNorms()
+    with torch.inference_mode(False), torch.enable_grad():
+        for _ in range(tightening.balancing_steps):
+            scales = {node: logs[stream].exp() for node, stream in streams.items()}
+            composition = compose(trace, norms, tightening=tightening, differentiable=True, output_scales=scales)
+            objective = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
+            gradients = torch.autograd.grad(objective, list(logs.values()), allow_unused=True, materialize_grads=True)
+            for value, gradient in zip(logs.values(), gradients, strict=True):
+                value.grad = gradient
+            optimizer.step()
+    return {node: logs[stream].detach().exp() for node, stream in streams.items()}
+
+
+def _streams(trace: Trace) -> dict[fx.Node, fx.Node]:
+    """Return for each linear layer the first layer whose output its own is added to, perhaps itself.
+
+    What is added must be in the same coordinates. A layer whose output is added to something that has none is left out.
+    """
+    parent: dict[fx.Node, fx.Node] = {}
+    stream: dict[fx.Node, fx.Node | None] = {}
+    pinned: set[fx.Node] = set()
+
+    def root(node: fx.Node) -> fx.Node:
+        while parent[node] is not node:
+            node = parent[node]
+        return node
+
+    for node in trace.graph.nodes:
+        inputs = [
+            stream[item]
+            for item in node.all_input_nodes
+            if isinstance(trace.values[item], Tensor) and item.op != "get_attr"
+        ]
+        stream[node] = None
+        if _width(trace, node):
+            parent[node] = stream[node] = node
+        elif adds(node) and len(inputs) == 2:
+            found = [root(item) for item in inputs if item is not None]
+            if len(found) == 2:
+                parent[found[1]] = stream[node] = found[0]
+            pinned.update(found if len(found) == 1 else ())
+        elif len(inputs) == 1 and _keeps_channels(trace, node):
+            stream[node] = inputs[0]
+    free = {root(node) for node in parent} - {root(node) for node in pinned}
+    return {node: root(node) for node in parent if root(node) in free and not _is_output(node)}
+
+
+def _is_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _width(trace: Trace, node: fx.Node) -> int:
+    """Return the number of output channels of a linear layer, 0 for anything else."""
+    value = trace.values[node]
+    if node.op != "call_module" or not isinstance(value, Tensor):
+        return 0
+    rule = find_rule(trace.modules[str(node.target)])
+    if rule is conv_rule:
+        return value.shape[1]
+    return value.shape[-1] if rule is linear_rule else 0
+
+
+def _keeps_channels(trace: Trace, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return node.op in ("call_function", "call_method") and passes_channels(node.target)
+    rule = find_rule(trace.modules[str(node.target)])
+    return rule in (activation_gain, batch_norm_rule, passes) or rule in POOLING_RULES

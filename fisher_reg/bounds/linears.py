@@ -1,0 +1,100 @@
+"""The bound rules of layers with weights: linear maps and convolutions, with the diagonal maps around them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fisher_reg.bounds.conv import Geometry
+from fisher_reg.bounds.registry import Ball, Layer, ScaledGain, Tokens, find_rule, register_bound_rule
+from fisher_reg.errors import NoBoundError
+
+
+@register_bound_rule(nn.Linear)
+def linear_rule(module: nn.Linear, layer: Layer) -> ScaledGain:
+    """Bound it by :func:`linear_gain`."""
+    return linear_gain(module.weight, module.bias, layer)
+
+
+def linear_gain(weight: Tensor, bias: Tensor | None, layer: Layer) -> ScaledGain:
+    """Bound a linear map of the last axis between the coordinates of its input and those wanted of its output.
+
+    Args:
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None; it moves only the range.
+        layer: The call.
+
+    Returns:
+        The gain, with the range of the output where that of the input is known.
+    """
+    scaled = in_coordinates(weight, layer.scale_along(-1), layer.output_scale)
+    norm = layer.norms.matrix(scaled)
+    return ScaledGain(norm, _image(weight, bias, layer), scale=layer.output_scale)
+
+
+def in_coordinates(weight: Tensor, input_scale: Tensor, output_scale: Tensor | None) -> Tensor:
+    """Return ``diag(output_scale) weight diag(1 / input_scale)`` in double precision; channels on axes 0 and 1."""
+    rest = [1] * (weight.ndim - 2)
+    scaled = weight.double() / input_scale.view(1, -1, *rest)
+    return scaled if output_scale is None else scaled * output_scale.view(-1, 1, *rest)
+
+
+def _image(weight: Tensor, bias: Tensor | None, layer: Layer) -> Ball | None:
+    if not isinstance(layer.reach, Tokens):
+        return None
+    tokens, matrix = layer.reach, weight.double()
+    centre = matrix @ tokens.beta.double() + (0.0 if bias is None else bias.double())
+    radius = layer.norms.matrix(matrix * tokens.gamma.double()) * tokens.radius
+    return Ball(radius, radius + centre.norm())
+
+
+@register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv_rule(module: _ConvNd, layer: Layer) -> ScaledGain:
+    """Bound it by :func:`conv_gain`."""
+    if layer.input.ndim != len(module.kernel_size) + 2:
+        raise NoBoundError(f"{module} has a bound rule for batches only.")
+    size = tuple(layer.input.shape[2:])
+    return conv_gain(module.weight, Geometry.of(module, size), layer)
+
+
+def conv_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
+    """Bound a convolution, as :func:`linear_gain` does a linear map.
+
+    Args:
+        weight: ``(out, in / groups, *kernel)``.
+        geometry: Where it slides.
+        layer: The call.
+
+    Returns:
+        The gain.
+    """
+    channels = layer.scale_along(1)
+    groups, per_group = geometry.groups, weight.shape[1]
+    # The kernel of group g meets the input channels g per_group, ...
+    inputs = channels.view(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1).reshape(-1, per_group)
+    rest = [1] * (weight.ndim - 2)
+    scaled = weight.double() / inputs.view(*inputs.shape, *rest)
+    if layer.output_scale is None:
+        return ScaledGain(layer.norms.convolution(scaled, geometry))
+    scaled = scaled * layer.output_scale.view(-1, 1, *rest)
+    return ScaledGain(layer.norms.convolution(scaled, geometry), scale=layer.output_scale.view(1, -1, *rest))
+
+
+@register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_conv(module: _ConvTransposeNd, layer: Layer) -> ScaledGain:
+    if layer.input.ndim != len(module.kernel_size) + 2:
+        raise NoBoundError(f"{module} has a bound rule for batches only.")
+    # It is the adjoint of the convolution that goes from the size of its output to that of its input.
+    size = tuple(layer.output.shape[2:])
+    padding = tuple(int(amount) for amount in module.padding)
+    geometry = Geometry(size, module.stride, padding, module.dilation, module.groups)
+    weight, channels = module.weight.double(), layer.scale_along(1)
+    rest = [1] * (weight.ndim - 2)
+    norm = layer.norms.transposed_convolution(weight / channels.view(-1, 1, *rest), geometry)
+    return ScaledGain(norm)
+
+
+def scales_outputs(module: nn.Module, ndim: int) -> bool:
+    """Say whether a scale of axis 1 of the module's output is one of the rows of its weight, which tokens have last."""
+    rule = find_rule(module)
+    return rule is conv_rule or (rule is linear_rule and ndim == 2)

@@ -1,0 +1,144 @@
+"""The bound rules of normalisation layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fisher_reg.batch_statistics import replayed_variance
+from fisher_reg.bounds.attention import layer_norm_tokens
+from fisher_reg.bounds.registry import Layer, ScaledGain, register_bound_rule
+from fisher_reg.errors import NoBoundError
+
+_SMALLEST = 1e-12
+"""A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
+
+
+def diagonal_gain(factor: Tensor, layer: Layer) -> ScaledGain:
+    """Bound a multiplication by a change of coordinates: nothing is lost.
+
+    The next layer divides its weight by the new scale, so that its norm is that of the product.
+
+    Args:
+        factor: Broadcastable to the output.
+        layer: The call.
+
+    Returns:
+        The gain 1, in the new coordinates; 0 without any for a factor of zeros.
+    """
+    size = factor.abs()
+    size = size.clamp_min(_SMALLEST * size.amax().detach())
+    vanishes = bool(size.amax() == 0)
+    if vanishes:
+        return ScaledGain(0.0)
+    return ScaledGain(1.0, scale=1 / size if layer.scale is None else layer.scale / size)
+
+
+@register_bound_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batch_norm_rule(module: _BatchNorm, layer: Layer) -> ScaledGain:
+    """In evaluation it is a diagonal map."""
+    scale = batch_norm_scale(module)
+    return diagonal_gain(scale.view(1, -1, *[1] * (layer.output.ndim - 2)), layer)
+
+
+def batch_norm_scale(module: _BatchNorm) -> Tensor:
+    """Return what an evaluating batch norm multiplies each channel by, ``(C,)``."""
+    variance = replayed_variance(module)
+    if variance is None:
+        variance = module.running_var
+    if variance is None:
+        raise NoBoundError(f"{module} keeps no running statistics and is not a fixed map in evaluation.")
+    scale = (variance.double() + module.eps).rsqrt()
+    return scale if module.weight is None else scale * module.weight.double()
+
+
+@register_bound_rule(nn.LayerNorm)
+def _layer_norm(module: nn.LayerNorm, layer: Layer) -> ScaledGain:
+    return layer_norm_gain(module.weight, module.bias, module.eps, len(module.normalized_shape), layer)
+
+
+def layer_norm_gain(gamma: Tensor | None, beta: Tensor | None, eps: float, axes: int, layer: Layer) -> ScaledGain:
+    r"""Bound a layer norm: its Jacobian is :math:`\Gamma` times a projection over the standard deviation.
+
+    The deviation is at least :math:`\sqrt{\epsilon}`. :math:`\Gamma` is left to the next layer.
+
+    Args:
+        gamma: Weight of the shape of the last ``axes`` axes, or None.
+        beta: Bias, likewise.
+        eps: What is added to the variance.
+        axes: How many last axes are normalised together.
+        layer: The call.
+
+    Returns:
+        The gain, with the range of the output tokens where ``axes`` is 1.
+
+    Raises:
+        NoBoundError: Without an ``eps``.
+    """
+    if eps <= 0 and not layer.is_local:
+        raise NoBoundError("A layer norm has no Lipschitz constant without an eps.")
+    shape = layer.output.shape[-axes:]
+    gamma = torch.ones(shape, dtype=torch.float64, device=layer.output.device) if gamma is None else gamma.double()
+    beta = torch.zeros_like(gamma) if beta is None else beta.double()
+    groups = layer.input.double().flatten(-axes)
+    norm = _normalisation_norm(groups.var(-1, unbiased=False), eps, layer)
+    gained = diagonal_gain(gamma, Layer(layer.inputs, layer.output, layer.norms))
+    tokens = layer_norm_tokens(gamma.detach(), beta.detach()) if axes == 1 else None
+    return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
+
+
+@register_bound_rule(nn.GroupNorm)
+def _group_norm(module: nn.GroupNorm, layer: Layer) -> ScaledGain:
+    return group_norm_gain(module.weight, module.eps, module.num_groups, layer)
+
+
+@register_bound_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm(module: _InstanceNorm, layer: Layer) -> ScaledGain:
+    if module.track_running_stats:
+        return batch_norm_rule(module, layer)  # type: ignore[arg-type]
+    if layer.input.ndim != {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}.get(type(module), 0):
+        raise NoBoundError(f"{module} has a bound rule for batches only.")
+    return group_norm_gain(module.weight, module.eps, layer.input.shape[1], layer)
+
+
+def group_norm_gain(gamma: Tensor | None, eps: float, num_groups: int, layer: Layer) -> ScaledGain:
+    """Bound a group norm as :func:`layer_norm_gain` does a layer norm; channels are on axis 1."""
+    if eps <= 0 and not layer.is_local:
+        raise NoBoundError("A group norm has no Lipschitz constant without an eps.")
+    groups = layer.input.double().reshape(len(layer.input), num_groups, -1)
+    norm = _normalisation_norm(groups.var(-1, unbiased=False), eps, layer)
+    if gamma is None:
+        return ScaledGain(norm)
+    factor = gamma.double().view(1, -1, *[1] * (layer.output.ndim - 2))
+    gained = diagonal_gain(factor, Layer(layer.inputs, layer.output, layer.norms))
+    return ScaledGain(norm * gained.norm, scale=gained.scale)
+
+
+@register_bound_rule(nn.RMSNorm)
+def _rms_norm(module: nn.RMSNorm, layer: Layer) -> ScaledGain:
+    # The Jacobian is Gamma (I - y y' / d) / rms, of norm at most 1 / rms before Gamma.
+    eps = torch.finfo(layer.input.dtype).eps if module.eps is None else module.eps
+    axes = len(module.normalized_shape)
+    squares = layer.input.double().square().flatten(-axes).mean(-1)
+    norm = _normalisation_norm(squares, eps, layer)
+    shape = layer.output.shape[-axes:]
+    gamma = torch.ones(shape, device=layer.output.device) if module.weight is None else module.weight
+    gained = diagonal_gain(gamma.double(), Layer(layer.inputs, layer.output, layer.norms))
+    tokens = layer_norm_tokens(gamma.double().detach(), torch.zeros_like(gamma).double()) if axes == 1 else None
+    return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
+
+
+def _normalisation_norm(variances: Tensor, eps: float, layer: Layer) -> Tensor:
+    """Return ``1 / sqrt(variance + eps)`` at its largest, after the coordinates of the input."""
+    smallest = variances.reshape(len(variances), -1).amin(1) if layer.is_local else variances.new_zeros(())
+    norm: Tensor = (smallest + eps).rsqrt() * forgotten(layer.scale)
+    return norm
+
+
+def forgotten(scale: Tensor | None) -> Any:
+    """Return how much longer a vector can be than in its scaled coordinates."""
+    return 1.0 if scale is None else 1 / scale.amin()

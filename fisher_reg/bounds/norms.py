@@ -1,0 +1,198 @@
+r"""Certified spectral norms of matrices, as differentiable numbers.
+
+A power or Lanczos iteration only ever reports a value at or below the largest eigenvalue. What certifies is a Cholesky
+factorisation: if that of :math:`c I - G` runs through, no eigenvalue of G lies above c.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_NUMBERS = 2**22
+"""Complex numbers held at once (64 MiB, several times in all); larger stacks were slower, leaving the caches."""
+_MAX_EIGVALSH = 256
+"""Up to this size the eigenvalues of one matrix are cheaper than an estimate and its certificate."""
+
+
+class Peak(NamedTuple):
+    """An estimate of the largest eigenvalue in a stack of matrices, and the matrix's place in it (-1: in another)."""
+
+    eigenvalue: float
+    place: int = -1
+
+
+def linear_norm(matrix: Tensor) -> Tensor:
+    """Return the spectral norm of a matrix ``(m, n)``, as :func:`largest_norm` does, at most 1e-6 too large."""
+    return largest_norm(matrix[None], rtol=1e-6)
+
+
+def largest_norm(matrices: Tensor, *, rtol: float = 1e-3) -> Tensor:
+    r"""Return the largest spectral norm of a stack of matrices, never below the true one beyond round-off.
+
+    Cost: one Gram matrix each on the shorter side, and one Cholesky factorisation of each that could be the largest.
+
+    Args:
+        matrices: ``(M, m, n)``, real or complex.
+        rtol: The largest relative excess.
+
+    Returns:
+        ``()`` in float64. Its gradient is that of the singular value at the largest matrix; zero where the norm is
+        zero. NaN entries give NaN.
+
+    Example:
+        >>> float(largest_norm(torch.tensor([[[3.0, 0.0], [4.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])))
+        5.0
+    """
+    matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float64))
+    if matrices.shape[1] > matrices.shape[2]:
+        matrices = matrices.mH
+    scale = largest_entry(matrices)
+    if is_settled(scale):
+        return scale + vanishing(matrices)
+    detached = matrices.detach() / scale
+    if len(detached) == 1 and detached.shape[1] <= _MAX_EIGVALSH:
+        peak, excess = Peak(float(torch.linalg.eigvalsh(detached @ detached.mH).max()), 0), 0.0
+    else:
+        peak, excess, offset = Peak(0.0), rtol, 0
+        for chunk in detached.split(max(1, MAX_NUMBERS // (detached.shape[1] * detached.shape[2]))):
+            gram = chunk @ chunk.mH
+            found = climb(gram, Peak(peak.eigenvalue), 2 * rtol, roundoff(chunk.shape[1], chunk.shape[2]))
+            peak = peak if found.place < 0 else Peak(found.eigenvalue, found.place + offset)
+            offset += len(chunk)
+    value: Tensor = scale * (peak.eigenvalue * (1 + 2 * excess)) ** 0.5
+    if peak.place is None or not carries_gradient(matrices):
+        return torch.as_tensor(value)
+    return with_gradient(value, matrices[peak.place] / scale)
+
+
+def climb(gram: Tensor, peak: Peak, rtol: float, slack: float) -> Peak:
+    """Return a peak that no eigenvalue of the stack exceeds by more than ``rtol``, relatively.
+
+    Args:
+        gram: Hermitian positive semidefinite matrices ``(M, n, n)``.
+        peak: Where to start. It is returned if it is high enough.
+        rtol: Larger than the slack.
+        slack: As in :func:`may_exceed`.
+
+    Returns:
+        ``(1 + rtol) * eigenvalue`` is at or above every eigenvalue; the place is that of the highest estimate.
+    """
+    where, steps = torch.arange(len(gram), device=gram.device), 16
+    while True:
+        high = may_exceed(gram, (1 + rtol) * peak.eigenvalue, slack)
+        if not high.any():
+            return peak
+        gram, where = gram[high], where[high]
+        estimates = lower_estimates(gram, steps)
+        top = int(estimates.argmax())
+        # Each has failed to stay below (1 + rtol) of the last one: so there is progress even if the estimate is poor.
+        peak = Peak(max(float(estimates[top]), (1 + rtol) * peak.eigenvalue), int(where[top]))
+        steps *= 2  # and from n on the estimate is exact
+
+
+def may_exceed(gram: Tensor, level: float, slack: float) -> Tensor:
+    r"""Say of each matrix whether its largest eigenvalue may lie above a level.
+
+    False is proven: either the Frobenius norm is below, or :math:`c I - G` has a Cholesky factorisation. In floating
+    point this shows that :math:`c I - G + E` is positive semidefinite with :math:`\|E\|` at most ``slack`` times c, so
+    that c is taken lower than the level by as much.
+
+    Reference: S. M. Rump (2006), "Verification of positive definiteness", BIT Numerical Mathematics 46, 433-452.
+
+    Args:
+        gram: Hermitian positive semidefinite matrices ``(M, n, n)``.
+        level: The level.
+        slack: The relative error of the factorisation and of the Gram matrices, from :func:`roundoff`.
+
+    Returns:
+        Booleans ``(M,)``.
+    """
+    level *= 1 - slack
+    high: Tensor = torch.linalg.matrix_norm(gram) > level
+    if level <= 0 or not high.any():
+        return high
+    shifted = -gram[high]
+    shifted.diagonal(dim1=1, dim2=2).add_(level)
+    high[high.clone()] = torch.linalg.cholesky_ex(shifted).info > 0
+    return high
+
+
+def roundoff(size: int, terms: int) -> float:
+    r"""Return a bound of the relative error of Gram matrices of ``size`` rows and of their Cholesky factors.
+
+    A sum of T products errs by T u times the sum of their sizes, which for the entries of :math:`X X^*` add up to
+    :math:`\|X\|_F^2 \le n \|X\|_2^2`, and likewise for those of :math:`L L^*`; 8 covers complex arithmetic.
+    """
+    return 8 * torch.finfo(torch.float64).eps * size * (size + terms)
+
+
+def lower_estimates(gram: Tensor, steps: int) -> Tensor:
+    """Return estimates ``(M,)`` from below of the largest eigenvalues ``(M, n, n)``, by Lanczos; exact from n steps.
+
+    Vectors are not reorthogonalised: lost orthogonality repeats Ritz values, but raises none above the spectrum.
+    """
+    if steps >= gram.shape[-1]:
+        exact: Tensor = torch.linalg.eigvalsh(gram)
+        return exact[:, -1]
+    vector = _start(gram).expand(len(gram), -1, -1)
+    previous, beta = torch.zeros_like(vector), vector.new_zeros(len(gram), 1, 1).real
+    diagonal, off_diagonal = [], []
+    for _ in range(steps):
+        image = gram @ vector
+        alpha = (vector.conj() * image).sum(1, keepdim=True).real
+        image = image - alpha * vector - beta * previous
+        beta = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+        previous, vector = vector, image / beta.clamp_min(torch.finfo(beta.dtype).tiny)
+        diagonal.append(alpha.flatten())
+        off_diagonal.append(beta.flatten())
+    upper = torch.diag_embed(torch.stack(off_diagonal[:-1], 1), 1)
+    ritz: Tensor = torch.linalg.eigvalsh(torch.diag_embed(torch.stack(diagonal, 1)) + upper + upper.mT)
+    return ritz[:, -1]
+
+
+def with_gradient(value: Tensor, matrix: Tensor) -> Tensor:
+    r"""Return the value, with the relative gradient of the matrix's spectral norm.
+
+    With the leading singular vectors u and v, :math:`\mathrm{d}\|X\|_2 = \mathrm{Re}\, u^* \mathrm{d}X\, v`. They come
+    from inverse iteration, shifted to just above the largest eigenvalue of the Gram matrix.
+    """
+    with torch.no_grad():
+        gram = (matrix @ matrix.mH)[None]
+        peak = climb(gram, Peak(0.0), 1e-6, roundoff(*matrix.shape))
+        gram.neg_().diagonal(dim1=1, dim2=2).add_((1 + 1e-5) * peak.eigenvalue)
+        factor = torch.linalg.cholesky(gram)
+        left = _start(gram)
+        for _ in range(6):
+            left = torch.nn.functional.normalize(torch.cholesky_solve(left, factor), dim=1)
+        right = torch.nn.functional.normalize(matrix.mH @ left[0], dim=0)
+    norm = (left[0].conj() * (matrix @ right)).sum().real
+    return value * (norm / norm.detach())
+
+
+def largest_entry(weight: Tensor) -> Tensor:
+    """Return the largest modulus, the unit in which nothing overflows: NaN if an entry is."""
+    return weight.detach().abs().amax() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
+
+
+def is_settled(scale: Tensor) -> bool:
+    """Say whether the largest modulus is the norm itself, being zero, infinite or NaN."""
+    return not 0 < float(scale) < float("inf")
+
+
+def carries_gradient(weight: Tensor) -> bool:
+    """Say whether a gradient with respect to the weight will be asked for."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def vanishing(weight: Tensor) -> Tensor:
+    """Return a zero whose gradient is zero too."""
+    return 0.0 * weight.real.nan_to_num(0, 0, 0).sum() if carries_gradient(weight) else weight.real.new_zeros(())
+
+
+def _start(gram: Tensor) -> Tensor:
+    """Return a random unit vector ``(1, n, 1)``, always the same one."""
+    numbers = torch.randn(gram.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.nn.functional.normalize(numbers, dim=0).to(gram)[None, :, None]
