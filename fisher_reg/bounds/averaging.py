@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.activations import slope_range
-from fisher_reg.bounds.functions import activation_module, adds, moves
+from fisher_reg.bounds.functions import adds, moves
+from fisher_reg.bounds.layer_functions import activation_module
 from fisher_reg.bounds.layers import passes
 from fisher_reg.bounds.linears import conv_rule, linear_rule
 from fisher_reg.bounds.normalizations import batch_norm_rule

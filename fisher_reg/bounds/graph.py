@@ -121,7 +121,7 @@ class _Composer:
         """Find what reaches the value of the node."""
         value = self.trace.values[node]
         reach = self._reach(node, value)
-        if self.tightening.averaged and not self.is_local and not self.differentiable:
+        if self.tightening.averaged and not (self.is_local or self.differentiable or self._is_head(node, value)):
             reach = self._averaged(node, reach)
         keeps = self.tightening.merged or reach.parts or self._batch_norm_after(node, value) is not None
         self.reaches[node] = reach if keeps else reach.plain()

@@ -63,7 +63,7 @@ def largest_norm(matrices: Tensor, *, rtol: float = 1e-3) -> Tensor:
             peak = peak if found.place < 0 else Peak(found.eigenvalue, found.place + offset)
             offset += len(chunk)
     value: Tensor = scale * (peak.eigenvalue * (1 + 2 * excess)) ** 0.5
-    if peak.place is None or not carries_gradient(matrices):
+    if peak.place < 0 or not carries_gradient(matrices):
         return torch.as_tensor(value)
     return with_gradient(value, matrices[peak.place] / scale)
 
@@ -111,10 +111,11 @@ def may_exceed(gram: Tensor, level: float, slack: float) -> Tensor:
         Booleans ``(M,)``.
     """
     level *= 1 - slack
-    high: Tensor = torch.linalg.matrix_norm(gram) > level
+    numbers = torch.view_as_real(gram) if gram.is_complex() else gram  # the norm of complex numbers is slow
+    high: Tensor = torch.linalg.vector_norm(numbers.flatten(1), dim=1) > level
     if level <= 0 or not high.any():
         return high
-    shifted = -gram[high]
+    shifted = -gram if high.all() else -gram[high]
     shifted.diagonal(dim1=1, dim2=2).add_(level)
     high[high.clone()] = torch.linalg.cholesky_ex(shifted).info > 0
     return high
