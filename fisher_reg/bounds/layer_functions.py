@@ -100,6 +100,8 @@ def _as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
     """Reuse the rule of the module that a functional call is the forward of; its settings are the other arguments."""
 
     def as_module(call: Call) -> Gain:
+        if not isinstance(call.value, torch.Tensor):
+            raise NoBoundError(f"{call.name} returns more than the pooled values.")
         settings = {key: item.value for key, item in call.operands.items() if key not in ("input", "inplace")}
         settings = {key: item for key, item in settings.items() if not (key == "stride" and item == [])}
         module = build(**settings)
@@ -112,11 +114,22 @@ def _as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
     return as_module
 
 
+def _upsample(mode: str) -> Callable[[Call], Gain]:
+    """Return the rule of an operator that is an interpolation of one mode."""
+    return lambda call: interpolation_gain(mode, call.argument("align_corners"), layer_of(call))
+
+
 def _prelu(call: Call) -> Gain:
     return ScaledGain(call.argument("weight").double().abs().amax().clamp_min(1.0), scale=call.reach.scale)
 
 
 register_layer = partial(register, is_layer=True)
+
+for _mode, _names in (
+    ("linear", ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")),
+    ("nearest", ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")),
+):
+    register_layer(_upsample(_mode), "input output_size align_corners scale_factors", *_names)
 
 register_layer(_linear, "input weight bias", F.linear, "linear")
 register_layer(
@@ -143,9 +156,9 @@ register_layer(_prelu, "input weight", F.prelu, torch.prelu, "prelu")
 register_layer(_as_module(nn.ReLU), "input inplace", F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 register_layer(_as_module(nn.ReLU6), "input inplace", F.relu6, "relu6")
 register_layer(_as_module(nn.Hardtanh), "input min_val max_val inplace", F.hardtanh, "hardtanh", "hardtanh_")
-register_layer(_as_module(nn.ELU), "input alpha inplace", F.elu)
-register_layer(_as_module(nn.CELU), "input alpha inplace", F.celu)
-register_layer(_as_module(nn.SELU), "input inplace", F.selu)
+register_layer(_as_module(nn.ELU), "input alpha inplace", F.elu, "elu", "elu_")
+register_layer(_as_module(nn.CELU), "input alpha inplace", F.celu, "celu")
+register_layer(_as_module(nn.SELU), "input inplace", F.selu, "selu")
 register_layer(_as_module(nn.GELU), "input approximate", F.gelu, "gelu")
 register_layer(_as_module(nn.SiLU), "input inplace", F.silu, "silu", "silu_")
 register_layer(_as_module(nn.Mish), "input inplace", F.mish, "mish")
@@ -168,7 +181,7 @@ register_layer(
 )
 register_layer(
     _as_module(nn.MaxPool2d),
-    "input kernel_size stride padding dilation ceil_mode",
+    "input kernel_size stride padding dilation ceil_mode return_indices",
     *(F.max_pool2d, "max_pool2d"),
 )
 register(
