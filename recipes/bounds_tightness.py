@@ -185,7 +185,8 @@ def draw(rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
-    left.legend(frameon=False, ncols=2, fontsize="small")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
     right.legend(frameon=False)
     return figure
 

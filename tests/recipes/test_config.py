@@ -9,7 +9,15 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fisher_reg import BoundPenalty, FisherMonitor, FisherRegularizer, SpectralPenalty, TracePenalty
+from fisher_reg import (
+    BoundPenalty,
+    FisherRegularizer,
+    SpectralPenalty,
+    TracePenalty,
+    blockwise_fisher_bound,
+    fisher_bound,
+    local_fisher_bound,
+)
 
 CONF = Path(__file__).parents[2] / "conf"
 CHOICES = [
@@ -39,7 +47,9 @@ def test_models_are_built_for_the_data(tmp_path, choice, digits):
 
 def test_callbacks_loggers_and_penalties_are_built(tmp_path):
     config = _compose(tmp_path)
-    assert isinstance(instantiate(config.callbacks.monitor), FisherMonitor)
+    assert instantiate(config.callbacks.monitor).bounds == (fisher_bound,)
+    bounds = (fisher_bound, local_fisher_bound, blockwise_fisher_bound)
+    assert instantiate(_compose(tmp_path, "callbacks=all_bounds").callbacks.monitor).bounds == bounds
     assert {type(instantiate(logger)).__name__ for logger in config.logger.values()} == {
         "TensorBoardLogger",
         "CSVLogger",
