@@ -120,7 +120,10 @@ def _responses(trace: Trace, source: fx.Node, end: fx.Node, activation: fx.Node,
         if len(inputs) == 2:
             return inputs[0] + inputs[1] if inputs[0].shape == inputs[1].shape else None
         function = _linear_part(trace, node)
-        made = function(inputs[0])
+        try:
+            made = function(inputs[0])
+        except RuntimeError:  # a reshape with the batch size of the example in it
+            return None
         expected = trace.values[node].shape[1:]
         return made if made.shape == (len(basis), *expected) else None
 

@@ -127,7 +127,9 @@ def _segments(trace: Trace) -> list[_Segment]:
     cuts = [
         node
         for node in nodes
-        if node in varying and all(last_use[other] <= order[node] for other in varying if order[other] < order[node])
+        if node in varying
+        and node in trace.batched
+        and all(last_use[other] <= order[node] for other in varying if order[other] < order[node])
     ]
     (start,) = [node for node in nodes if node.op == "placeholder"]
     parts: list[_Segment] = []

@@ -212,7 +212,7 @@ def log_fisher_bound(
 ) -> Tensor:
     """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
     traced = traced_model(model, inputs[:1], likelihood)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_behaviour(model):
         composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
         log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
     return log_value if input_std is None else log_value - 2 * input_std.min().log()
@@ -254,23 +254,21 @@ def certified_radius(
     if input_std is not None:
         check_input_std(input_std)
     traced = traced_model(model, inputs, Categorical())
-    with torch.inference_mode(False), torch.no_grad():
-        composition, _ = _tightest(traced, Categorical(), tightening, lambda rows, logits: _log_spread(rows))
-        logits = traced.result.double()
-        predicted = logits.argmax(1)
-        rows = composition.head
-        if rows is None:
-            rows = torch.eye(logits.shape[1], dtype=torch.float64, device=logits.device)
-        constants = torch.cdist(rows[predicted], rows, compute_mode="donot_use_mm_for_euclid_dist")
-        constants = constants * composition.log_norm.exp()
-        margins = logits.gather(1, predicted[:, None]) - logits
-        radii = torch.where(margins > 0, margins / constants, 0.0)
-        radii = radii.scatter(1, predicted[:, None], math.inf).amin(1)
-    return radii if input_std is None else radii * input_std.min().double()
+    with torch.inference_mode(False), torch.no_grad(), evaluation_behaviour(model):
+        radii = [_radii(item, traced.result.double()) for item in _compositions(traced, Categorical(), tightening)]
+    best = torch.stack(radii).amax(0)
+    return best if input_std is None else best * input_std.min().double()
 
 
-def _log_spread(rows: Tensor | None) -> Tensor:
-    return log(Categorical().largest_curvature(rows))
+def _radii(composition: Composition, logits: Tensor) -> Tensor:
+    rows = composition.head
+    if rows is None:
+        rows = torch.eye(logits.shape[1], dtype=torch.float64, device=logits.device)
+    predicted = logits.argmax(1)
+    constants = torch.cdist(rows[predicted], rows, compute_mode="donot_use_mm_for_euclid_dist")
+    margins = logits.gather(1, predicted[:, None]) - logits
+    radii = torch.where(margins > 0, margins / (constants * composition.log_norm.exp()), 0.0)
+    return radii.scatter(1, predicted[:, None], math.inf).amin(1)
 
 
 Head = Callable[[Tensor | None, Tensor], Tensor]
@@ -290,7 +288,7 @@ def _bound(
     if input_std is not None:
         check_input_std(input_std)
     traced = traced_model(model, inputs, likelihood)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), evaluation_behaviour(model):
         composition, log_value = _tightest(traced, likelihood, tightening, head, power, is_local)
         terms = _shares(composition, log_value, head(composition.head, traced.result), power)
     shift = 0.0 if input_std is None else power * math.log10(float(input_std.min()))
@@ -302,19 +300,24 @@ def _bound(
 
 
 def _tightest(
-    traced: Trace, likelihood: Likelihood, tightening: Tightening, head: Head, power: int = 2, is_local: bool = False
+    traced: Trace, likelihood: Likelihood, tightening: Tightening, head: Head, power: int, is_local: bool
 ) -> tuple[Composition, Tensor]:
-    """Return the best of the compositions with and without balanced coordinates, and its log value."""
+    """Return the best of the compositions and its log value."""
+    compositions = _compositions(traced, likelihood, tightening, is_local)
+    values = [power * item.log_norm + head(item.head, traced.result) for item in compositions]
+    best = min(range(len(values)), key=lambda index: float(values[index].detach().mean()))
+    return compositions[best], values[best]
+
+
+def _compositions(
+    traced: Trace, likelihood: Likelihood, tightening: Tightening, is_local: bool = False
+) -> list[Composition]:
+    """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted."""
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
         scales.append(balanced_scales(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense)
-    compositions = [
-        compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item) for item in scales
-    ]
-    values = [power * item.log_norm + head(item.head, traced.result) for item in compositions]
-    best = min(range(len(values)), key=lambda index: float(values[index].detach().mean()))
-    return compositions[best], values[best]
+    return [compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item) for item in scales]
 
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:

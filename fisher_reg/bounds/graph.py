@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,6 +154,11 @@ class _Composer:
         self.gains[node] = reach.log_norm - joint
         return replace(reach, log_norm=joint)
 
+    def _knows(self, nodes: Iterable[fx.Node]) -> bool:
+        """Say whether the values that depend on the input are at hand, an example each along their first axis."""
+        varying = [node for node in nodes if not self.reaches[node].is_constant]
+        return all(node in self.trace.batched and node not in self.trace.lost for node in varying)
+
     def _fetch(self, argument: Any) -> Any:
         return fx.map_arg(argument, lambda node: self.trace.values[node])
 
@@ -170,7 +175,7 @@ class _Composer:
         rule = find_function_rule(node.target)
         if rule is None:
             raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", where(node))
-        is_local = self.is_local and not any(item in self.trace.lost for item in node.all_input_nodes)
+        is_local = self.is_local and self._knows(node.all_input_nodes)
         call = make_call(rule, node, self.reaches, value, self._fetch, self.norms, is_local)
         if self._is_head(node, value) and name_of(node.target) == "linear":
             return self._head_reach(node, call.argument("weight"), call.reach, call.source.value)
@@ -224,7 +229,7 @@ class _Composer:
             norms=self.norms,
             reach=None if single is None else single.range,
             sources={name: None if self.reaches[item].is_constant else item.name for name, item in operands.items()},
-            is_local=self.is_local and not any(item in self.trace.lost for item in operands.values()),
+            is_local=self.is_local and self._knows(operands.values()),
             scale=None if single is None else single.scale,
             output_scale=self._output_scale(node, value),
         )

@@ -24,6 +24,7 @@ class Trace:
         values: What each call returned at the example, as it was before any later call changed it in place.
         stale: Pairs of a call in place and an older name of the same memory that is used again after it.
         lost: Values that were changed under another name, so that what they were is not known.
+        batched: Tensors whose first axis is that of the examples.
     """
 
     graph: fx.Graph
@@ -31,6 +32,7 @@ class Trace:
     values: dict[fx.Node, Any]
     stale: tuple[tuple[fx.Node, fx.Node], ...]
     lost: frozenset[fx.Node]
+    batched: frozenset[fx.Node]
 
     @property
     def output(self) -> fx.Node:
@@ -68,7 +70,8 @@ def trace(model: nn.Module, inputs: Tensor) -> Trace:
     except Exception as error:  # the user's own forward runs here and may raise anything
         raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
     modules = dict(module.named_modules())
-    return Trace(module.graph, modules, recorder.values, tuple(recorder.stale), frozenset(recorder.lost))
+    batched = frozenset(_batched(module, inputs, recorder.values))
+    return Trace(module.graph, modules, recorder.values, tuple(recorder.stale), frozenset(recorder.lost), batched)
 
 
 def where(node: fx.Node) -> str:
@@ -160,6 +163,22 @@ def _check_independence(model: nn.Module, inputs: Tensor) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _batched(module: fx.GraphModule, inputs: Tensor, values: dict[fx.Node, Any]) -> set[fx.Node]:
+    """Return the nodes whose first axis is that of the examples: it is reversed when they are."""
+    found = {
+        node for node, value in values.items() if isinstance(value, Tensor) and value.shape[:1] == inputs.shape[:1]
+    }
+    if len(inputs) == 1:
+        return found
+    reverse = _Recorder(module)
+    reverse.run(inputs.flip(0))
+    return {node for node in found if _agree(reverse.values[node].flip(0), values[node])}
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first.double(), second.double(), rtol=1e-3, atol=1e-4 * float(second.abs().max()))
 
 
 def _line_of(error: BaseException) -> str:

@@ -70,6 +70,38 @@ def test_the_local_level_takes_slopes_before_a_call_in_place_changes_them():
     assert_close(local_fisher_bound(model, x).value, local_fisher_bound(other, x).value)
 
 
+class _TokensFirst(nn.Module):
+    """A layer norm on tokens (n, B, E), as many tokens as examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(6, eps=1e-4), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.norm(x.transpose(0, 1))
+        return self.fc(h.transpose(0, 1).mean(1))
+
+
+def test_an_example_is_never_taken_for_a_token():
+    torch.manual_seed(0)
+    model, x = _TokensFirst().double(), torch.randn(4, 4, 6, dtype=torch.float64)
+    x[:, 1:] *= 100  # loud tokens, whose layer norm hardly moves, beside a quiet one
+    assert (_exact(model, x) <= local_fisher_bound(model, x).value).all()
+    blockwise = blockwise_fisher_bound(model, x)
+    assert (_exact(model, x) <= blockwise.value * 1.01).all()
+    assert blockwise.value.shape == (4,)
+
+
+def test_the_mode_of_the_module_does_not_matter(digits):
+    model, x = cases.network("vit", digits), cases.test_images(digits, 3)
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.5
+    evaluated = local_fisher_bound(model.eval(), x).log10_value
+    assert_close(local_fisher_bound(model.train(), x).log10_value, evaluated)
+    assert model.training
+
+
 def test_the_blockwise_value_lies_above_and_one_segment_is_the_eigenvalue(trained, digits):
     x = cases.test_images(digits, 8)
     exact = _exact(trained, x)
@@ -177,7 +209,7 @@ def test_every_tightening_is_valid_and_all_together_bring_decades(
     assert values[5] <= values[4] + 1e-9
     assert values[6] <= values[4] + 1e-9
     assert values[2] <= values[1] + 1e-9
-    least = {"vgg": 0.3, "resnet": 0.3, "densenet": 2.0, "vit": 0.5}[family]
+    least = {"vgg": 0.3, "resnet": 0.2, "densenet": 2.0, "vit": 0.5}[family]
     assert values[6] < values[1] - least
     record_property("log10_ladder", [round(value, 3) for value in values])
 
