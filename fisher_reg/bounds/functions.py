@@ -7,7 +7,7 @@ function without a rule. ATen operators, which :func:`torch.export` leaves, are 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,24 +78,34 @@ def _flips(call: Call) -> Reach:
 def _moves(call: Call) -> Reach:
     """Entries are moved or dropped, each is used once at most."""
     reach = call.reach
-    moved = None if reach.scale is None else call.again(reach.scale.expand(call.source.value.shape))
-    kept = _kept_range(call, reach)
+    moved = None if reach.scale is None else _replayed(call, reach.scale)
+    ranges = _moved_ranges(call, reach)
     if isinstance(call.value, list | tuple):
         scales = [None] * len(call.value) if moved is None else list(moved)
-        parts = tuple(Reach(reach.log_norm, scale, kept) for scale in scales)
+        parts = tuple(Reach(reach.log_norm, *part) for part in zip(scales, ranges, strict=True))
         return Reach(reach.log_norm, parts=parts)
-    return Reach(reach.log_norm, moved, kept)
+    return Reach(reach.log_norm, moved, ranges[0])
 
 
-def _kept_range(call: Call, reach: Reach) -> Ball | None:
-    """Return the range if each vector along the last axis is still a part of one that it speaks of."""
-    if not isinstance(reach.range, Ball):
-        return None
-    value = call.source.value
+def _replayed(call: Call, entries: Tensor) -> Any:
+    """Return where the call moves the entries of another tensor that broadcasts to its input."""
+    return call.again(entries.expand(call.source.value.shape).contiguous())  # an expanded tensor refuses a view
+
+
+def _moved_ranges(call: Call, reach: Reach) -> Sequence[Ball | None]:
+    """Return the range of each output in which a vector along the last axis is still a part of one before."""
+    count = len(call.value) if isinstance(call.value, list | tuple) else 1
+    ball, value = reach.range, call.source.value
+    if not isinstance(ball, Ball):
+        return [None] * count
     owner = torch.arange(value[..., 0].numel(), device=value.device).view(value.shape[:-1])[..., None]
-    moved = call.again(owner.expand(value.shape))
-    parts = moved if isinstance(moved, list | tuple) else (moved,)
-    return reach.range if all(bool((part == part[..., :1]).all()) for part in parts) else None
+    columns = torch.arange(value.shape[-1], device=value.device) if ball.columns is None else ball.columns
+    moved = [_replayed(call, entries) for entries in (owner, columns)]
+    owners, places = moved if isinstance(call.value, list | tuple) else [[item] for item in moved]
+    return [
+        replace(ball, columns=place) if bool((part == part[..., :1]).all()) else None
+        for part, place in zip(owners, places, strict=True)
+    ]
 
 
 def _dropout(call: Call) -> Reach:
@@ -108,8 +118,11 @@ def _index(call: Call) -> Reach:
     source, index = call.operands["input"], call.operands["index"].value
     parts = source.reach if isinstance(source.reach, tuple) else source.reach.parts
     if parts:
-        part: Reach = parts[index]
-        return part
+        chosen: Any = parts[index]
+        if isinstance(chosen, Reach):
+            return chosen
+        varying = [part.log_norm for part in chosen if part.log_norm is not None]
+        return Reach(side_by_side(varying) if varying else None, parts=chosen)
     assert isinstance(source.reach, Reach)
     if isinstance(source.value, list | tuple):
         return source.reach  # the outputs of a module, of which only the first is ever taken
@@ -134,6 +147,8 @@ def shifted(reach: Reach, log_factor: Tensor | float) -> Tensor:
 def _sum(call: Call) -> Reach:
     if call.argument("alpha", 1) != 1:
         raise NoBoundError(f"{call.name} is called with a factor; write it as a product.")
+    if not isinstance(call.value, Tensor):
+        raise NoBoundError(f"{call.name} joins tuples of tensors; concatenate the tensors.")
     terms = [_broadcast(operand, call.value) for operand in call.operands.values() if not operand.is_constant]
     if len(terms) == 1:
         return terms[0]
@@ -188,7 +203,11 @@ def _scaled(call: Call, factor: Tensor) -> Reach:
     factor = factor.to(call.value.device)
     if factor.numel() == 1:
         size = factor.abs().reshape(())
-        kept = Ball(ball.radius * size, ball.norm * size) if isinstance(ball, Ball) and call.copies == 1 else None
+        kept = (
+            replace(ball, radius=ball.radius * size, norm=ball.norm * size)
+            if isinstance(ball, Ball) and call.copies == 1
+            else None
+        )
         return Reach(shifted(reach, log(size)), reach.scale, kept)
     layer = replace(layer_of(call), scale=reach.scale)
     return (
@@ -247,7 +266,7 @@ def _pad(call: Call) -> Reach:
     if reach.scale is None:
         return Reach(reach.log_norm)
     widths = list(call.argument("pad"))
-    padded = F.pad(reach.scale.expand(call.source.value.shape), widths, value=float(reach.scale.amax()))
+    padded = F.pad(reach.scale.expand(call.source.value.shape), widths, value=float(reach.scale.detach().amax()))
     return Reach(reach.log_norm, padded)
 
 
@@ -266,7 +285,7 @@ register(_add_product, "input tensor1 tensor2 value", torch.addcmul, "addcmul")
 register(_divide, "input other", operator.truediv, operator.itruediv, torch.div, "div", "div_")
 register(_flips, "input", operator.neg, torch.neg, "neg", torch.abs, "abs")
 register(_same, "input", "float", "double", "alias", "lift_fresh_copy", "detach", "detach_", torch.clone)
-register(_same, "input dtype device layout memory_format", "to", "_to_copy", "clone", "contiguous", "type_as")
+register(_same, "input dtype device layout memory_format other", "to", "_to_copy", "clone", "contiguous", "type_as")
 register(_concatenate, "tensors dim", torch.cat, torch.concat, torch.stack, "cat", "stack", "concat")
 register(_mean, "input dim keepdim", torch.mean, "mean")
 register(_total, "input dim keepdim", torch.sum, "sum")
@@ -277,7 +296,8 @@ register(_moves, None, torch.flatten, "flatten", torch.reshape, torch.permute, "
 register(_moves, None, torch.transpose, "transpose", torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", "t")
 register(_moves, None, torch.select, "select", "slice", torch.chunk, "chunk", torch.split, "split", "split_with_sizes")
 register(_moves, None, torch.unbind, "unbind", torch.roll, "roll", torch.flip, "flip", "narrow", torch.narrow)
-register(_moves, None, F.pixel_shuffle, F.pixel_unshuffle, "unflatten", "_unsafe_view", "swapaxes", torch.swapaxes)
+register(_moves, None, F.pixel_shuffle, F.pixel_unshuffle, "pixel_shuffle", "pixel_unshuffle")
+register(_moves, None, "unflatten", "_unsafe_view", "swapaxes", torch.swapaxes)
 register(_dropout, "input p training inplace", F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
 register(_dropout, "input p mode training", "stochastic_depth")
 register(_dropout, "input p train", "dropout", "feature_dropout")

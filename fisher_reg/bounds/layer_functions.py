@@ -72,7 +72,9 @@ def _group_norm(call: Call) -> Gain:
 def _interpolate(call: Call) -> Gain:
     if call.argument("antialias", False):
         raise NoBoundError(f"{call.name} has no bound rule with antialias.")
-    return interpolation_gain(call.argument("mode", "nearest"), call.argument("align_corners"), layer_of(call))
+    factors = None if call.argument("recompute_scale_factor") else call.argument("scale_factor")
+    mode = call.argument("mode", "nearest")
+    return interpolation_gain(mode, call.argument("align_corners"), layer_of(call), factors=factors)
 
 
 def _attention(call: Call) -> Reach:
@@ -83,7 +85,7 @@ def _attention(call: Call) -> Reach:
         raise NoBoundError(f"{call.name} shares keys between heads, which has no bound rule.")
     call.argument("attn_mask")
     reaches = [item.reach for item in (query, key, value) if isinstance(item.reach, Reach)]
-    balls = [reach.range for reach in reaches if isinstance(reach.range, Ball)]
+    balls = [reach.range.of_tokens for reach in reaches if isinstance(reach.range, Ball)]
     if len(balls) < 3:
         raise NoBoundError(
             "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm and "
@@ -116,7 +118,9 @@ def _as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
 
 def _upsample(mode: str) -> Callable[[Call], Gain]:
     """Return the rule of an operator that is an interpolation of one mode."""
-    return lambda call: interpolation_gain(mode, call.argument("align_corners"), layer_of(call))
+    return lambda call: interpolation_gain(
+        mode, call.argument("align_corners"), layer_of(call), factors=call.argument("scale_factors")
+    )
 
 
 def _prelu(call: Call) -> Gain:

@@ -117,16 +117,20 @@ def _copying_pad(module: Any, layer: Layer) -> ScaledGain:
 
 @register_bound_rule(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def _upsample(module: nn.Upsample, layer: Layer) -> ScaledGain:
-    return interpolation_gain(module.mode, module.align_corners, layer)
+    factors = None if module.recompute_scale_factor else module.scale_factor
+    return interpolation_gain(module.mode, module.align_corners, layer, factors=factors)
 
 
-def interpolation_gain(mode: str, align_corners: bool | None, layer: Layer) -> ScaledGain:
+def interpolation_gain(
+    mode: str, align_corners: bool | None, layer: Layer, *, factors: float | Sequence[float] | None = None
+) -> ScaledGain:
     """Bound an interpolation to the size of the output, which is one linear map per axis.
 
     Args:
         mode: That of :func:`torch.nn.functional.interpolate`.
         align_corners: Likewise.
         layer: The call.
+        factors: Of each axis, where they were given: they say where the outputs lie, which the sizes only round.
 
     Returns:
         The gain.
@@ -138,8 +142,11 @@ def interpolation_gain(mode: str, align_corners: bool | None, layer: Layer) -> S
     if one_axis not in ("nearest", "nearest-exact", "linear", "area"):
         raise NoBoundError(f"Interpolation by {mode!r} has no bound rule; nearest, linear and area have one.")
     sizes = layer.output.shape[2:]
-    maps = [partial(nn.functional.interpolate, size=size, mode=one_axis, align_corners=align_corners) for size in sizes]
-    return _per_axis_gain(maps, layer)
+    axis = partial(nn.functional.interpolate, mode=one_axis, align_corners=align_corners)
+    if factors is None:
+        return _per_axis_gain([partial(axis, size=size) for size in sizes], layer)
+    factors = [factors] * len(sizes) if isinstance(factors, int | float) else factors
+    return _per_axis_gain([partial(axis, scale_factor=factor) for factor in factors], layer)
 
 
 @register_bound_rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)

@@ -27,10 +27,20 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Ball:
-    """All vectors ``v`` along the last axis have ``|v - c| <= radius`` for one ``c``, and ``|v| <= norm``."""
+    """All vectors ``v`` along the last axis have ``|v - c| <= radius`` for one ``c``, and ``|v| <= norm``.
+
+    Where the vectors are parts of such, ``columns``, of the shape of the value, says which entries of ``c`` they meet.
+    """
 
     radius: Tensor
     norm: Tensor
+    columns: Tensor | None = None
+
+    @property
+    def of_tokens(self) -> Ball:
+        """The same where the vectors along the axis before the last share their centre, else with the centre 0."""
+        shared = self.columns is None or bool((self.columns == self.columns[..., :1, :]).all())
+        return self if shared else Ball(self.norm, self.norm)
 
 
 class Norms(Protocol):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torchvision import models as vision
-from torchvision.models import ConvNeXt, DenseNet, MobileNetV2, ResNet, SqueezeNet, VisionTransformer
+from torchvision.models import ConvNeXt, DenseNet, MobileNetV2, ResNet, ShuffleNetV2, SqueezeNet, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -22,7 +22,7 @@ from fisher_reg import (
     fisher_spectral_norm,
     local_fisher_bound,
 )
-from fisher_reg.bounds import averaging, poolings
+from fisher_reg.bounds import activations, averaging, conv, poolings
 from recipes import models
 
 CLASSES = 4
@@ -41,6 +41,12 @@ def _mixer(kind):
     mixer = pytest.importorskip("timm.models.mlp_mixer")
     options = {"mixer": {}, "resmlp": {"block_layer": mixer.ResBlock, "norm_layer": mixer.Affine, "mlp_ratio": 4}}[kind]
     return mixer.MlpMixer(num_classes=CLASSES, img_size=32, patch_size=16, num_blocks=1, embed_dim=8, **options)
+
+
+def _poolformer():
+    metaformer = pytest.importorskip("timm.models.metaformer")
+    options = {"downsample_norm": None, "norm_layers": metaformer.GroupNorm1, "mlp_act": nn.GELU, "use_mlp_head": False}
+    return metaformer.MetaFormer(num_classes=CLASSES, depths=(1, 1), dims=(4, 6), **options)
 
 
 def _hugging_face(kind, **options):
@@ -121,7 +127,11 @@ CONFIGURATIONS = {
     ),
     "torchvision mobilenet v2": (lambda: MobileNetV2(CLASSES, width_mult=0.1), (3, 32)),
     "torchvision squeezenet": (lambda: SqueezeNet("1_1", CLASSES), (3, 32)),
+    "torchvision shufflenet": (lambda: ShuffleNetV2([1, 1, 1], [4, 4, 8, 16, 8], CLASSES), (3, 32)),
+    "torchvision mnasnet": (lambda: vision.MNASNet(0.1, CLASSES), (3, 32)),
     "timm resnet": (partial(_timm, "resnet10t"), (3, 32)),
+    "timm beit": (partial(_timm, "beit_base_patch16_224", img_size=32, depth=1, embed_dim=8, num_heads=2), (3, 32)),
+    "timm poolformer": (lambda: _poolformer(), (3, 32)),
     "timm vit": (partial(_timm, "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=12, num_heads=3), (3, 32)),
     "timm deit": (partial(_timm, "deit_tiny_patch16_224", img_size=32, depth=2, embed_dim=12, num_heads=3), (3, 32)),
     "timm vit, mean of tokens": (
@@ -262,18 +272,34 @@ REFUSED = {
         (3, 28),
     ),
     "squeeze and excitation": (lambda: vision.mobilenet_v3_small(weights=None, num_classes=CLASSES), (3, 32)),
+    "efficientnet": (lambda: vision.efficientnet_b0(weights=None, num_classes=CLASSES), (3, 32)),
+    "regnet y": (lambda: vision.regnet_y_400mf(weights=None, num_classes=CLASSES), (3, 32)),
+    "ghostnet": (lambda: _timm("ghostnet_050"), (3, 32)),
+    "gated perceptron": (lambda: _timm("gmlp_s16_224", img_size=32), (3, 32)),
+    "class attention": (lambda: _timm("cait_xxs24_224", img_size=32, depth=1, embed_dim=8, num_heads=2), (3, 32)),
+    "covariance attention": (
+        lambda: _timm("xcit_nano_12_p16_224", img_size=32, depth=1, embed_dim=8, num_heads=2),
+        (3, 32),
+    ),
     "a gate": (_Gated, (3, 6)),
+}
+PARTS = {
+    "swin": r"function matmul at 'layers\.0\.blocks\.0\.attn\.",
+    "class attention": r"function matmul at 'blocks\.0\.attn\.",
+    "covariance attention": r"function normalize at 'blocks\.0\.attn\.",
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_network_without_a_global_constant_is_refused_with_the_part(name):
     model, x = _built(*REFUSED[name])
-    with pytest.raises(NoBoundError, match=r"two values that depend on the input|No bound rule for|no global"):
+    with pytest.raises(NoBoundError, match=PARTS.get(name, r"'mul\w*' \(mul\) combines two values that depend")):
         fisher_bound(model, x)
 
 
-@pytest.mark.parametrize("name", ["squeeze and excitation", "a gate"])
+@pytest.mark.parametrize(
+    "name", ["squeeze and excitation", "efficientnet", "regnet y", "ghostnet", "gated perceptron", "a gate"]
+)
 def test_a_gate_has_a_bound_at_the_inputs(name):
     model, x = _built(*REFUSED[name])
     exact = fisher_spectral_norm(model, x, solver=Exact()).eigenvalue.double()
@@ -300,12 +326,12 @@ def _steep_gelu():
 
 
 def _strided():
-    """Every pixel is seen by one tap only; without its stride the kernel would have one entry of its four sums."""
-    model = nn.Sequential(nn.Conv2d(1, 1, 2, 1, bias=False), nn.Flatten(), nn.LazyLinear(2)).double()
+    """Each pixel is seen once, by one of the four taps, which are four channels of the pixels' phases."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 2, 2, bias=False), nn.Flatten(), nn.LazyLinear(2)).double()
     model(torch.zeros(1, 1, 8, 8, dtype=torch.float64))
     with torch.no_grad():
         model[0].weight.fill_(1.0)
-        model[2].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 49))
+        model[2].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 16))
         model[2].bias.zero_()
     return model, torch.zeros(1, 1, 8, 8, dtype=torch.float64)
 
@@ -319,8 +345,24 @@ def test_each_factor_is_needed(build):
     assert bound < 1.2 * exact  # so that a factor of 1.13 squared or more that is lost shows
 
 
-def test_the_bound_of_overlapping_pooling_falls_below_without_its_factor(monkeypatch):
-    model, x = _peak_pooling()
+def _without_overlap(patch):
+    patch.setattr(poolings.math, "sqrt", lambda value: 1.0)
+
+
+def _without_the_slope(patch):
+    patch.setitem(activations.SLOPES, nn.GELU, lambda module: 1.0)
+
+
+def _with_one_phase(patch):
+    patch.setattr(conv, "_polyphase", lambda kernel, stride, dilation: kernel[..., :: stride[0], :: stride[1]])
+
+
+@pytest.mark.parametrize(
+    ("build", "remove"),
+    [(_peak_pooling, _without_overlap), (_steep_gelu, _without_the_slope), (_strided, _with_one_phase)],
+)
+def test_the_bound_falls_below_without_its_factor(build, remove, monkeypatch):
+    model, x = build()
     exact = fisher_spectral_norm(model, x, solver=Exact()).eigenvalue.item()
-    monkeypatch.setattr(poolings.math, "sqrt", lambda value: 1.0)
+    remove(monkeypatch)
     assert fisher_bound(model, x).value < exact

@@ -178,7 +178,7 @@ def _check(closed_form, build, size):
 def test_the_graph_gives_the_closed_form_of_the_family(name, monkeypatch):
     monkeypatch.setattr(averaging, "_MAX_SIDE", 256)  # for time
     model, inputs, expected = _check(*SMALL[name])
-    for tightening in (Tightening(), Tightening(averaged=True, balancing_steps=5)):
+    for tightening in (Tightening(), Tightening(averaged=True, balancing_steps=5), Tightening(balancing_steps=30)):
         assert lipschitz_bound(model, inputs, tightening=tightening).log10_value <= expected + 1e-6
 
 
