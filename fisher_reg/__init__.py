@@ -11,7 +11,13 @@ from fisher_reg.bounds import (
     local_fisher_bound,
     register_bound_rule,
 )
-from fisher_reg.callbacks import FisherMonitor, FisherRegularizer
+from fisher_reg.callbacks import (
+    ConstantSchedule,
+    CosineSchedule,
+    FisherMonitor,
+    FisherRegularizer,
+    LinearSchedule,
+)
 from fisher_reg.eigen import EigenResult
 from fisher_reg.errors import (
     NoBoundError,
@@ -25,7 +31,14 @@ from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.forward import LogitsOf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
-from fisher_reg.penalty import BoundPenalty, SpectralPenalty, TracePenalty, mean_log1p
+from fisher_reg.penalty import (
+    BoundPenalty,
+    KLPenalty,
+    LabelContrastPenalty,
+    SpectralPenalty,
+    TracePenalty,
+    mean_log1p,
+)
 from fisher_reg.solvers import Exact, HutchinsonMax, Lanczos, PowerIteration
 from fisher_reg.trace import Hutchinson, Rademacher, SampledLabels, StandardNormal
 from fisher_reg.universal import universal_spectral_norm
@@ -37,6 +50,8 @@ __all__ = [
     "BlackBoxResult",
     "BoundPenalty",
     "Categorical",
+    "ConstantSchedule",
+    "CosineSchedule",
     "EigenResult",
     "Exact",
     "FisherMonitor",
@@ -46,7 +61,10 @@ __all__ = [
     "Gaussian",
     "Hutchinson",
     "HutchinsonMax",
+    "KLPenalty",
+    "LabelContrastPenalty",
     "Lanczos",
+    "LinearSchedule",
     "LogitsOf",
     "NoBoundError",
     "NonFiniteError",

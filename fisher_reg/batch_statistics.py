@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.forward import LogitsFunction, apply_affine, batch_norm_affine
+from fisher_reg.forward import LogitsFunction, batch_norm_affine
 
 Statistics = tuple[Tensor, Tensor]
 Recording = dict[_BatchNorm, list[Statistics]]
@@ -86,22 +86,28 @@ def replay(recording: Recording) -> Generator[None, None, None]:
 
 
 @contextmanager
-def frozen(model: object, function: LogitsFunction, inputs: Tensor) -> Generator[None, None, None]:
-    """Make ``model`` per-example with the statistics of ``inputs``: one call of ``function``, none without batch norm.
-
-    Running statistics and batch counters are not moved.
-    """
+def untracked(model: object) -> Generator[None, None, None]:
+    """Let no running statistics and no counter of a training batch norm move during the block."""
     modules = training_batch_norms(model)
     tracked = [module.track_running_stats for module in modules]
     try:
         for module in modules:
             module.track_running_stats = False
-        with record(model) as recording:
-            if modules:
-                function(inputs)
+        yield
     finally:
         for module, flag in zip(modules, tracked, strict=True):
             module.track_running_stats = flag
+
+
+@contextmanager
+def frozen(model: object, function: LogitsFunction, inputs: Tensor) -> Generator[None, None, None]:
+    """Make ``model`` per-example with the statistics of ``inputs``: one call of ``function``, none without batch norm.
+
+    Running statistics and batch counters are not moved.
+    """
+    with untracked(model), record(model) as recording:
+        if training_batch_norms(model):
+            function(inputs)
     with replay(recording):
         yield
 
@@ -115,11 +121,15 @@ def of_step(
     It is clear where every batch norm was called once with gradient. A step with several forwards, or with a forward
     that hooks do not see (compiled, checkpointed), says nothing of ``inputs`` for sure; then they are computed anew.
     """
-    clear = all(len(recording.get(module, ())) == 1 for module in training_batch_norms(model))
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(replay(recording) if clear else frozen(model, function, inputs))
+        stack.enter_context(replay(recording) if is_clear(model, recording) else frozen(model, function, inputs))
         yield
+
+
+def is_clear(model: object, recording: Recording) -> bool:
+    """Whether every training batch norm of ``model`` was recorded once."""
+    return all(len(recording.get(module, ())) == 1 for module in training_batch_norms(model))
 
 
 def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -167,10 +177,8 @@ class _Replayed:
 
 
 def _normalize(module: _BatchNorm, hidden: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Normalise with given statistics by the fused kernel, which knows no gradient for them.
-
-    So it gets their values, and a weight and a bias that take on the derivatives of what it leaves constant.
-    """
+    # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias that take on
+    # the derivatives of what it leaves constant.
     scale, shift = batch_norm_affine(module, mean, variance)
     fixed_mean, fixed_variance = mean.detach(), variance.detach()
     deviation = (fixed_variance + module.eps).sqrt()

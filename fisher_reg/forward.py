@@ -173,6 +173,34 @@ def as_function(model: LogitsFunction) -> LogitsFunction:
     return lambda inputs: functional_call(model, promoted, (inputs.clone(),))
 
 
+class RandomState:
+    """The state of torch's global random numbers on a device, to be gone back to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.of_cpu = torch.get_rng_state()
+        self.of_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def restored(self) -> Generator[None, None, None]:
+        """Draw from this state during the block, which leaves no trace in the global one."""
+        with torch.random.fork_rng([self.device] if self.of_device is not None else []):
+            torch.set_rng_state(self.of_cpu)
+            if self.of_device is not None:
+                torch.cuda.set_rng_state(self.of_device, self.device)
+            yield
+
+
+def with_noise_of(state: RandomState, function: LogitsFunction) -> LogitsFunction:
+    """Return ``function`` with the same dropout masks in every call: those that it would draw in ``state``."""
+
+    def call(inputs: Tensor) -> Tensor:
+        with state.restored():
+            return function(inputs)
+
+    return call
+
+
 def in_fast_layout(function: LogitsFunction, model: LogitsFunction) -> LogitsFunction:
     """Return ``function`` with images ``(B, C, H, W)`` laid out as convolutions on a CPU like them, channels last.
 

@@ -41,6 +41,9 @@ class Likelihood(Protocol):
         :math:`\omega\,c c^\top \preceq \Sigma` for each example.
         """
 
+    def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
+        r"""Return :math:`\mathrm{KL}(p_z \,\|\, p_{z'})` ``(B,)`` in nats, with gradient to both."""
+
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """At most ``count`` logit directions ``(B, count, K)`` whose span most likely holds what dominates.
 
@@ -99,6 +102,11 @@ class Categorical:
         pair = torch.stack([first, second], 1)
         return direction, log_p.gather(1, pair).sum(1).exp()
 
+    def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
+        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``."""
+        kl_div = torch.nn.functional.kl_div
+        return kl_div(moved.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
         ranked = logits.topk(min(count + 1, logits.shape[1]), dim=1).indices
@@ -149,6 +157,12 @@ class Bernoulli:
         uncertain = logits.abs().argmin(1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
 
+    def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
+        """Add the divergences of the ``K`` labels, ``(B,)``."""
+        pair = torch.stack([logits, -logits], -1), torch.stack([moved, -moved], -1)
+        log_p, log_q = (torch.nn.functional.logsigmoid(both) for both in pair)
+        return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum((1, 2))
+
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` least certain labels."""
         ranked = (-logits.abs()).topk(min(count, logits.shape[1]), dim=1).indices
@@ -196,6 +210,10 @@ class Gaussian:
         """Take the mean of all outputs, with weight ``1 / variance``: no output is special."""
         direction = torch.full_like(logits, logits.shape[1] ** -0.5)
         return direction, logits.new_full(logits.shape[:1], 1 / self.variance)
+
+    def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
+        """Halve the squared distance of the means over the variance, ``(B,)``."""
+        return (moved - logits).square().sum(1) / (2 * self.variance)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Mean of all outputs, then single outputs: none is special."""

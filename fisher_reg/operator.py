@@ -113,6 +113,8 @@ class InputFisher:
         linearize: How an exact ``apply`` differentiates: :func:`forward_mode`, or :func:`double_backward` where the
             function cannot be called again for the same numbers.
         quotients: Whether an ``apply`` that need not be exact is a :func:`difference_quotient`.
+        logits: ``function(inputs)`` where it has been computed already; its graph must reach ``inputs`` and is used
+            instead of a call.
 
     Raises:
         ValueError: If the logits have a wrong shape, are not finite, or do not depend on the inputs.
@@ -126,15 +128,16 @@ class InputFisher:
         input_std: Tensor | None = None,
         linearize: Linearization = forward_mode,
         quotients: bool = False,
+        logits: Tensor | None = None,
     ) -> None:
         if input_std is not None:
             check_input_std(input_std)
         self.function = function
-        self.inputs = inputs.detach().requires_grad_()
+        self.inputs = inputs.detach().requires_grad_() if logits is None else inputs
         self.likelihood = likelihood
         self.linearize = linearize
         self.quotients = quotients
-        self.logits = function(self.inputs)
+        self.logits = function(self.inputs) if logits is None else logits
         check_logits(self.logits, len(inputs), likelihood)
         if not self.logits.requires_grad:
             raise ValueError(
@@ -167,14 +170,22 @@ class InputFisher:
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """``Aᵀ u``: ``(B, K)`` to ``(B, d)``."""
         weights = self.likelihood.unwhiten(self.logits.detach(), cotangent)
-        (pulled,) = torch.autograd.grad(self.logits, self.inputs, weights, retain_graph=True, materialize_grads=True)
-        row = self._rescale(pulled).flatten(1)
+        row = self.slope(weights)
         length = weights.norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
         self._slope = self._slope.maximum(row.norm(dim=1) / length)
         return row
 
+    def slope(self, cotangent: Tensor) -> Tensor:
+        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, without gradient."""
+        (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, retain_graph=True, materialize_grads=True)
+        return self._rescale(pulled).flatten(1)
+
+    def logits_at(self, displacement: Tensor) -> Tensor:
+        """Logits ``(B, K)`` at ``x + D v`` for ``v`` ``(B, d)``: one forward, with its graph to the parameters."""
+        return self.function(self.inputs.detach() + self._rescale(displacement.view_as(self.inputs)))
+
     def pullback(self, cotangent: Tensor) -> Tensor:
-        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, itself differentiable."""
+        """:meth:`slope`, itself differentiable."""
         (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, create_graph=True, materialize_grads=True)
         return self._rescale(pulled).flatten(1)
 

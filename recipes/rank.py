@@ -22,12 +22,11 @@ and fisher-reg, so that a run that was killed goes on where it was; delete the f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -43,9 +42,9 @@ from torch import Tensor, nn
 
 from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm, local_fisher_bound
 from fisher_reg.metrics import summarize
+from recipes.cache import cached
 from recipes.data import ImageData
 from recipes.networks import prepared_data, trained_network
-from recipes.peers import installed
 from recipes.rank_agreement import (
     MIN_MODELS,
     comparison_table,
@@ -88,7 +87,8 @@ def rank(config: DictConfig) -> pd.DataFrame:
         task = progress.add_task("", total=len(networks))
         for model, seed, part in networks:
             progress.update(task, description=f"{model.name}, seed {seed}")
-            rows.append({"model": model.name, "family": model.family, "seed": seed} | cached(part, cache))
+            known = cached(OmegaConf.to_container(part), cache, partial(measure, part))
+            rows.append({"model": model.name, "family": model.family, "seed": seed} | known)
             progress.advance(task)
         progress.update(task, description="comparing the orders")
         frame = pd.DataFrame(rows)
@@ -146,21 +146,6 @@ def check(config: DictConfig, networks: list[DictConfig]) -> None:
         )
     for part in networks[: len(names)]:
         instantiate(part.model, spec=data.spec)
-
-
-def cached(config: DictConfig, folder: Path) -> dict[str, float]:
-    """Measure a network, unless its file is in ``folder``; a file is whole or not there."""
-    content = {
-        "settings": OmegaConf.to_container(config),
-        **{name: installed(name) for name in ("torch", "fisher-reg")},
-    }
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-    path = folder / f"{digest}.json"
-    if not path.is_file():
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(content | {"result": measure(config)}, indent=2) + "\n")
-        os.replace(partial, path)
-    return json.loads(path.read_text())["result"]
 
 
 def measure(config: DictConfig) -> dict[str, float]:

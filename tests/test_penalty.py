@@ -22,7 +22,7 @@ from fisher_reg import (
     fisher_trace,
     mean_log1p,
 )
-from fisher_reg import penalty as penalty_module
+from fisher_reg.penalty import trace as trace_module
 from tests import cases
 
 
@@ -85,7 +85,7 @@ def test_trace_penalty_is_unbiased_in_value_and_gradient(monkeypatch):
     # all 2^K sign vectors at once make the expectation exact
     model, x = cases.tiny_network().double(), torch.randn(3, 6, dtype=torch.float64)
     signs = iter(torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=torch.float64))
-    monkeypatch.setattr(penalty_module, "signs", lambda like, generator: next(signs).expand_as(like))
+    monkeypatch.setattr(trace_module, "signs", lambda like, generator: next(signs).expand_as(like))
     penalty = TracePenalty(num_samples=16)(model, x)
     dense = torch.stack([gram.trace() for gram in _dense_fisher(model, x)]).mean()
     assert_close(penalty, dense)

@@ -2,5 +2,6 @@
 
 from fisher_reg.callbacks.monitor import FisherMonitor
 from fisher_reg.callbacks.regularizer import FisherRegularizer
+from fisher_reg.callbacks.schedules import ConstantSchedule, CosineSchedule, LinearSchedule
 
-__all__ = ["FisherMonitor", "FisherRegularizer"]
+__all__ = ["ConstantSchedule", "CosineSchedule", "FisherMonitor", "FisherRegularizer", "LinearSchedule"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisher_reg.forward import LogitsOf
 
 InputsFn = Callable[[Any], Tensor]
+LabelsFn = Callable[[Any], Tensor]
 LogitsFn = Callable[[Any, Tensor], Tensor]
 
 
@@ -41,6 +42,29 @@ def find_inputs(batch: Any) -> Tensor:
         )
     inputs: Tensor = candidates[0]
     return inputs
+
+
+def find_labels(batch: Any) -> Tensor:
+    """Return the class indices of a batch ``(inputs, labels, …)``, or the one integer vector of a mapping.
+
+    Raises:
+        MisconfigurationException: Where the labels cannot be told; the message shows ``labels_fn``.
+    """
+    if isinstance(batch, Mapping):
+        candidates = [value for value in batch.values() if _may_be_labels(value)]
+    else:
+        candidates = [batch[1]] if isinstance(batch, list | tuple) and len(batch) > 1 else []
+    if len(candidates) != 1 or not _may_be_labels(candidates[0]):
+        raise MisconfigurationException(
+            f"The labels cannot be told from this batch: {_describe(batch)}. They must be class indices (B,): say "
+            "which with labels_fn=lambda batch: batch['label'], for example."
+        )
+    labels: Tensor = candidates[0]
+    return labels
+
+
+def _may_be_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
 
 
 def _may_be_inputs(value: Any) -> bool:

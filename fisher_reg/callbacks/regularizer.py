@@ -2,56 +2,90 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
 
-from fisher_reg.batch_statistics import Recording, of_step, record, refuse_synchronised
-from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
-from fisher_reg.penalty import Penalty, SpectralPenalty
+from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms
+from fisher_reg.callbacks.batch import (
+    InputsFn,
+    LabelsFn,
+    LogitsFn,
+    check_at_least_one,
+    find_inputs,
+    find_labels,
+    logits_model,
+)
+from fisher_reg.callbacks.schedules import ConstantSchedule, LambdaControl, Schedule
+from fisher_reg.callbacks.step import Observation, PenalisedStep
+from fisher_reg.errors import NonFiniteError
+from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.forward import as_function, differentiable, evaluation_behaviour, with_noise_of
+from fisher_reg.penalty import KLPenalty, Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty.point import kernels
 
 
 class FisherRegularizer(pl.Callback):
-    """Add ``weight * penalty`` to the loss of an unmodified LightningModule with automatic optimisation.
+    """Add ``weight * penalty`` to the loss of an unmodified LightningModule.
 
     ``training_step`` is wrapped on the instance for the time of ``fit`` and given back afterwards, also after an
     exception. The penalty is part of the one loss that Lightning divides, scales, clips and synchronises, so it
-    is right under gradient accumulation, mixed precision and DDP. It sees the function being trained: batch norm uses
-    the statistics of the step's own forward, or of one more forward where the step has several.
+    is right under gradient accumulation, mixed precision and DDP. In manual optimisation it is added to what the first
+    ``manual_backward`` of a step gets.
 
-    Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``; of a
-    second regularizer in the same Trainer ``fisher/penalty_2``, ``fisher/penalty_weighted_2``.
+    It sees the function being trained: batch norm uses the statistics of the step's own forward. That forward is reused
+    where it is sure to be that of the inputs: where the step gives the batch's own inputs once to ``forward`` or to a
+    part of it, in full precision and not compiled (and for a penalty with second derivatives, without batch norm in
+    training). Otherwise the penalty runs a forward of its own, and says so once.
+
+    A penalty that is NaN or infinite is left out of the loss, with a warning that counts.
+
+    Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
+    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); with ``target_lambda`` also ``fisher/lambda_control``.
+    Those of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
         weight: Factor of the penalty, at least 0; at 0 the training step is untouched.
-        penalty: :class:`SpectralPenalty` (default), :class:`TracePenalty`, or any callable
+        penalty: :class:`KLPenalty` (default), another penalty of this package, or any callable
             ``penalty(model, inputs, generator=generator)`` that returns a scalar.
         every_n_steps: Penalises each n-th optimiser step, n times as strongly.
         batch_fraction: Penalises a random part of the batch of this size, in (0, 1].
         warmup_steps: Optimiser steps over which the weight rises linearly from 0.
+        schedule: What becomes of the weight over the training; :class:`ConstantSchedule`, :class:`LinearSchedule` or
+            :class:`CosineSchedule`.
+        target_lambda: Adapts the weight, from ``weight`` on, until the mean largest eigenvalue of the deployed function
+            on the training inputs is this. Measured on up to 64 inputs at every second penalised step. Not together
+            with a schedule or a warm-up.
+        use_running_statistics: Penalises the deployed function (running statistics of batch norm, no dropout) instead
+            of the one being trained.
         inputs_fn: As in :class:`FisherMonitor`.
         logits_fn: As in :class:`FisherMonitor`.
+        labels_fn: From a batch to class indices ``(B,)``, for a penalty of labels. By default the second part.
 
     Example:
-        >>> trainer = pl.Trainer(callbacks=[FisherRegularizer(0.1)], logger=False, enable_checkpointing=False)
+        >>> trainer = pl.Trainer(callbacks=[FisherRegularizer()], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
         self,
-        weight: float,
-        penalty: Penalty = SpectralPenalty(),
+        weight: float = 0.2,
+        penalty: Penalty = KLPenalty(),
         *,
-        every_n_steps: int = 1,
+        every_n_steps: int = 5,
         batch_fraction: float = 1.0,
         warmup_steps: int = 0,
+        schedule: Schedule = ConstantSchedule(),
+        target_lambda: float | None = None,
+        use_running_statistics: bool = False,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
+        labels_fn: LabelsFn | None = None,
     ) -> None:
         if not 0 <= weight < math.inf:
             raise ValueError(f"FisherRegularizer needs a finite weight >= 0; got {weight}.")
@@ -60,28 +94,59 @@ class FisherRegularizer(pl.Callback):
         if warmup_steps < 0:
             raise ValueError(f"FisherRegularizer needs warmup_steps >= 0; got {warmup_steps}.")
         check_at_least_one(self, every_n_steps=every_n_steps)
+        if schedule.num_steps is not None and schedule.num_steps <= warmup_steps:
+            raise ValueError(
+                f"The warm-up of {warmup_steps} steps would outlast the schedule of {schedule.num_steps}; shorten the "
+                "one or lengthen the other."
+            )
+        if target_lambda is not None:
+            _check_control(weight, warmup_steps, schedule)
         self.weight = weight
         self.penalty = penalty
         self.every_n_steps = every_n_steps
         self.batch_fraction = batch_fraction
         self.warmup_steps = warmup_steps
+        self.schedule = schedule
+        self.control = None if target_lambda is None else LambdaControl(target_lambda, weight)
+        self.use_running_statistics = use_running_statistics
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
-        self._step: _PenalisedStep | None = None
+        self.labels_fn = labels_fn or find_labels
+        self.num_skipped = 0
+        self._num_schedule_steps = math.inf
+        self._told = False
+        self._step: PenalisedStep | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tell regularizers in one Trainer apart, by penalty and weight."""
+        name = getattr(self.penalty, "__qualname__", type(self.penalty).__qualname__)
+        return f"{type(self).__qualname__}[{name}, weight={self.weight}, every_n_steps={self.every_n_steps}]"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the training step."""
         if stage != "fit" or self.weight == 0:
             return
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "FisherRegularizer adds to the loss that Lightning differentiates, and this module optimises manually. "
-                "Remove the callback and add the penalty to your own loss: "
-                "loss = loss + weight * SpectralPenalty()(self, inputs)."
-            )
         refuse_synchronised(pl_module)
-        self._step = _PenalisedStep.of(pl_module)
+        self._told = False
+        self._step = PenalisedStep.of(pl_module)
         self._step.regularizers.append(self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out how long the schedule lasts.
+
+        Raises:
+            MisconfigurationException: If it is to last as long as a training without end.
+        """
+        if isinstance(self.schedule, ConstantSchedule):
+            return
+        num_steps = self.schedule.num_steps or trainer.estimated_stepping_batches
+        if math.isinf(num_steps):
+            raise MisconfigurationException(
+                f"{self.schedule} lasts as long as the training, which has no end. Give the schedule num_steps, or the "
+                "Trainer max_epochs or max_steps."
+            )
+        self._num_schedule_steps = num_steps
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the training step back."""
@@ -91,80 +156,156 @@ class FisherRegularizer(pl.Callback):
         """Give the training step back."""
         self._unwrap()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weight that was adapted; everything else goes by the optimiser step."""
+        return {} if self.control is None else {"weight": self.control.weight}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the weight of a checkpoint."""
+        if self.control is not None and "weight" in state_dict:
+            self.control.weight = state_dict["weight"]
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether this optimiser step is penalised."""
+        return _optimiser_step(trainer) % self.every_n_steps == 0 and self.current_weight(trainer) > 0
+
+    def current_weight(self, trainer: pl.Trainer) -> float:
+        """Return the weight at this optimiser step."""
+        if self.control is not None:
+            return self.control.weight
+        return self.weight_at(_optimiser_step(trainer))
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight of the schedule at an optimiser step."""
+        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.weight * warmup * self.schedule.factor(min(1.0, step / self._num_schedule_steps))
+
+    def differentiates_twice(self) -> bool:
+        """Whether the step must run on kernels with second derivatives for its forward to be reused."""
+        return isinstance(self.penalty, PointPenalty) and self.penalty.differentiates_twice
+
+    def can_reuse_forward(self, module: pl.LightningModule) -> bool:
+        """Whether the penalty can be taken where the step's forward has been."""
+        if not isinstance(self.penalty, PointPenalty) or self.batch_fraction < 1 or self.use_running_statistics:
+            return False
+        if self.penalty.differentiates_twice and training_batch_norms(module):
+            return False
+        obstacle = _obstacle(module)
+        if obstacle is not None:
+            self._tell(obstacle)
+        return obstacle is None
+
+    def penalise(
+        self, module: pl.LightningModule, inputs: Tensor, batch: object, seen: Observation, generator: torch.Generator
+    ) -> Tensor | None:
+        """Return the penalty with the batch statistics of the step that was seen; None if it is not finite."""
+        model = logits_model(module, self.logits_fn)
+        options: dict[str, Any] = {"generator": generator}
+        if isinstance(self.penalty, PointPenalty) and self.penalty.needs_labels:
+            options["labels"] = self.labels_fn(batch)
+        try:
+            self._measure(module, model, inputs)
+            penalty = self._value(model, inputs, seen, options)
+        except NonFiniteError as error:
+            self._skip(str(error))
+            return None
+        if not bool(torch.isfinite(penalty.detach())):
+            self._skip(f"The penalty is {penalty.item()}.")
+            return None
+        return penalty
+
+    def _value(self, model: nn.Module, inputs: Tensor, seen: Observation, options: dict[str, Any]) -> Tensor:
+        if seen.flow is not None and seen.flow.source is inputs and self._reuses(model, seen):
+            return self._at_the_step(model, seen, options)
+        if self.use_running_statistics:
+            with evaluation_behaviour(model):
+                return self._of_a_part(model, inputs, options)
+        with of_step(model, seen.recording, model, inputs):
+            return self._of_a_part(model, inputs, options)
+
+    def _reuses(self, model: nn.Module, seen: Observation) -> bool:
+        assert seen.flow is not None
+        if not isinstance(self.penalty, PointPenalty) or self.batch_fraction < 1 or self.use_running_statistics:
+            return False
+        obstacle = seen.flow.obstacle
+        if obstacle is None and not is_clear(model, seen.recording):
+            obstacle = "batch norms ran more than once, or unseen, in the training step"
+        if obstacle is not None:
+            self._tell(obstacle)
+        return obstacle is None
+
+    def _at_the_step(self, model: nn.Module, seen: Observation, options: dict[str, Any]) -> Tensor:
+        assert isinstance(self.penalty, PointPenalty)
+        flow = seen.flow
+        assert flow is not None
+        assert flow.state is not None
+        function = with_noise_of(flow.state, as_function(model))
+        point = TrainingPoint(function, flow.inputs, flow.outputs[0])
+        with differentiable(flow.source), kernels(self.penalty.differentiates_twice), replay(seen.recording):
+            return self.penalty.at(point, **options)
+
+    def _of_a_part(self, model: nn.Module, inputs: Tensor, options: dict[str, Any]) -> Tensor:
+        if self.batch_fraction < 1:
+            count = max(1, round(self.batch_fraction * len(inputs)))
+            chosen = torch.randperm(len(inputs), generator=options["generator"])[:count].to(inputs.device)
+            inputs = inputs[chosen]
+            options = options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
+        return self.penalty(model, inputs, **options)
+
+    def _measure(self, module: pl.LightningModule, model: nn.Module, inputs: Tensor) -> None:
+        step = _optimiser_step(module.trainer)
+        if self.control is None or step % (_CONTROL_EVERY * self.every_n_steps):
+            return
+        own = {name: getattr(self.penalty, name) for name in ("likelihood", "input_std") if hasattr(self.penalty, name)}
+        measured = fisher_spectral_norm(model, inputs[:_CONTROL_PROBES], **own).eigenvalue.mean()
+        measured = module.trainer.strategy.reduce(measured, reduce_op="mean")
+        self.control.update(float(measured))
+        module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+
+    def _skip(self, reason: str) -> None:
+        self.num_skipped += 1
+        if math.log10(self.num_skipped).is_integer():
+            warnings.warn(
+                f"FisherRegularizer left a penalty that is not finite out of the loss ({self.num_skipped} so far, "
+                f"logged as fisher/penalty_skipped). {reason}",
+                stacklevel=2,
+            )
+
+    def _tell(self, obstacle: str) -> None:
+        if not self._told:
+            self._told = True
+            rank_zero_info(f"FisherRegularizer runs a forward of its own: {obstacle}.")
+
     def _unwrap(self) -> None:
         if self._step is not None:
             self._step.remove(self)
             self._step = None
 
-    def _weight_at(self, step: int) -> float:
-        if step % self.every_n_steps:
-            return 0.0
-        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.weight * self.every_n_steps * warmup
 
-    def penalise(
-        self, module: pl.LightningModule, inputs: Tensor, recording: Recording, generator: torch.Generator
-    ) -> Tensor:
-        """Return the penalty of a random part of the inputs, with the batch statistics of the recorded step."""
-        model = logits_model(module, self.logits_fn)
-        with of_step(model, recording, model, inputs):
-            if self.batch_fraction < 1:
-                chosen = torch.randperm(len(inputs), generator=generator)
-                inputs = inputs[chosen[: max(1, round(self.batch_fraction * len(inputs)))].to(inputs.device)]
-            return self.penalty(model, inputs, generator=generator)
+_CONTROL_PROBES = 64
+_CONTROL_EVERY = 2  # penalised steps
 
 
-class _PenalisedStep:
-    """The wrapper of one module's training step, shared by all the regularizers of a fit."""
+def _optimiser_step(trainer: pl.Trainer) -> int:
+    """Count the steps of all optimisers at once: with several, Lightning counts each."""
+    return trainer.global_step // max(1, len(trainer.optimizers))
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
-        self.original = module.training_step
-        self.replaced = vars(module).get("training_step")
-        self.regularizers: list[FisherRegularizer] = []
 
-        @functools.wraps(self.original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            return self.run(*args, **kwargs)
+def _obstacle(module: pl.LightningModule) -> str | None:
+    if torch.is_autocast_enabled(module.device.type):
+        return "the training step is under autocast, whose round-off would drown the penalty"
+    parts = list(module.modules())
+    compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+    if compiled or getattr(module, "_compiler_ctx", None) is not None:
+        return "the training step is compiled"
+    return None
 
-        training_step.penalised = self  # type: ignore[attr-defined]
-        module.training_step = training_step  # type: ignore[method-assign]
 
-    @classmethod
-    def of(cls, module: pl.LightningModule) -> _PenalisedStep:
-        """Return the wrapper of a module that has one, else a new one."""
-        return getattr(module.training_step, "penalised", None) or cls(module)
-
-    def remove(self, regularizer: FisherRegularizer) -> None:
-        """Take a regularizer out; give the training step back with the last one."""
-        self.regularizers.remove(regularizer)
-        current = vars(self.module).get("training_step")
-        if not self.regularizers and getattr(current, "penalised", None) is self:
-            del self.module.training_step
-            if self.replaced is not None:
-                self.module.training_step = self.replaced
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the user's step and add the penalties that are due."""
-        trainer = self.module.trainer
-        weights = [regularizer._weight_at(trainer.global_step) for regularizer in self.regularizers]
-        if not any(weights):
-            return self.original(*args, **kwargs)
-        batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        inputs = [regularizer.inputs_fn(batch) for regularizer in self.regularizers]
-        with record(self.module) as recording:
-            output = self.original(*args, **kwargs)
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            return output  # None skips the step; anything else Lightning refuses itself
-        for number, regularizer in enumerate(self.regularizers):
-            if weights[number] > 0:
-                generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
-                penalty = regularizer.penalise(self.module, inputs[number], recording, generator)
-                loss = loss + weights[number] * penalty
-                self._log(f"_{number + 1}" if number else "", penalty.detach(), weights[number], len(inputs[number]))
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
-
-    def _log(self, suffix: str, penalty: Tensor, weight: float, batch_size: int) -> None:
-        values = {f"fisher/penalty{suffix}": penalty, f"fisher/penalty_weighted{suffix}": weight * penalty}
-        self.module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+def _check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:
+    if warmup_steps or not isinstance(schedule, ConstantSchedule):
+        raise ValueError(
+            f"target_lambda adapts the weight itself; got warmup_steps={warmup_steps} and schedule={schedule} with it. "
+            "Use one of them."
+        )
+    if weight == 0:
+        raise ValueError("target_lambda multiplies the weight, which cannot begin at 0.")

@@ -20,6 +20,10 @@ from tests import cases
 _TWO_CLASS = SpectralPenalty()
 
 
+def _every_step(weight, penalty=_TWO_CLASS, **options):
+    return FisherRegularizer(weight, penalty, **({"every_n_steps": 1} | options))
+
+
 def _fit(folder, module, regularizer=None, batches=None, **kwargs):
     callbacks = [] if regularizer is None else [regularizer]
     trainer = cases.trainer(folder, callbacks=callbacks, **kwargs)
@@ -54,7 +58,7 @@ def test_steps_equal_the_hand_written_ones(tmp_path, accumulate, batch_norm, pen
     module, batches = _module(batch_norm), cases.tiny_batches(count=32)
     expected = _by_hand(module, 0.7, accumulate, penalty, batches)
     plain = _by_hand(module, 0.0, accumulate, penalty, batches)
-    _fit(tmp_path, module, FisherRegularizer(0.7, penalty), batches, accumulate_grad_batches=accumulate)
+    _fit(tmp_path, module, _every_step(0.7, penalty), batches, accumulate_grad_batches=accumulate)
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(module.network[0].weight, plain.network[0].weight, rtol=1e-3)
 
@@ -62,7 +66,7 @@ def test_steps_equal_the_hand_written_ones(tmp_path, accumulate, batch_norm, pen
 def test_gradient_clipping_sees_the_penalty(tmp_path):
     module = _module()
     expected = _by_hand(module, 5.0, clip=0.1)
-    _fit(tmp_path, module, FisherRegularizer(5.0), gradient_clip_val=0.1)
+    _fit(tmp_path, module, _every_step(5.0), gradient_clip_val=0.1)
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
@@ -79,7 +83,7 @@ def test_a_real_gradient_scaler_scales_the_penalty_too(tmp_path):
         scaler.update()
         optimizer.zero_grad()
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-    _fit(tmp_path, module, FisherRegularizer(0.7), plugins=[precision])
+    _fit(tmp_path, module, _every_step(0.7), plugins=[precision])
     assert_close(module.state_dict(), by_hand.state_dict(), rtol=1e-5, atol=1e-6)
 
 
@@ -91,7 +95,7 @@ def test_bf16_mixed_precision_computes_the_penalty_in_float32(tmp_path):
         return seen[-1][1]
 
     expected = SpectralPenalty()(module, next(iter(cases.tiny_batches()))[0])
-    _fit(tmp_path, module, FisherRegularizer(0.7, penalty), precision="bf16-mixed", limit_train_batches=1)
+    _fit(tmp_path, module, _every_step(0.7, penalty), precision="bf16-mixed", limit_train_batches=1)
     assert_close(seen[0][1].detach(), expected.detach(), rtol=1e-6, atol=0)
 
 
@@ -127,13 +131,13 @@ def test_weight_zero_is_bit_identical_to_no_callback(tmp_path, dropout):
     torch.manual_seed(5)
     _fit(tmp_path, first)
     torch.manual_seed(5)
-    _fit(tmp_path, second, FisherRegularizer(0.0))
+    _fit(tmp_path, second, _every_step(0.0))
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
 def test_running_statistics_move_once_per_step(tmp_path):
     with_penalty, without = _module(batch_norm=True), _module(batch_norm=True)
-    _fit(tmp_path, with_penalty, FisherRegularizer(0.7), limit_train_batches=1)
+    _fit(tmp_path, with_penalty, _every_step(0.7), limit_train_batches=1)
     _fit(tmp_path, without, limit_train_batches=1)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert_close(getattr(with_penalty.network[1], name), getattr(without.network[1], name), rtol=0, atol=0)
@@ -155,8 +159,8 @@ def _gradients(tmp_path, regularizer, module, steps, batches):
 
 def test_a_lazy_penalty_keeps_the_mean_gradient(tmp_path):
     module, batches = _module(), cases.tiny_batches(count=4)
-    every = _gradients(tmp_path, FisherRegularizer(0.7), copy.deepcopy(module), 4, batches)
-    lazy = _gradients(tmp_path, FisherRegularizer(0.7, every_n_steps=4), copy.deepcopy(module), 4, batches)
+    every = _gradients(tmp_path, _every_step(0.7), copy.deepcopy(module), 4, batches)
+    lazy = _gradients(tmp_path, _every_step(0.7, every_n_steps=4), copy.deepcopy(module), 4, batches)
     assert_close(lazy.mean(0), every.mean(0))
     assert not torch.allclose(lazy[0], lazy[1])
     assert_close(lazy[1], lazy[3])
@@ -165,9 +169,9 @@ def test_a_lazy_penalty_keeps_the_mean_gradient(tmp_path):
 def test_a_part_of_the_batch_keeps_the_expected_gradient(tmp_path):
     # 200 draws of 2 of 4 examples; batch statistics are those of the whole batch for every draw
     module, batches = _module(batch_norm=True), cases.tiny_batches(count=4)
-    full = _gradients(tmp_path, FisherRegularizer(0.7), copy.deepcopy(module), 1, batches)[0]
-    part = _gradients(tmp_path, FisherRegularizer(0.7, batch_fraction=0.5), copy.deepcopy(module), 200, batches)
-    plain = _gradients(tmp_path, FisherRegularizer(0.0), copy.deepcopy(module), 1, batches)[0]
+    full = _gradients(tmp_path, _every_step(0.7), copy.deepcopy(module), 1, batches)[0]
+    part = _gradients(tmp_path, _every_step(0.7, batch_fraction=0.5), copy.deepcopy(module), 200, batches)
+    plain = _gradients(tmp_path, _every_step(0.0), copy.deepcopy(module), 1, batches)[0]
     error = (part.mean(0) - full).norm() / (full - plain).norm()
     spread = (part.std(0).norm() / 200**0.5) / (full - plain).norm()
     assert spread > 0
@@ -195,7 +199,7 @@ def test_batch_statistics_are_those_of_the_inputs_also_where_the_step_runs_sever
     module = _TwoForwards(cases.tiny_network(batch_norm=True), teacher, views)
     x = next(iter(cases.tiny_batches()))[0]
     expected = SpectralPenalty()(copy.deepcopy(module).train(), x).item()
-    trainer = _fit(tmp_path, module, FisherRegularizer(0.7), limit_train_batches=1)
+    trainer = _fit(tmp_path, module, _every_step(0.7), limit_train_batches=1)
     assert_close(trainer.callback_metrics["fisher/penalty"].item(), expected, rtol=1e-5, atol=0)
 
 
@@ -209,7 +213,7 @@ def test_two_regularizers_add_both_and_leave_nothing_behind(tmp_path):
         (loss + 0.7 * SpectralPenalty()(expected, x) + 0.3 * both(expected, x)).backward()
         optimizer.step()
     before = _fingerprint(module)
-    callbacks = [FisherRegularizer(0.7), FisherRegularizer(0.3, both)]
+    callbacks = [_every_step(0.7), _every_step(0.3, both)]
     trainer = cases.trainer(tmp_path, callbacks=callbacks)
     trainer.fit(module, cases.tiny_batches())
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
@@ -226,14 +230,14 @@ def test_a_compiled_network_gives_the_same_steps(tmp_path):
     module = _module(batch_norm=True)
     expected = _by_hand(module, 0.7)
     module.network = torch.compile(module.network, backend="eager")
-    _fit(tmp_path, module, FisherRegularizer(0.7))
+    _fit(tmp_path, module, _every_step(0.7))
     compiled = {name.replace("_orig_mod.", ""): tensor for name, tensor in module.state_dict().items()}
     assert_close(compiled, dict(expected.state_dict()), rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up_rises_linearly_with_the_optimiser_steps():
-    regularizer = FisherRegularizer(2.0, warmup_steps=4, every_n_steps=2)
-    assert [regularizer._weight_at(step) for step in range(8)] == [0, 0, 2.0, 0, 4.0, 0, 4.0, 0]
+    regularizer = _every_step(2.0, warmup_steps=4)
+    assert [regularizer.weight_at(step) for step in range(6)] == [0, 0.5, 1.0, 1.5, 2.0, 2.0]
 
 
 def _fingerprint(module):
@@ -256,7 +260,7 @@ def test_the_module_is_what_it_was_after_fit_and_validate(tmp_path):
     module = _module(batch_norm=True, dropout=True)
     module.network[1].eval()
     before = _fingerprint(module)
-    trainer = _fit(tmp_path, module, FisherRegularizer(0.7))
+    trainer = _fit(tmp_path, module, _every_step(0.7))
     assert _fingerprint(module) == before
     trainer.validate(module, cases.tiny_batches(), verbose=False)
     assert _fingerprint(module) == before
@@ -266,7 +270,7 @@ def test_the_module_is_what_it_was_after_an_exception_inside_fit(tmp_path):
     module = _Failing(cases.tiny_network(batch_norm=True))
     before = _fingerprint(module)
     with pytest.raises(KeyError, match="in the step"):
-        _fit(tmp_path, module, FisherRegularizer(0.7))
+        _fit(tmp_path, module, _every_step(0.7))
     assert _fingerprint(module) == before
     assert module.training_step.__func__ is _Failing.training_step
 
@@ -275,7 +279,7 @@ def test_an_instance_that_has_its_own_training_step_keeps_it(tmp_path):
     module = _module()
     own = lambda batch, batch_idx: cases.Plain.training_step(module, batch, batch_idx)  # noqa: E731
     module.training_step = own
-    _fit(tmp_path, module, FisherRegularizer(0.7))
+    _fit(tmp_path, module, _every_step(0.7))
     assert module.training_step is own
 
 
@@ -290,14 +294,14 @@ def test_a_step_that_returns_a_dict_or_nothing(tmp_path):
     torch.manual_seed(1)
     module = _DictStep(cases.tiny_network())
     expected = _by_hand(module, 0.7, batches=[next(iter(cases.tiny_batches()))])
-    _fit(tmp_path, module, FisherRegularizer(0.7))
+    _fit(tmp_path, module, _every_step(0.7))
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_logged_is_what_was_added(tmp_path):
     module = _module()
     expected = SpectralPenalty()(module, next(iter(cases.tiny_batches()))[0]).item()
-    trainer = _fit(tmp_path, module, FisherRegularizer(0.7), limit_train_batches=1)
+    trainer = _fit(tmp_path, module, _every_step(0.7), limit_train_batches=1)
     assert_close(trainer.callback_metrics["fisher/penalty"].item(), expected)
     assert_close(trainer.callback_metrics["fisher/penalty_weighted"].item(), 0.7 * expected)
 
@@ -306,13 +310,13 @@ def test_works_in_a_trainer_of_the_other_namespace(tmp_path):
     torch.manual_seed(1)
     module = cases.OtherPlain(cases.tiny_network())
     expected = _by_hand(module, 0.7)
-    trainer = cases.trainer(tmp_path, lightning.pytorch.Trainer, callbacks=[FisherRegularizer(0.7)])
+    trainer = cases.trainer(tmp_path, lightning.pytorch.Trainer, callbacks=[_every_step(0.7)])
     trainer.fit(module, cases.tiny_batches())
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 def test_resuming_from_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path):
-    penalty = FisherRegularizer(0.7, TracePenalty(), batch_fraction=0.5, every_n_steps=2, warmup_steps=3)
+    penalty = _every_step(0.7, TracePenalty(), batch_fraction=0.5, every_n_steps=2, warmup_steps=3)
     whole = _module()
     _fit(tmp_path, whole, copy.deepcopy(penalty), max_epochs=2)
     half, resumed = _module(), _module()
@@ -338,12 +342,12 @@ def test_inputs_fn_and_logits_fn_reach_unusual_modules(tmp_path):
     batches = [{"features": x, "mask": torch.ones(4, 6), "label": y} for x, y in cases.tiny_batches()]
     loader = DataLoader(batches, batch_size=None)
     with pytest.raises(MisconfigurationException, match="'mask'.*inputs_fn"):
-        _fit(tmp_path, copy.deepcopy(module), FisherRegularizer(0.7), loader)
+        _fit(tmp_path, copy.deepcopy(module), _every_step(0.7), loader)
     choose = {"inputs_fn": lambda batch: batch["features"]}
     with pytest.raises((ValueError, TypeError, IndexError)):
-        _fit(tmp_path, copy.deepcopy(module), FisherRegularizer(0.7, **choose), loader)
+        _fit(tmp_path, copy.deepcopy(module), _every_step(0.7, **choose), loader)
     logits_fn = lambda module, x: module({"features": x})["logits"]  # noqa: E731
-    _fit(tmp_path, module, FisherRegularizer(0.7, logits_fn=logits_fn, **choose), loader)
+    _fit(tmp_path, module, _every_step(0.7, logits_fn=logits_fn, **choose), loader)
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
@@ -357,14 +361,7 @@ class _NoLogits(cases.Plain):
 
 def test_a_forward_without_logits_is_told_of_logits_fn(tmp_path):
     with pytest.raises(ValueError, match="it returned dict.*logits_fn=lambda"):
-        _fit(tmp_path, _NoLogits(cases.tiny_network()), FisherRegularizer(0.7))
-
-
-def test_manual_optimisation_is_refused_with_the_remedy(tmp_path):
-    module = _module()
-    module.automatic_optimization = False
-    with pytest.raises(MisconfigurationException, match=r"optimises manually.*SpectralPenalty\(\)\(self, inputs\)"):
-        _fit(tmp_path, module, FisherRegularizer(0.7))
+        _fit(tmp_path, _NoLogits(cases.tiny_network()), _every_step(0.7))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from fisher_reg import (
     BoundPenalty,
     FisherRegularizer,
+    KLPenalty,
+    LabelContrastPenalty,
     SpectralPenalty,
     TracePenalty,
     blockwise_fisher_bound,
@@ -55,7 +57,8 @@ def test_callbacks_loggers_and_penalties_are_built(tmp_path):
         "CSVLogger",
     }
     assert isinstance(instantiate(config.trainer, logger=False), pl.Trainer)
-    for choice, penalty in (("spectral", SpectralPenalty), ("trace", TracePenalty), ("bound", BoundPenalty)):
+    built = {"kl": KLPenalty, "spectral": SpectralPenalty, "trace": TracePenalty, "jacobian": TracePenalty}
+    for choice, penalty in (built | {"bound": BoundPenalty, "label_contrast": LabelContrastPenalty}).items():
         regularizer = instantiate(_compose(tmp_path, f"penalty={choice}").penalty)
         assert isinstance(regularizer, FisherRegularizer)
         assert isinstance(regularizer.penalty, penalty)

@@ -1,0 +1,20 @@
+"""Differentiable penalties: the gradient of the sensitivity with respect to the parameters."""
+
+from fisher_reg.penalty.bound import BoundPenalty
+from fisher_reg.penalty.contrast import LabelContrastPenalty
+from fisher_reg.penalty.divergence import KLPenalty
+from fisher_reg.penalty.point import Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty.spectral import SpectralPenalty, mean_log1p
+from fisher_reg.penalty.trace import TracePenalty
+
+__all__ = [
+    "BoundPenalty",
+    "KLPenalty",
+    "LabelContrastPenalty",
+    "Penalty",
+    "PointPenalty",
+    "SpectralPenalty",
+    "TracePenalty",
+    "TrainingPoint",
+    "mean_log1p",
+]

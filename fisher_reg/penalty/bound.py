@@ -1,0 +1,64 @@
+"""The certified bound as a penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fisher_reg.batch_statistics import frozen
+from fisher_reg.bounds import Tightening, log_fisher_bound
+from fisher_reg.forward import LogitsFunction, as_function, check_inputs, differentiable
+from fisher_reg.likelihood import Categorical, Likelihood
+
+
+@dataclass(frozen=True)
+class BoundPenalty:
+    r"""Logarithm of the certified upper bound :func:`fisher_reg.fisher_bound`, with its gradient.
+
+    It needs no second derivative of the network and no input but for its shape, and pushes down what the weights allow
+    at any input, where :class:`SpectralPenalty` pushes down what the data meets. The value is the certified one; its
+    gradient is that of the singular value at the maximising frequency of each layer, a subgradient where several are
+    equal. In training mode batch norm is scaled by the statistics of the batch, which stay differentiable, so that a
+    weight that is rescaled anyway brings nothing by shrinking.
+
+    Args:
+        likelihood: The output distribution.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        tightening: Which certified improvements are used; coordinates are not balanced.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> penalty = BoundPenalty()(model, torch.zeros(1, 2))  # log(|w0 - w1|^2 / 4)
+        >>> round(penalty.item(), 6)
+        0.0
+        >>> torch.autograd.grad(penalty, model.weight)[0]
+        tensor([[ 1.,  0.],
+                [-1.,  0.]])
+    """
+
+    likelihood: Likelihood = Categorical()
+    input_std: Tensor | None = None
+    tightening: Tightening = Tightening()
+
+    def __call__(self, model: LogitsFunction, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return the penalty, a scalar in double precision.
+
+        Args:
+            model: The network, an ``nn.Module``.
+            inputs: ``(B, *S)``: their shape, and in training mode the statistics that they give batch norm.
+            generator: Not used: nothing is random.
+
+        Returns:
+            Natural logarithm of nats per squared input unit.
+
+        Raises:
+            ValueError: For a model that is no module.
+        """
+        check_inputs(inputs)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"BoundPenalty needs the weights of an nn.Module; got {type(model).__name__}.")
+        with differentiable(inputs) as safe_inputs, frozen(model, as_function(model), safe_inputs):
+            return log_fisher_bound(model, safe_inputs, self.likelihood, self.input_std, self.tightening)

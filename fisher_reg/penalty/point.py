@@ -1,0 +1,134 @@
+"""Where a penalty is taken: the function that is being trained, at a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fisher_reg.batch_statistics import frozen
+from fisher_reg.forward import (
+    LogitsFunction,
+    RandomState,
+    as_function,
+    check_inputs,
+    differentiable,
+    twice_differentiable,
+    with_noise_of,
+)
+from fisher_reg.likelihood import Likelihood
+from fisher_reg.operator import InputFisher, Linearization, vjp_only
+
+
+class Penalty(Protocol):
+    """A scalar to add to a loss."""
+
+    def __call__(self, model: LogitsFunction, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return the penalty of ``inputs`` ``(B, *S)``, differentiable with respect to the parameters of ``model``."""
+
+
+@dataclass(frozen=True)
+class TrainingPoint:
+    """A per-example function at a batch of inputs.
+
+    Attributes:
+        function: From ``(B, *S)`` to logits ``(B, K)``, with the batch statistics and the dropout masks of this point.
+        inputs: ``(B, *S)``, with a gradient of their own.
+        logits: ``(B, K)``, of ``inputs``, with a graph to them and to the parameters.
+    """
+
+    function: LogitsFunction
+    inputs: Tensor
+    logits: Tensor
+
+    def fisher(
+        self, likelihood: Likelihood, input_std: Tensor | None, linearize: Linearization = vjp_only
+    ) -> InputFisher:
+        """Return the operator here."""
+        return InputFisher(self.function, self.inputs, likelihood, input_std, linearize, logits=self.logits)
+
+
+class PointPenalty(ABC):
+    """A penalty that needs a function only around the point where the training step has evaluated it anyway.
+
+    Attributes:
+        differentiates_twice: Whether it needs the second derivatives of the graph from the inputs to the logits. Such
+            a graph must be per-example: not one through batch norm in training, nor through a fused attention.
+        needs_labels: Whether it is a function of the labels too.
+    """
+
+    differentiates_twice: ClassVar[bool]
+    needs_labels: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        model: LogitsFunction,
+        inputs: Tensor,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the penalty, a scalar, from a forward of its own (two with training batch norm).
+
+        Args:
+            model: Maps ``(B, *S)`` to logits ``(B, K)``. Taken as it is found; see :func:`training_point`.
+            inputs: ``(B, *S)``, floating point; not modified, and receives no gradient.
+            labels: Class indices ``(B,)``, for a penalty of labels.
+            generator: Source of what is random; by default torch's global one.
+
+        Returns:
+            Scalar in nats per squared input unit, unless the class says otherwise.
+
+        Raises:
+            ValueError: As in :func:`fisher_reg.fisher_spectral_norm`, and for labels that are missing or do not fit.
+        """
+        with training_point(model, inputs, self.differentiates_twice) as point:
+            return self.at(point, labels=labels, generator=generator)
+
+    @abstractmethod
+    def at(
+        self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the penalty at a point whose function has perhaps been evaluated already."""
+
+
+@contextmanager
+def training_point(
+    model: LogitsFunction, inputs: Tensor, differentiates_twice: bool = True
+) -> Generator[TrainingPoint, None, None]:
+    """Open the function that is being trained.
+
+    A module is taken as it is found. In training mode the penalty therefore sees the function that is being trained:
+    batch norm uses the statistics of ``inputs``, constant with respect to the inputs and differentiable with respect to
+    the parameters (see :mod:`fisher_reg.batch_statistics`), and its running statistics do not move.
+
+    Raises:
+        ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
+    """
+    check_inputs(inputs)
+    with differentiable(inputs) as safe_inputs, kernels(differentiates_twice):
+        function = as_function(model)
+        with frozen(model, function, safe_inputs):
+            safe_inputs.requires_grad_()
+            state = RandomState(inputs.device)
+            yield TrainingPoint(with_noise_of(state, function), safe_inputs, function(safe_inputs))
+
+
+@contextmanager
+def kernels(differentiates_twice: bool) -> Generator[None, None, None]:
+    """Keep a forward to the kernels with second derivatives, where these are asked for."""
+    if not differentiates_twice:
+        yield
+        return
+    with twice_differentiable():
+        yield
+
+
+def squared_length(fisher: InputFisher, cotangent: Tensor) -> Tensor:
+    r"""Return :math:`\|D J^\top w\|^2` per example, ``(B,)``, with its gradient."""
+    return fisher.pullback(cotangent).square().sum(1)

@@ -1,0 +1,80 @@
+"""The largest eigenvalue as a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.operator import double_backward, vjp_only
+from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
+from fisher_reg.solvers import Lanczos
+
+Reduction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SpectralPenalty(PointPenalty):
+    r"""Mean largest eigenvalue of the Fisher matrix, with its gradient.
+
+    By the envelope theorem the gradient of :math:`\lambda_\max = \max_{|u|=1} \|A^\top u\|^2` needs only the maximiser:
+    it is found without gradient, held fixed, and one quadratic form is differentiated. The gradient is exact as far as
+    the solver has converged; where the top eigenvalue is repeated it is one of the subgradients, and it is zero where
+    :math:`F = 0`.
+
+    With ``num_steps=0`` nothing is solved. The penalty is then the closed form
+    :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|^2` of the two most probable classes, with its full gradient: a lower bound
+    of :math:`\lambda_\max`, equal to it for two classes, at the cost of one double backward pass.
+
+    All values fall to zero where the softmax saturates, whatever the slope of the logits is; see
+    :class:`LabelContrastPenalty` for one that does not.
+
+    Args:
+        num_steps: Steps of :class:`Lanczos`, each one backward and one double-backward pass without parameter gradient;
+            0 for the closed form.
+        reduction: From the values ``(B,)`` to a scalar. :func:`torch.mean` by default; :func:`mean_log1p` keeps a few
+            very sensitive examples from dominating.
+        likelihood: The output distribution. :class:`Gaussian` makes it the squared norm of the Jacobian of the logits.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> penalty = SpectralPenalty()(model, torch.zeros(1, 2))  # p (1 - p) |w0 - w1|^2 = 4 / 4
+        >>> round(penalty.item(), 6)
+        1.0
+        >>> torch.autograd.grad(penalty, model.weight)[0]
+        tensor([[ 1.,  0.],
+                [-1.,  0.]])
+    """
+
+    num_steps: int = 0
+    reduction: Reduction = torch.mean
+    likelihood: Likelihood = Categorical()
+    input_std: Tensor | None = None
+
+    differentiates_twice: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 0:
+            raise ValueError(f"SpectralPenalty needs num_steps >= 0; got {self.num_steps}.")
+
+    def at(
+        self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the penalty at a point; ``generator`` draws the random part of the start vector."""
+        fisher = point.fisher(self.likelihood, self.input_std, double_backward if self.num_steps else vjp_only)
+        if self.num_steps == 0:
+            direction, weight = self.likelihood.contrast(fisher.logits)
+            return self.reduction(weight * squared_length(fisher, direction))
+        top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
+        return self.reduction(squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top)))
+
+
+def mean_log1p(values: Tensor) -> Tensor:
+    """Average ``log(1 + value)``: a reduction for :class:`SpectralPenalty`."""
+    return values.log1p().mean()

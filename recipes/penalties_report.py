@@ -1,0 +1,118 @@
+"""The table and the figure of ``recipes.compare_penalties``."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+KEYS = ["model", "method", "strength"]
+PLAIN = "none"
+ROBUST = "l2_0.25"
+"""The attack that finalists are chosen by and figures show; see :func:`attack_name`."""
+_TITLES = {
+    "seeds": "seeds",
+    "clean": "clean",
+    "lambda_mean": "mean λ",
+    "lambda_median": "median λ",
+    "calibration_error": "ECE",
+    "seconds": "seconds",
+}
+
+
+def attack_name(attack: dict[str, Any]) -> str:
+    """Return the column of an attack: ``l2_0.25``, ``linf_2/255``."""
+    epsilon = float(attack["epsilon"])
+    if math.isinf(float(attack["norm"])):
+        return f"linf_{round(epsilon * 255, 2):g}/255"
+    return f"l2_{epsilon:g}"
+
+
+def finalists(frame: pd.DataFrame, max_clean_loss: float) -> set[tuple[str, str, float]]:
+    """Choose the strength of each method of each model that AutoAttack sees too.
+
+    It is the one with the highest accuracy under attack among those whose accuracy is at most ``max_clean_loss`` below
+    that of the plain training; the one with the highest accuracy where there is none.
+
+    Returns:
+        Model, method and strength of each.
+    """
+    means = frame.groupby(KEYS)[["clean", ROBUST]].mean().reset_index()
+    chosen = set()
+    for (model, _), settings in means.groupby(["model", "method"]):
+        plain = means[(means.model == model) & (means.method == PLAIN)].clean
+        floor = plain.iloc[0] - max_clean_loss if len(plain) else -math.inf
+        allowed = settings[settings.clean >= floor]
+        row = allowed.loc[allowed[ROBUST].idxmax()] if len(allowed) else settings.loc[settings.clean.idxmax()]
+        chosen.add((row.model, row.method, row.strength))
+    return chosen
+
+
+def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return ``mean ± standard error`` over the seeds of each setting, in the order of the attacks."""
+    values = [name for name in frame.columns if name not in (*KEYS, "seed", "finite")]
+    groups = frame.groupby(KEYS, sort=False)[values]
+    mean, error = groups.mean(), groups.sem()
+    cells = pd.DataFrame(index=mean.index)
+    cells["seeds"] = groups.size().astype(str)
+    for name in values:
+        cells[name] = [_cell(m, e) for m, e in zip(mean[name], error[name], strict=True)]
+    return cells.reset_index()
+
+
+def markdown(cells: pd.DataFrame) -> str:
+    """Return the table as Markdown."""
+    titles = [_TITLES.get(name, _attack_title(name)) for name in cells.columns]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(_text(value) for value in row) + " |" for row in cells.itertuples(index=False)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """Draw robust accuracy over accuracy and over time: a row per model, a curve per method through its strengths."""
+    models = list(frame.model.unique())
+    figure = Figure(figsize=(12, 4.6 * len(models) + 0.6), layout="constrained")
+    axes = figure.subplots(len(models), 2, squeeze=False)
+    methods = sorted(frame.method.unique(), key=lambda name: (name != PLAIN, name))
+    for line, model in zip(axes, models, strict=True):
+        for number, method in enumerate(methods):
+            some = frame[(frame.model == model) & (frame.method == method)]
+            if some.empty:
+                continue
+            groups = some.groupby("strength")
+            mean, error = groups.mean(numeric_only=True), groups.sem(numeric_only=True).fillna(0)
+            for panel, axis in zip(line, ("clean", "seconds"), strict=True):
+                style = {"marker": "*" if method == PLAIN else "o", "color": f"C{number % 10}", "capsize": 2}
+                style |= {"linestyle": "--" if number >= 10 else "-", "markersize": 12 if method == PLAIN else 5}
+                panel.errorbar(mean[axis], mean[ROBUST], error[ROBUST], error[axis], label=method, **style)
+        plain = frame[(frame.model == model) & (frame.method == PLAIN)]
+        line[0].set(xlabel="accuracy", ylabel=f"accuracy under {_attack_title(ROBUST)}", title=model)
+        line[1].set(xlabel="seconds of training", title=model)
+        if len(plain):
+            line[0].axvline(plain.clean.mean(), color="gray", linestyle=":", linewidth=1)
+        for panel in line:
+            panel.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def _attack_title(name: str) -> str:
+    parts = name.split("_")
+    if parts[-2:-1] == ["l2"]:
+        return ("AutoAttack " if parts[0] == "auto" else "PGD ") + f"ℓ₂ {parts[-1]}"
+    if parts[-2:-1] == ["linf"]:
+        return ("AutoAttack " if parts[0] == "auto" else "PGD ") + f"ℓ∞ {parts[-1]}"
+    return name
+
+
+def _cell(mean: float, error: float) -> str:
+    if math.isnan(mean):
+        return "–"
+    digits = 0 if mean >= 10 else 1 if mean >= 1 else 3
+    return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
