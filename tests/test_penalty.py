@@ -12,9 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from fisher_reg import (
+    Bernoulli,
     BoundPenalty,
+    Categorical,
     Exact,
     Gaussian,
+    KLPenalty,
+    LabelContrastPenalty,
     SpectralPenalty,
     TracePenalty,
     fisher_bound,
@@ -38,7 +42,8 @@ def _dense_fisher(model, x):
 
 
 def _gradient(value, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+    gradients = torch.autograd.grad(value, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def test_gradient_of_the_converged_penalty_is_that_of_the_dense_eigenvalue(trained, digits, record_property):
@@ -153,7 +158,7 @@ def test_gradients_that_are_there_are_added_to_and_not_deleted():
     assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("penalty", [SpectralPenalty(), SpectralPenalty(num_steps=3), TracePenalty()])
+@pytest.mark.parametrize("penalty", [SpectralPenalty(), SpectralPenalty(num_steps=3), TracePenalty(), KLPenalty()])
 @pytest.mark.parametrize("logits", ["constant", "saturated", "tied"])
 def test_degenerate_points_have_finite_gradients(penalty, logits):
     weight = {
@@ -286,3 +291,146 @@ def test_the_bound_penalty_gains_nothing_from_a_weight_that_batch_norm_rescales(
 def test_the_bound_penalty_refuses_a_function():
     with pytest.raises(ValueError, match="needs the weights of an nn.Module; got function"):
         BoundPenalty()(lambda x: x, torch.zeros(1, 2))
+
+
+def _runner_up_step(model, x, step, std=1.0):
+    """x + step v / std for the unit v along which the two likeliest logits approach each other fastest."""
+    x = x.detach().requires_grad_()
+    pair = model(x).topk(2, dim=1).values
+    (slope,) = torch.autograd.grad((pair[:, 1] - pair[:, 0]).sum(), x)
+    slope = slope / std
+    lengths = slope.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+    return x.detach() + step * slope / lengths / std
+
+
+@pytest.mark.parametrize("std", [1.0, 0.25])
+def test_gradient_of_the_kl_penalty_is_that_of_the_divergence_at_a_fixed_step(trained, digits, std):
+    model, x = copy.deepcopy(trained).double(), cases.test_images(digits, 4).double()
+    log_p, log_q = model(x).log_softmax(1), model(_runner_up_step(model, x, 0.3, std)).log_softmax(1)
+    expected = 2 / 0.3**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    input_std = None if std == 1 else torch.tensor(std, dtype=torch.float64)
+    penalty = KLPenalty(step=0.3, input_std=input_std)(model, x)
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model), rtol=1e-6, atol=1e-10)
+
+
+def test_the_kl_penalty_tends_to_the_quadratic_form_in_the_first_order():
+    torch.manual_seed(0)
+    model, x = cases.tiny_network().double(), torch.randn(5, 6, dtype=torch.float64)
+    unit = _runner_up_step(model, x, 1.0) - x
+    limit = torch.stack(
+        [
+            v @ jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian @ v
+            for v, jacobian, p in zip(
+                unit,
+                (torch.autograd.functional.jacobian(model, example) for example in x),
+                model(x).softmax(1),
+                strict=True,
+            )
+        ]
+    ).mean()
+    errors = [abs(float(KLPenalty(step=step)(model, x) - limit)) for step in (1e-2, 1e-3)]
+    assert_close(math.log10(errors[0] / errors[1]), 1.0, rtol=0, atol=0.1)
+    assert limit <= fisher_spectral_norm(model, x, solver=Exact()).eigenvalue.mean()
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian(variance=2.0)])
+def test_the_kl_penalty_of_each_likelihood_is_bounded_by_the_eigenvalue_for_short_steps(likelihood):
+    torch.manual_seed(0)
+    model, x = cases.tiny_network().double(), torch.randn(5, 6, dtype=torch.float64)
+    penalty = KLPenalty(step=1e-4, likelihood=likelihood)(model, x)
+    top = fisher_spectral_norm(model, x, solver=Exact(), likelihood=likelihood).eigenvalue.mean()
+    assert 0 < penalty < top * 1.001
+
+
+def test_the_kl_penalty_moves_with_the_dropout_masks_of_its_point():
+    # other masks would leave a divergence that does not vanish with the step
+    model, x = cases.tiny_network(dropout=True).double().train(), torch.randn(64, 6, dtype=torch.float64)
+    values = [KLPenalty(step=step)(model, x).item() for step in (1e-2, 1e-4)]
+    assert values[1] < 10 * values[0]
+    before = torch.get_rng_state()
+    model(x)
+    after_one = torch.get_rng_state()
+    torch.set_rng_state(before)
+    KLPenalty()(model, x)
+    assert torch.equal(torch.get_rng_state(), after_one)  # the second forward leaves no trace
+
+
+def test_the_kl_penalty_in_training_mode_keeps_the_batch_statistics_of_its_point():
+    torch.manual_seed(0)
+    model, x = cases.tiny_network(batch_norm=True).double().train(), torch.randn(8, 6, dtype=torch.float64)
+    first, norm, _, _, last = model
+
+    def function(inputs, mean, variance):
+        return last(((first(inputs) - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias).tanh())
+
+    hidden = first(x)
+    mean, variance = hidden.mean(0), hidden.var(0, unbiased=False)
+    moved = _runner_up_step(lambda inputs: function(inputs, mean.detach(), variance.detach()), x, 0.5)
+    log_p, log_q = (function(inputs, mean, variance).log_softmax(1) for inputs in (x, moved))
+    expected = 8 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    penalty = KLPenalty(step=0.5)(model, x)
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model), rtol=1e-6, atol=1e-12)
+
+
+def test_a_saturated_network_hides_from_the_fisher_penalties_and_not_from_the_others():
+    def slopes(confidence):
+        weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        model, x = (lambda x: confidence * (x @ weight.T)), torch.tensor([[1.0, 0.0]])
+        logit_penalties = (
+            TracePenalty(likelihood=Gaussian())(model, x),
+            LabelContrastPenalty()(model, x, labels=torch.tensor([0])),
+        )
+        return [SpectralPenalty()(model, x), TracePenalty()(model, x), *logit_penalties]
+
+    calm, confident = slopes(1.0), slopes(100.0)
+    assert confident[0] < 1e-6 < calm[0]
+    assert confident[1] < 1e-6 < calm[1]
+    assert_close(confident[2], 1e4 * calm[2])
+    assert_close(confident[3], 1e4 * calm[3])
+
+
+def test_the_label_contrast_is_the_squared_slope_of_the_margin(trained, digits):
+    model, x = copy.deepcopy(trained).double(), cases.test_images(digits, 4).double().requires_grad_()
+    labels = torch.tensor([3, 1, 4, 1])
+    with sdpa_kernel(SDPBackend.MATH):
+        logits = model(x)
+    others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    margin = logits.gather(1, labels[:, None]).squeeze(1) - others
+    (slope,) = torch.autograd.grad(margin.sum(), x, create_graph=True)
+    expected = slope.flatten(1).square().sum(1).mean()
+    penalty = LabelContrastPenalty()(model, x, labels=labels)
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model))
+
+
+def test_the_trace_of_the_gaussian_is_the_frobenius_norm_of_the_jacobian(monkeypatch):
+    model, x = cases.tiny_network().double(), torch.randn(3, 6, dtype=torch.float64)
+    signs = iter(torch.tensor(list(itertools.product([-1.0, 1.0], repeat=4)), dtype=torch.float64))
+    monkeypatch.setattr(trace_module, "signs", lambda like, generator: next(signs).expand_as(like))
+    penalty = TracePenalty(num_samples=16, likelihood=Gaussian())(model, x)
+    jacobians = [torch.autograd.functional.jacobian(model, example, create_graph=True) for example in x]
+    expected = torch.stack([jacobian.square().sum() for jacobian in jacobians]).mean()
+    assert_close(penalty, expected)
+    assert_close(_gradient(penalty, model), _gradient(expected, model))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "needs labels="),
+        (torch.tensor([0.5, 0.5]), r"2 class indices below 4; got torch.float32 \(2,\) from 0.5 to 0.5.*labels_fn"),
+        (torch.tensor([0, 4]), "from 0 to 4"),
+        (torch.tensor([0]), r"got torch.int64 \(1,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        LabelContrastPenalty()(cases.tiny_network(), torch.zeros(2, 6), labels=labels)
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_step_that_is_no_length_is_refused(step):
+    with pytest.raises(ValueError, match=f"finite step > 0, in the input unit; got {step}"):
+        KLPenalty(step=step)

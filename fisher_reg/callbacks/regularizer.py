@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms
@@ -27,8 +27,14 @@ from fisher_reg.callbacks.step import Observation, PenalisedStep
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.forward import as_function, differentiable, evaluation_behaviour, with_noise_of
-from fisher_reg.penalty import KLPenalty, Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty import BoundPenalty, KLPenalty, Penalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
+
+_SHARDED: tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    _SHARDED = (FSDPModule, FullyShardedDataParallel)
 
 
 class FisherRegularizer(pl.Callback):
@@ -115,6 +121,7 @@ class FisherRegularizer(pl.Callback):
         self.num_skipped = 0
         self._num_schedule_steps = math.inf
         self._told = False
+        self._warned = False
         self._step: PenalisedStep | None = None
 
     @property
@@ -136,8 +143,10 @@ class FisherRegularizer(pl.Callback):
         """Find out how long the schedule lasts.
 
         Raises:
-            MisconfigurationException: If it is to last as long as a training without end.
+            MisconfigurationException: If it is to last as long as a training without end, or if the weights are sharded
+                and the penalty needs them whole.
         """
+        _refuse_sharded(pl_module, self.penalty)
         if isinstance(self.schedule, ConstantSchedule):
             return
         num_steps = self.schedule.num_steps or trainer.estimated_stepping_batches
@@ -260,6 +269,13 @@ class FisherRegularizer(pl.Callback):
         measured = fisher_spectral_norm(model, inputs[:_CONTROL_PROBES], **own).eigenvalue.mean()
         measured = module.trainer.strategy.reduce(measured, reduce_op="mean")
         self.control.update(float(measured))
+        if self.control.is_at_limit and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"target_lambda={self.control.target:g} is out of reach: the weight has moved from "
+                f"{self.control.begin:g} to {self.control.weight:g}, as far as it may. Begin with another weight, or "
+                "aim for another target."
+            )
         module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _skip(self, reason: str) -> None:
@@ -299,6 +315,16 @@ def _obstacle(module: pl.LightningModule) -> str | None:
     if compiled or getattr(module, "_compiler_ctx", None) is not None:
         return "the training step is compiled"
     return None
+
+
+def _refuse_sharded(module: nn.Module, penalty: Penalty) -> None:
+    twice = isinstance(penalty, PointPenalty) and penalty.differentiates_twice
+    sharded = any(isinstance(part, _SHARDED) for part in module.modules())
+    if sharded and (twice or isinstance(penalty, BoundPenalty)):
+        raise MisconfigurationException(
+            f"{type(penalty).__name__} needs the weights after a backward pass, when FSDP has freed them. "
+            "KLPenalty() does not."
+        )
 
 
 def _check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:

@@ -94,7 +94,7 @@ class LambdaControl:
 
     target: float
     weight: float
-    gain: float = 0.3
+    gain: float = 0.15
     max_factor: float = 1e3
 
     def __post_init__(self) -> None:
@@ -102,8 +102,13 @@ class LambdaControl:
             raise ValueError(f"target_lambda must be positive and finite; got {self.target}.")
         self.begin = self.weight
 
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether the weight has moved as far as it may."""
+        return abs(math.log(self.weight / self.begin)) > 0.999 * math.log(self.max_factor)
+
     def update(self, measured: float) -> None:
-        """Move the weight after a measurement; one that is zero or not finite moves it as far as one may, or not."""
+        """Move the weight after a measurement that is finite; zero counts as far below the target."""
         if math.isfinite(measured):
             error = math.log(max(measured, self.target / self.max_factor) / self.target)
             log_factor = math.log(self.weight / self.begin) + self.gain * error

@@ -1,4 +1,4 @@
-"""Run as ``python -m tests.callbacks.ddp_step FOLDER``: the same steps on 1 and on 2 processes, results to files.
+"""Run as ``python -m tests.callbacks.ddp_step FOLDER [kl]``: the same steps on 1 and on 2 processes, results to files.
 
 One batch is one epoch, since Lightning shuffles training data between processes. Each process has its own batch norm
 statistics, so the network with batch norm runs on 2 processes only.
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from fisher_reg import FisherMonitor, FisherRegularizer, Lanczos, SpectralPenalty
+from fisher_reg import FisherMonitor, FisherRegularizer, KLPenalty, Lanczos, SpectralPenalty
 from tests import cases
 
 
-def run(folder, name, devices, penalty, batch_norm=False, epochs=3):
+def run(folder, name, devices, penalty, batch_norm=False, epochs=3, **options):
     torch.manual_seed(1)
     module = cases.Plain(cases.tiny_network(batch_norm))
     batches = cases.tiny_batches(count=8, batch_size=8 // devices)
     monitor = FisherMonitor(num_samples=8, solver=Lanczos(num_steps=1, rtol=0.0))
-    callbacks = [FisherRegularizer(0.7, penalty, every_n_steps=1), monitor]
+    callbacks = [FisherRegularizer(0.7, penalty, every_n_steps=1, **options), monitor]
     strategy = {"strategy": "ddp_spawn"} if devices > 1 else {}
     trainer = cases.trainer(folder, callbacks=callbacks, devices=devices, max_epochs=epochs, **strategy)
     trainer.fit(module, batches, cases.tiny_batches(count=8, batch_size=8 // devices, seed=1))
@@ -28,6 +28,10 @@ def run(folder, name, devices, penalty, batch_norm=False, epochs=3):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(sys.argv[1], "1", 1, SpectralPenalty(num_steps=3))
-    run(sys.argv[1], "2", 2, SpectralPenalty(num_steps=3))
-    run(sys.argv[1], "batch_norm", 2, SpectralPenalty(), batch_norm=True, epochs=1)
+    if sys.argv[2:] == ["kl"]:
+        for devices in (1, 2):
+            run(sys.argv[1], str(devices), devices, KLPenalty(), target_lambda=0.01)
+    else:
+        run(sys.argv[1], "1", 1, SpectralPenalty(num_steps=3))
+        run(sys.argv[1], "2", 2, SpectralPenalty(num_steps=3))
+        run(sys.argv[1], "batch_norm", 2, SpectralPenalty(), batch_norm=True, epochs=1)

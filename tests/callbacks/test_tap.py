@@ -1,0 +1,159 @@
+"""When the forward of a training step is reused, and when it must not be."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from fisher_reg import FisherRegularizer, KLPenalty, SpectralPenalty, TracePenalty
+from fisher_reg.callbacks.tap import Tap
+from tests import cases
+
+_KL = KLPenalty(step=0.3)
+
+
+class _Counting(cases.Plain):
+    """Counts the calls of its network; a step of one's own may be given."""
+
+    def __init__(self, network, step=None):
+        super().__init__(network)
+        self.step, self.count = step, 0
+        self.network.register_forward_pre_hook(self._add)
+
+    def _add(self, *_):
+        self.count += 1
+
+    def training_step(self, batch, batch_idx):
+        if self.step is None:
+            return super().training_step(batch, batch_idx)
+        return self.step(self, *batch)
+
+
+def _one_step(tmp_path, step=None, penalty=_KL, batch_norm=False, **options):
+    """A module after one penalised step, the number of calls in it, and what was said."""
+    torch.manual_seed(1)
+    module = _Counting(cases.tiny_network(batch_norm), step)
+    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1, **options)
+    trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
+    trainer.fit(module, cases.tiny_batches())
+    return module, trainer.callback_metrics["fisher/penalty"]
+
+
+def _expected(penalty=_KL, batch_norm=False):
+    torch.manual_seed(1)
+    network, (x, _) = cases.tiny_network(batch_norm).train(), next(iter(cases.tiny_batches()))
+    return penalty(network, x).detach()
+
+
+_CE = nn.functional.cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("step", "calls", "obstacle"),
+    [  # one call to look, those of the step, the moved one; and one more where the penalty needs a forward of its own
+        (None, 1 + 1 + 1, None),
+        (lambda module, x, y: _CE(module.network(x), y), 1 + 1 + 1, None),
+        (lambda module, x, y: _CE(module(x=x), y), 1 + 1 + 1, None),  # the network inside gets the inputs alone
+        (lambda module, x, y: _CE(module(x), y) + _CE(module(x.flip(0)), y), 1 + 2 + 1, None),
+        (lambda module, x, y: _CE(module(x + 1), y), 1 + 1 + 2, "did not call forward"),
+        (lambda module, x, y: _CE(module(x), y) + _CE(module(x), y), 1 + 2 + 2, "more than once"),
+        (lambda module, x, y: _CE(module(x), y) + module.network[0](x).sum(), 1 + 1 + 2, "more than once"),
+        (lambda module, x, y: _CE(module.network[4](module.network[:4](x)), y), 1 + 0 + 2, "gave no logits"),
+        (lambda module, x, y: _CE(module(x).bfloat16(), y), 1 + 1 + 1, None),
+    ],
+)
+def test_a_forward_is_reused_where_it_is_that_of_the_inputs(tmp_path, step, calls, obstacle, caplog):
+    with caplog.at_level("INFO"):
+        module, penalty = _one_step(tmp_path, step)
+    assert module.count == calls
+    assert_close(penalty, _expected(), rtol=1e-5, atol=1e-8)
+    assert caplog.text.count("runs a forward of its own") == (obstacle is not None)
+    assert obstacle is None or obstacle in caplog.text
+
+
+@pytest.mark.parametrize("penalty", [SpectralPenalty(), SpectralPenalty(num_steps=2), TracePenalty()])
+@pytest.mark.parametrize(("batch_norm", "calls"), [(False, 2), (True, 2)])
+def test_second_derivatives_reuse_a_forward_without_batch_norm(tmp_path, penalty, batch_norm, calls):
+    # with batch norm: the step's own and one more on its statistics; without: one to look and the step's own
+    module, value = _one_step(tmp_path, penalty=penalty, batch_norm=batch_norm)
+    assert module.count == calls
+    if not isinstance(penalty, TracePenalty):
+        assert_close(value, _expected(penalty, batch_norm), rtol=1e-5, atol=1e-8)
+
+
+class _Mixing(nn.Module):
+    """Mixes hidden features across the batch while training, outside of what gives the logits."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.body, self.head = network[:4], network[4]
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_logits_of_another_call_are_not_taken_for_those_of_the_inputs(tmp_path, caplog):
+    def step(module, x, y):
+        hidden = module.network.body(x)
+        return _CE(module.network.head(0.5 * hidden + 0.5 * hidden.flip(0)), y)
+
+    torch.manual_seed(1)
+    network = cases.tiny_network()
+    module = _Counting(_Mixing(network), step)
+    expected = _KL(copy.deepcopy(network), next(iter(cases.tiny_batches()))[0]).detach()
+    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1)
+    trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, cases.tiny_batches())
+    assert_close(trainer.callback_metrics["fisher/penalty"], expected, rtol=1e-5, atol=1e-8)
+    assert "runs a forward of its own: the forward of the training step gave no logits" in caplog.text
+
+
+def test_a_coupled_graph_changes_the_direction_only(tmp_path):
+    # through batch norm the direction is that of the sum over a batch, so that the value is a little smaller or larger
+    _, reused = _one_step(tmp_path, batch_norm=True)
+    assert_close(reused, _expected(batch_norm=True), rtol=0.1, atol=0)
+
+
+def test_looking_for_the_tap_leaves_no_trace():
+    torch.manual_seed(0)
+    module = cases.Plain(cases.tiny_network(batch_norm=True, dropout=True)).train()
+    x, state, numbers = torch.randn(8, 6), copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    tap = Tap.find(module, module, x)
+    assert_close(module.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert [type(part).__name__ for part in tap.inlets] == ["Plain", "Sequential", "Linear"]
+    assert [type(part).__name__ for part in tap.outlets] == ["Linear", "Sequential", "Plain"]
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+def test_an_operation_in_place_on_the_inputs_is_differentiated_too(tmp_path):
+    class InPlace(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x.mul_(2.0))
+
+    torch.manual_seed(1)
+    network, (x, _) = cases.tiny_network(), next(iter(cases.tiny_batches()))
+    expected = _KL(lambda inputs: network(2 * inputs), x).detach()
+    module = _Counting(InPlace(network))
+    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1)
+    trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
+    trainer.fit(module, cases.tiny_batches())
+    assert_close(trainer.callback_metrics["fisher/penalty"], expected, rtol=1e-5, atol=1e-8)
+    assert module.count == 3
+
+
+def test_dropout_keeps_the_masks_of_the_step(tmp_path):
+    torch.manual_seed(1)
+    module = cases.Plain(cases.tiny_network(dropout=True))
+    trainer = cases.trainer(
+        tmp_path, callbacks=[FisherRegularizer(0.7, KLPenalty(step=1e-3), every_n_steps=1)], limit_train_batches=1
+    )
+    trainer.fit(module, cases.tiny_batches())
+    assert trainer.callback_metrics["fisher/penalty"] < 10  # other masks leave a divergence over 1e-6
