@@ -12,7 +12,7 @@ then replayed.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
 
 from fisher_reg.forward import LogitsFunction, batch_norm_affine
 
@@ -60,7 +62,7 @@ def record(model: object) -> Generator[Recording, None, None]:
     recording: Recording = {}
     with ExitStack() as stack:
         for module in training_batch_norms(model):
-            handle = module.register_forward_pre_hook(partial(_observe, recording))
+            handle = module.register_forward_pre_hook(partial(_observe, recording), with_kwargs=True)
             stack.callback(handle.remove)
         yield recording
 
@@ -75,7 +77,7 @@ def replay(recording: Recording) -> Generator[None, None, None]:
     try:
         for module, statistics in recording.items():
             module.training = False
-            module.forward = _Replayed(module, statistics)  # type: ignore[assignment]
+            module.forward = _Replayed(module, statistics)  # type: ignore[method-assign]
         yield
     finally:
         for module, forward in replaced.items():
@@ -87,16 +89,23 @@ def replay(recording: Recording) -> Generator[None, None, None]:
 
 @contextmanager
 def untracked(model: object) -> Generator[None, None, None]:
-    """Let no running statistics and no counter of a training batch norm move during the block."""
-    modules = training_batch_norms(model)
-    tracked = [module.track_running_stats for module in modules]
+    """Let no running statistics and no counter of a normalisation in training move during the block."""
+    batch_norms = training_batch_norms(model)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    instance_norms = [module for module in modules if isinstance(module, _InstanceNorm) and module.training]
+    tracked = [module.track_running_stats for module in batch_norms]
+    momenta = [module.momentum for module in instance_norms]
     try:
-        for module in modules:
-            module.track_running_stats = False
+        for batch_norm in batch_norms:
+            batch_norm.track_running_stats = False
+        for instance_norm in instance_norms:
+            instance_norm.momentum = 0.0
         yield
     finally:
-        for module, flag in zip(modules, tracked, strict=True):
-            module.track_running_stats = flag
+        for batch_norm, flag in zip(batch_norms, tracked, strict=True):
+            batch_norm.track_running_stats = flag
+        for instance_norm, momentum in zip(instance_norms, momenta, strict=True):
+            instance_norm.momentum = momentum
 
 
 @contextmanager
@@ -105,11 +114,12 @@ def frozen(model: object, function: LogitsFunction, inputs: Tensor) -> Generator
 
     Running statistics and batch counters are not moved.
     """
-    with untracked(model), record(model) as recording:
-        if training_batch_norms(model):
-            function(inputs)
-    with replay(recording):
-        yield
+    with untracked(model):
+        with record(model) as recording:
+            if training_batch_norms(model):
+                function(inputs)
+        with replay(recording):
+            yield
 
 
 @contextmanager
@@ -132,10 +142,11 @@ def is_clear(model: object, recording: Recording) -> bool:
     return all(len(recording.get(module, ())) == 1 for module in training_batch_norms(model))
 
 
-def _observe(recording: Recording, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _observe(recording: Recording, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.is_grad_enabled() or not isinstance(module, _BatchNorm):
         return
-    hidden = args[0].to(torch.promote_types(args[0].dtype, torch.float32))
+    hidden: Tensor = args[0] if args else kwargs["input"]
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     recording.setdefault(module, []).append(_Moments.apply(hidden))
 
 
@@ -163,17 +174,40 @@ class _Moments(torch.autograd.Function):
 
 
 class _Replayed:
-    """The forward of a batch norm with recorded statistics, those of the next call each time."""
+    """The forward of a batch norm with recorded statistics, those of the next call each time.
+
+    A subclass runs its own forward (an activation after the normalisation, perhaps), whose call of
+    :func:`torch.nn.functional.batch_norm` is answered.
+    """
 
     def __init__(self, module: _BatchNorm, statistics: list[Statistics]) -> None:
         self.module = module
         self.statistics = statistics
         self.calls = 0
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002, as in torch
         mean, variance = self.statistics[self.calls % len(self.statistics)]
         self.calls += 1
-        return _normalize(self.module, hidden, mean, variance)
+        if type(self.module).forward is _BatchNorm.forward:
+            return _normalize(self.module, input, mean, variance)
+        with _Answering(partial(_normalize, self.module, mean=mean, variance=variance)):
+            answer: Tensor = type(self.module).forward(self.module, input)
+            return answer
+
+
+class _Answering(TorchFunctionMode):
+    """Answers the calls of batch norm in a block."""
+
+    def __init__(self, answer: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is torch.nn.functional.batch_norm:
+            return self.answer(args[0] if args else (kwargs or {})["input"])
+        return function(*args, **(kwargs or {}))
 
 
 def _normalize(module: _BatchNorm, hidden: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,7 +13,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms
+from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms, untracked
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LabelsFn,
@@ -23,7 +24,7 @@ from fisher_reg.callbacks.batch import (
     logits_model,
 )
 from fisher_reg.callbacks.schedules import ConstantSchedule, LambdaControl, Schedule
-from fisher_reg.callbacks.step import Observation, PenalisedStep
+from fisher_reg.callbacks.step import Due, Observation, PenalisedStep
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.forward import as_function, differentiable, evaluation_behaviour, with_noise_of
@@ -122,13 +123,8 @@ class FisherRegularizer(pl.Callback):
         self._num_schedule_steps = math.inf
         self._told = False
         self._warned = False
+        self._measured_at = -1
         self._step: PenalisedStep | None = None
-
-    @property
-    def state_key(self) -> str:
-        """Tell regularizers in one Trainer apart, by penalty and weight."""
-        name = getattr(self.penalty, "__qualname__", type(self.penalty).__qualname__)
-        return f"{type(self).__qualname__}[{name}, weight={self.weight}, every_n_steps={self.every_n_steps}]"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the training step."""
@@ -146,14 +142,14 @@ class FisherRegularizer(pl.Callback):
             MisconfigurationException: If it is to last as long as a training without end, or if the weights are sharded
                 and the penalty needs them whole.
         """
-        _refuse_sharded(pl_module, self.penalty)
+        _refuse_sharded(self, pl_module)
         if isinstance(self.schedule, ConstantSchedule):
             return
         num_steps = self.schedule.num_steps or trainer.estimated_stepping_batches
-        if math.isinf(num_steps):
+        if not 1 <= num_steps < math.inf:  # -1 for a loader without a length
             raise MisconfigurationException(
-                f"{self.schedule} lasts as long as the training, which has no end. Give the schedule num_steps, or the "
-                "Trainer max_epochs or max_steps."
+                f"{self.schedule} lasts as long as the training, which has no known end. Give the schedule num_steps, "
+                "or the Trainer max_steps."
             )
         self._num_schedule_steps = num_steps
 
@@ -165,14 +161,25 @@ class FisherRegularizer(pl.Callback):
         """Give the training step back."""
         self._unwrap()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weight that was adapted; everything else goes by the optimiser step."""
-        return {} if self.control is None else {"weight": self.control.weight}
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the weight that was adapted; everything else goes by the optimiser step."""
+        if self.control is not None:
+            checkpoint.setdefault(_CHECKPOINT_KEY, {})[self._place(trainer)] = self.control.weight
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Go on with the weight of a checkpoint."""
-        if self.control is not None and "weight" in state_dict:
-            self.control.weight = state_dict["weight"]
+        kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._place(trainer))
+        if self.control is not None and kept is not None:
+            self.control.weight = kept
+
+    def _place(self, trainer: pl.Trainer) -> str:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [callback for callback in callbacks if isinstance(callback, FisherRegularizer)]
+        return str(same.index(self))
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Whether this optimiser step is penalised."""
@@ -205,17 +212,19 @@ class FisherRegularizer(pl.Callback):
         return obstacle is None
 
     def penalise(
-        self, module: pl.LightningModule, inputs: Tensor, batch: object, seen: Observation, generator: torch.Generator
+        self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
     ) -> Tensor | None:
         """Return the penalty with the batch statistics of the step that was seen; None if it is not finite."""
         model = logits_model(module, self.logits_fn)
         options: dict[str, Any] = {"generator": generator}
         if isinstance(self.penalty, PointPenalty) and self.penalty.needs_labels:
             options["labels"] = self.labels_fn(batch)
+        self._measure(module, model, due.inputs)
         try:
-            self._measure(module, model, inputs)
-            penalty = self._value(model, inputs, seen, options)
+            penalty = self._value(module, model, due, seen, options)
         except NonFiniteError as error:
+            if _is_sharded(module):
+                raise  # the other processes wait for this one in the forward that it would skip
             self._skip(str(error))
             return None
         if not bool(torch.isfinite(penalty.detach())):
@@ -223,20 +232,24 @@ class FisherRegularizer(pl.Callback):
             return None
         return penalty
 
-    def _value(self, model: nn.Module, inputs: Tensor, seen: Observation, options: dict[str, Any]) -> Tensor:
-        if seen.flow is not None and seen.flow.source is inputs and self._reuses(model, seen):
+    def _value(
+        self, module: pl.LightningModule, model: nn.Module, due: Due, seen: Observation, options: dict[str, Any]
+    ) -> Tensor:
+        if self._reuses(module, model, due, seen):
             return self._at_the_step(model, seen, options)
         if self.use_running_statistics:
             with evaluation_behaviour(model):
-                return self._of_a_part(model, inputs, options)
-        with of_step(model, seen.recording, model, inputs):
-            return self._of_a_part(model, inputs, options)
+                return self._of_a_part(model, due.inputs, options)
+        with of_step(model, seen.recording, model, due.inputs):
+            return self._of_a_part(model, due.inputs, options)
 
-    def _reuses(self, model: nn.Module, seen: Observation) -> bool:
-        assert seen.flow is not None
-        if not isinstance(self.penalty, PointPenalty) or self.batch_fraction < 1 or self.use_running_statistics:
+    def _reuses(self, module: pl.LightningModule, model: nn.Module, due: Due, seen: Observation) -> bool:
+        flow = seen.flow
+        if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
             return False
-        obstacle = seen.flow.obstacle
+        if self.differentiates_twice() > flow.differentiates_twice or not self.can_reuse_forward(module):
+            return False
+        obstacle = flow.obstacle
         if obstacle is None and not is_clear(model, seen.recording):
             obstacle = "batch norms ran more than once, or unseen, in the training step"
         if obstacle is not None:
@@ -250,7 +263,11 @@ class FisherRegularizer(pl.Callback):
         assert flow.state is not None
         function = with_noise_of(flow.state, as_function(model))
         point = TrainingPoint(function, flow.inputs, flow.outputs[0])
-        with differentiable(flow.source), kernels(self.penalty.differentiates_twice), replay(seen.recording):
+        with ExitStack() as stack:
+            stack.enter_context(differentiable(flow.source))
+            stack.enter_context(kernels(self.penalty.differentiates_twice))
+            stack.enter_context(untracked(model))
+            stack.enter_context(replay(seen.recording))
             return self.penalty.at(point, **options)
 
     def _of_a_part(self, model: nn.Module, inputs: Tensor, options: dict[str, Any]) -> Tensor:
@@ -263,12 +280,19 @@ class FisherRegularizer(pl.Callback):
 
     def _measure(self, module: pl.LightningModule, model: nn.Module, inputs: Tensor) -> None:
         step = _optimiser_step(module.trainer)
-        if self.control is None or step % (_CONTROL_EVERY * self.every_n_steps):
+        if self.control is None or step == self._measured_at or step % (_CONTROL_EVERY * self.every_n_steps):
             return
+        self._measured_at = step
         own = {name: getattr(self.penalty, name) for name in ("likelihood", "input_std") if hasattr(self.penalty, name)}
-        measured = fisher_spectral_norm(model, inputs[:_CONTROL_PROBES], **own).eigenvalue.mean()
-        measured = module.trainer.strategy.reduce(measured, reduce_op="mean")
-        self.control.update(float(measured))
+        try:
+            values = fisher_spectral_norm(model, inputs[:_CONTROL_PROBES], **own).eigenvalue
+        except NonFiniteError:
+            values = inputs.new_empty(0)
+        sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+        total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        measured = total / count if count else math.nan
+        self.control.update(measured)
+        module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
         if self.control.is_at_limit and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -276,7 +300,6 @@ class FisherRegularizer(pl.Callback):
                 f"{self.control.begin:g} to {self.control.weight:g}, as far as it may. Begin with another weight, or "
                 "aim for another target."
             )
-        module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
     def _skip(self, reason: str) -> None:
         self.num_skipped += 1
@@ -298,6 +321,7 @@ class FisherRegularizer(pl.Callback):
             self._step = None
 
 
+_CHECKPOINT_KEY = "fisher_regularizer_weights"
 _CONTROL_PROBES = 64
 _CONTROL_EVERY = 2  # penalised steps
 
@@ -310,6 +334,8 @@ def _optimiser_step(trainer: pl.Trainer) -> int:
 def _obstacle(module: pl.LightningModule) -> str | None:
     if torch.is_autocast_enabled(module.device.type):
         return "the training step is under autocast, whose round-off would drown the penalty"
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
+        return "the module computes in half precision, whose round-off would drown the penalty"
     parts = list(module.modules())
     compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
     if compiled or getattr(module, "_compiler_ctx", None) is not None:
@@ -317,13 +343,22 @@ def _obstacle(module: pl.LightningModule) -> str | None:
     return None
 
 
-def _refuse_sharded(module: nn.Module, penalty: Penalty) -> None:
-    twice = isinstance(penalty, PointPenalty) and penalty.differentiates_twice
-    sharded = any(isinstance(part, _SHARDED) for part in module.modules())
-    if sharded and (twice or isinstance(penalty, BoundPenalty)):
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(part, _SHARDED) for part in module.modules())
+
+
+def _refuse_sharded(regularizer: FisherRegularizer, module: nn.Module) -> None:
+    if not _is_sharded(module):
+        return
+    if regularizer.differentiates_twice() or isinstance(regularizer.penalty, BoundPenalty):
         raise MisconfigurationException(
-            f"{type(penalty).__name__} needs the weights after a backward pass, when FSDP has freed them. "
+            f"{type(regularizer.penalty).__name__} needs the weights after a backward pass, when FSDP has freed them. "
             "KLPenalty() does not."
+        )
+    if regularizer.control is not None:
+        raise MisconfigurationException(
+            "target_lambda measures with a number of passes that differs from process to process, which FSDP does not "
+            "allow. Use a fixed weight or a schedule."
         )
 
 

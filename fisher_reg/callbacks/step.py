@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from fisher_reg.batch_statistics import Recording, record
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, logits_model
 from fisher_reg.callbacks.tap import Flow, Tap
-from fisher_reg.penalty.point import kernels
+from fisher_reg.forward import check_inputs
 
 
 @dataclass
@@ -35,6 +36,23 @@ class Observation:
     def close(self) -> None:
         """Remove the hooks, so that the penalty's own forwards are not observed."""
         self.stack.close()
+
+
+@dataclass(frozen=True)
+class Due:
+    """A penalty that this step is to get.
+
+    Attributes:
+        number: Of the regularizer.
+        regularizer: What penalises.
+        source: The inputs in the batch.
+        inputs: A copy of them from before the step, which may change them in place.
+    """
+
+    number: int
+    regularizer: Term
+    source: Tensor
+    inputs: Tensor
 
 
 class Term(Protocol):
@@ -57,7 +75,7 @@ class Term(Protocol):
         """Whether a tap is worth opening."""
 
     def penalise(
-        self, module: pl.LightningModule, inputs: Tensor, batch: object, seen: Observation, generator: torch.Generator
+        self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
     ) -> Tensor | None:
         """Return the penalty, or None if it is not finite."""
 
@@ -70,6 +88,7 @@ class PenalisedStep:
         self.regularizers: list[Term] = []
         self.taps: dict[object, Tap] = {}
         self.pending: functools.partial[Tensor] | None = None
+        self.told = False
         self.original = module.training_step
         self.replaced = {name: vars(module)[name] for name in _WRAPPED if name in vars(module)}
         manual_backward = module.manual_backward
@@ -103,16 +122,26 @@ class PenalisedStep:
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step and add the penalties that are due."""
-        due = [(number, one) for number, one in enumerate(self.regularizers) if one.is_due(self.module.trainer)]
-        if not due:
+        numbered = [(number, one) for number, one in enumerate(self.regularizers) if one.is_due(self.module.trainer)]
+        if not numbered:
             return self.original(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        sources = [regularizer.inputs_fn(batch) for _, regularizer in due]
-        seen = self.observe([regularizer for _, regularizer in due], sources)
-        add = functools.partial(self.penalised, due=due, sources=sources, batch=batch, seen=seen)
+        due = []
+        for number, regularizer in numbered:
+            source = regularizer.inputs_fn(batch)
+            check_inputs(source)
+            due.append(Due(number, regularizer, source, source.detach().clone()))
+        seen = self.observe(due)
+        add = functools.partial(self.penalised, due=due, batch=batch, seen=seen)
         with seen.stack:
             self.pending = None if self.module.automatic_optimization else add
             output = self.original(*args, **kwargs)
+        if self.pending is not None and not self.told:
+            self.told = True
+            rank_zero_warn(
+                "The penalty was not added: this module optimises manually, and its training_step did not call "
+                "self.manual_backward(loss)."
+            )
         self.pending = None
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not self.module.automatic_optimization or not isinstance(loss, Tensor):
@@ -125,28 +154,22 @@ class PenalisedStep:
         add, self.pending = self.pending, None
         return loss if add is None else add(loss)
 
-    def observe(self, regularizers: list[Term], sources: list[Tensor]) -> Observation:
+    def observe(self, due: list[Due]) -> Observation:
         """Open the hooks for a step; one tap, for the first regularizer that can use it."""
         seen = Observation()
-        for regularizer, source in zip(regularizers, sources, strict=True):
+        for one in due:
+            regularizer = one.regularizer
             if seen.flow is None and regularizer.can_reuse_forward(self.module):
                 tap = self.taps.get(regularizer.logits_fn)
                 if tap is None:
                     model = logits_model(self.module, regularizer.logits_fn)
-                    tap = self.taps[regularizer.logits_fn] = Tap.find(self.module, model, source)
-                seen.stack.enter_context(kernels(regularizer.differentiates_twice()))
-                seen.flow = seen.stack.enter_context(tap.open(source))
+                    tap = self.taps[regularizer.logits_fn] = Tap.find(self.module, model, one.source)
+                opened = tap.open(one.source, regularizer.logits_fn, regularizer.differentiates_twice())
+                seen.flow = seen.stack.enter_context(opened)
         seen.recording = seen.stack.enter_context(record(self.module))
         return seen
 
-    def penalised(
-        self,
-        loss: Tensor,
-        due: list[tuple[int, Term]],
-        sources: list[Tensor],
-        batch: object,
-        seen: Observation,
-    ) -> Tensor:
+    def penalised(self, loss: Tensor, due: list[Due], batch: object, seen: Observation) -> Tensor:
         """Return the loss plus the penalties that are finite, and log them."""
         seen.close()
         if not loss.requires_grad:
@@ -155,28 +178,26 @@ class PenalisedStep:
                 "Return the loss as it was computed, without .detach() or .item()."
             )
         trainer = self.module.trainer
-        for (number, regularizer), source in zip(due, sources, strict=True):
+        for one in due:
+            regularizer = one.regularizer
             generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
-            penalty = regularizer.penalise(self.module, source, batch, seen, generator)
+            penalty = regularizer.penalise(self.module, one, batch, seen, generator)
             weight = regularizer.current_weight(trainer)
             if penalty is not None:
-                loss = loss + regularizer.every_n_steps * weight * penalty.to(loss.device)
-            self.log(f"_{number + 1}" if number else "", penalty, weight, len(source))
+                precise = torch.promote_types(loss.dtype, torch.float32)
+                loss = loss + regularizer.every_n_steps * weight * penalty.to(loss.device, precise)
+            self.log(f"_{one.number + 1}" if one.number else "", penalty, weight, len(one.inputs))
         return loss
 
     def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int) -> None:
         """Log what was added; a penalty that was skipped counts nothing in the means."""
         value = torch.zeros((), device=self.module.device) if penalty is None else penalty.detach().float()
-        means: dict[str, Tensor | float] = {
-            f"fisher/penalty{suffix}": value,
-            f"fisher/penalty_weighted{suffix}": weight * value,
-            f"fisher/penalty_weight{suffix}": weight,
-        }
-        counted = 0 if penalty is None else batch_size
+        means = {f"fisher/penalty{suffix}": value, f"fisher/penalty_weighted{suffix}": weight * value}
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
-        self.module.log_dict(means, batch_size=counted, **options)
-        skipped = float(penalty is None)
-        self.module.log(f"fisher/penalty_skipped{suffix}", skipped, reduce_fx="sum", batch_size=batch_size, **options)
+        self.module.log_dict(means, batch_size=0 if penalty is None else batch_size, **options)
+        options["batch_size"] = batch_size
+        self.module.log(f"fisher/penalty_weight{suffix}", weight, **options)
+        self.module.log(f"fisher/penalty_skipped{suffix}", float(penalty is None), reduce_fx="sum", **options)
 
 
 _WRAPPED = ("training_step", "manual_backward")

@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -14,13 +13,14 @@ def _weights(tmp_path, regularizer, num_batches=8, **options):
     """The weights that a fit logs, step by step."""
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], **({"max_epochs": num_batches} | options))
     module, seen = cases.Plain(cases.tiny_network()), []
-    original = module.log_dict
+    original = module.log
 
-    def log_dict(values, **kwargs):
-        seen.append(values["fisher/penalty_weight"])
-        original(values, **kwargs)
+    def log(name, value, **kwargs):
+        if name == "fisher/penalty_weight":
+            seen.append(value)
+        original(name, value, **kwargs)
 
-    module.log_dict = log_dict
+    module.log = log
     trainer.fit(module, cases.tiny_batches(count=4))
     return seen
 
@@ -47,7 +47,9 @@ def test_a_warm_up_multiplies_the_schedule(tmp_path):
 
 def test_a_schedule_without_an_end_is_refused_before_the_first_step(tmp_path):
     regularizer = FisherRegularizer(2.0, schedule=CosineSchedule())
-    with pytest.raises(MisconfigurationException, match=r"CosineSchedule.*has no end. Give the schedule num_steps"):
+    with pytest.raises(
+        MisconfigurationException, match=r"CosineSchedule.*has no known end. Give the schedule num_steps"
+    ):
         _weights(tmp_path, regularizer, max_epochs=-1, max_time="00:00:00:02")
 
 
@@ -99,8 +101,34 @@ def test_the_adapted_weight_is_part_of_the_checkpoint(tmp_path, digits):
     again, resumed, trainer = _controlled(tmp_path, digits, 0.4, max_epochs=1, limit_train_batches=4)
     trainer.fit(again, digits.train_dataloader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert resumed.control.weight == regularizer.control.weight != 0.01
-    assert FisherRegularizer(0.1).state_dict() == {}
-    assert copy.deepcopy(regularizer).state_key == regularizer.state_key
+    plain = _controlled(tmp_path, digits, 0.4, max_epochs=1, limit_train_batches=1)
+    plain[1].control = None
+    plain[2].fit(plain[0], digits.train_dataloader())
+    plain[2].save_checkpoint(tmp_path / "plain.ckpt")
+    keys = [set(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)) for name in ("one", "plain")]
+    assert keys[0] - keys[1] == {"fisher_regularizer_weights"}
+
+
+def test_the_weight_is_adapted_once_per_optimiser_step(tmp_path, digits):
+    weights = []
+    for accumulate in (1, 4):
+        module, regularizer, trainer = _controlled(
+            tmp_path, digits, 1e-3, max_epochs=1, accumulate_grad_batches=accumulate, limit_train_batches=accumulate
+        )
+        trainer.fit(module, digits.train_dataloader())
+        weights.append(math.log(regularizer.control.weight / 0.01))
+    assert weights[0] == pytest.approx(weights[1], rel=0.5)  # four times as much if every batch counted
+
+
+class _NoLength(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(cases.tiny_batches())
+
+
+def test_a_loader_without_a_length_has_no_known_end(tmp_path):
+    trainer = cases.trainer(tmp_path, callbacks=[FisherRegularizer(2.0, schedule=LinearSchedule())], max_epochs=2)
+    with pytest.raises(MisconfigurationException, match="no known end"):
+        trainer.fit(cases.Plain(cases.tiny_network()), torch.utils.data.DataLoader(_NoLength(), batch_size=None))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
-from fisher_reg import FisherRegularizer, KLPenalty, SpectralPenalty, TracePenalty
+from fisher_reg import BoundPenalty, FisherRegularizer, KLPenalty, SpectralPenalty, TracePenalty
 from fisher_reg.callbacks.tap import Tap
+from recipes import models
 from tests import cases
 
 _KL = KLPenalty(step=0.3)
@@ -60,7 +62,7 @@ _CE = nn.functional.cross_entropy
         (lambda module, x, y: _CE(module(x + 1), y), 1 + 1 + 2, "did not call forward"),
         (lambda module, x, y: _CE(module(x), y) + _CE(module(x), y), 1 + 2 + 2, "more than once"),
         (lambda module, x, y: _CE(module(x), y) + module.network[0](x).sum(), 1 + 1 + 2, "more than once"),
-        (lambda module, x, y: _CE(module.network[4](module.network[:4](x)), y), 1 + 0 + 2, "gave no logits"),
+        (lambda module, x, y: _CE(module.network[4](module.network[:4](x)), y), 1 + 0 + 2, "gave 0 logits"),
         (lambda module, x, y: _CE(module(x).bfloat16(), y), 1 + 1 + 1, None),
     ],
 )
@@ -108,7 +110,7 @@ def test_logits_of_another_call_are_not_taken_for_those_of_the_inputs(tmp_path, 
     with caplog.at_level("INFO"):
         trainer.fit(module, cases.tiny_batches())
     assert_close(trainer.callback_metrics["fisher/penalty"], expected, rtol=1e-5, atol=1e-8)
-    assert "runs a forward of its own: the forward of the training step gave no logits" in caplog.text
+    assert "runs a forward of its own: the forward of the training step gave 0 logits" in caplog.text
 
 
 def test_a_coupled_graph_changes_the_direction_only(tmp_path):
@@ -157,3 +159,124 @@ def test_dropout_keeps_the_masks_of_the_step(tmp_path):
     )
     trainer.fit(module, cases.tiny_batches())
     assert trainer.callback_metrics["fisher/penalty"] < 10  # other masks leave a divergence over 1e-6
+
+
+def _value(tmp_path, module, regularizer, **options):
+    trainer = cases.trainer(tmp_path, callbacks=regularizer, **({"limit_train_batches": 1} | options))
+    trainer.fit(module, cases.tiny_batches())
+    return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("fisher/penalty")}
+
+
+def _in_place(module, x, y):
+    return _CE(module(x).mul_(5.0), y)
+
+
+def _other_weights(module, x, y):
+    fast = {name: 2 * parameter for name, parameter in module.network.named_parameters()}
+    return _CE(torch.func.functional_call(module.network, fast, (x,)), y)
+
+
+def _other_mode(module, x, y):
+    module.network.eval()
+    logits = module(x)
+    module.network.train()
+    return _CE(logits, y)
+
+
+def _fast_gradient(module, x, y):
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(_CE(module(x), y), x)
+    return _CE(module(x + 0.1 * slope.sign()), y)
+
+
+@pytest.mark.parametrize(
+    ("step", "obstacle"),
+    [
+        (_in_place, "changed the logits in place"),
+        (_other_weights, "with other weights or modes"),
+        (_other_mode, "with other weights or modes"),
+        (_fast_gradient, "carry a gradient of their own"),
+    ],
+)
+def test_a_forward_that_is_not_the_one_of_the_module_is_not_reused(tmp_path, step, obstacle, caplog):
+    with caplog.at_level("INFO"):
+        _, penalty = _one_step(tmp_path, step)
+    assert_close(penalty, _expected(), rtol=1e-5, atol=1e-8)
+    assert obstacle in caplog.text
+
+
+def test_a_part_whose_output_is_changed_in_place_is_no_outlet():
+    class Scaled(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            logits = self.network(x)
+            logits *= 3.0
+            return logits
+
+    module = Scaled(cases.tiny_network())
+    tap = Tap.find(module, module, torch.randn(4, 6))
+    assert tap.outlets == [module]
+
+
+def test_two_regularizers_with_other_logits_or_needs_share_no_forward(tmp_path):
+    torch.manual_seed(1)
+    network, (x, _) = cases.tiny_network(batch_norm=True), next(iter(cases.tiny_batches()))
+    sharper = lambda module, inputs: 4 * module.network(inputs)  # noqa: E731
+    expected = _KL(lambda inputs: 4 * network(inputs), x), SpectralPenalty()(network, x)
+    others = [
+        FisherRegularizer(0.7, _KL, every_n_steps=1, logits_fn=sharper),
+        FisherRegularizer(0.7, SpectralPenalty(), every_n_steps=1),
+    ]
+    values = _value(tmp_path, cases.Plain(network), [FisherRegularizer(0.7, _KL, every_n_steps=1), *others])
+    assert_close(values["fisher/penalty_3"], expected[1].detach(), rtol=1e-5, atol=1e-8)
+    torch.manual_seed(1)
+    plain = cases.Plain(cases.tiny_network())
+    expected = _KL(lambda inputs: 4 * plain.network(inputs), x).detach()
+    values = _value(tmp_path, plain, [FisherRegularizer(0.7, _KL, every_n_steps=1), others[0]])
+    assert_close(values["fisher/penalty_2"], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_attention_beside_a_penalty_without_second_derivatives(tmp_path):
+    # the first regularizer lets the step run on the fused kernel, which the second cannot differentiate twice
+    torch.manual_seed(1)
+    network = models.vit(models.ImageSpec(4, 1, 8, (0.5,), (0.5,)), 4, 1, 2, 8, 16)
+    nn.init.normal_(network.network.heads.head.weight)
+    x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
+    expected = SpectralPenalty()(network, x).detach()
+    both = [FisherRegularizer(0.7, penalty, every_n_steps=1) for penalty in (_KL, SpectralPenalty())]
+    trainer = cases.trainer(tmp_path, callbacks=both)
+    trainer.fit(cases.Plain(network), DataLoader(TensorDataset(x, y), batch_size=4))
+    assert_close(trainer.callback_metrics["fisher/penalty_2"], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_inputs_that_the_forward_changes_in_place_are_penalised_as_the_batch_had_them(tmp_path):
+    def step(module, x, y):
+        return _CE(module(x.sub_(1.0)), y)
+
+    _, penalty = _one_step(tmp_path, step, batch_fraction=0.999)
+    assert_close(penalty, _expected(), rtol=1e-5, atol=1e-8)
+
+
+def test_a_scripted_part_is_left_alone(tmp_path):
+    torch.manual_seed(1)
+    module = cases.Plain(cases.tiny_network())
+    module.teacher = torch.jit.script(nn.Linear(6, 4))
+    values = _value(tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1)])
+    assert_close(values["fisher/penalty"], _expected(), rtol=1e-5, atol=1e-8)
+
+
+def test_the_bound_keeps_the_precision_of_the_loss(tmp_path):
+    module, losses = cases.Plain(cases.tiny_network()), []
+    module.backward = lambda loss: (losses.append(loss.dtype), loss.backward())
+    _value(tmp_path, module, [FisherRegularizer(0.7, BoundPenalty(), every_n_steps=1)])
+    assert losses == [torch.float32]
+
+
+def test_a_manual_step_without_manual_backward_is_told(tmp_path):
+    module = _Counting(cases.tiny_network(), lambda module, x, y: _CE(module(x), y).backward())
+    module.automatic_optimization = False
+    with pytest.warns(UserWarning, match="The penalty was not added.*did not call self.manual_backward"):
+        _value(tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1)], limit_train_batches=2)

@@ -1,0 +1,174 @@
+"""What a penalised training step costs, in plain ones: ``python -m recipes.penalty_cost``.
+
+Every network is trained for a few steps with each method in turn, round after round, so that all see the same
+machine; a step is timed from the start of its batch to its end, with backward pass and optimizer. The ratio is that of
+the median times; for a method that penalises some steps only, of the mean over a cycle of the medians at each place of
+it. The first cycle of each round, which looks where the forward can be reused, is left out. ``memory_ratio`` is that of
+the peaks of allocated memory in one step.
+
+Leaves ``penalty_cost.csv``, ``penalty_cost.md`` and ``penalty_cost.json`` (versions, settings) in Hydra's run folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from recipes.benchmark import environment, peak_memory
+from recipes.classifier import Classifier
+from recipes.networks import prepared_data
+
+PLAIN = "none"
+
+
+class StepTimer(pl.Callback):
+    """Seconds of each training step; stands first among the callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Note the time."""
+        _synchronize(pl_module)
+        self.begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, _: int
+    ) -> None:
+        """Note how much has passed."""
+        _synchronize(pl_module)
+        self.seconds.append(time.perf_counter() - self.begin)
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="penalty_cost")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
+    penalty_cost(config)
+
+
+def penalty_cost(config: DictConfig) -> pd.DataFrame:
+    """Measure every method on every network, and write the files.
+
+    Returns:
+        One row per network and method.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with Progress() as progress:
+        task = progress.add_task("", total=len(config.networks) * len(config.methods) * config.num_rounds)
+        for name, network in config.networks.items():
+            progress.update(task, description=name)
+            for row in measure(config, network, partial(progress.advance, task)):
+                rows.append({"network": name, **row})
+    frame = pd.DataFrame(rows)
+    frame.to_csv(folder / "penalty_cost.csv", index=False, float_format="%.4g")
+    text = markdown(frame)
+    (folder / "penalty_cost.md").write_text(text, encoding="utf-8")
+    result = {"environment": environment(device_of(config)), "config": OmegaConf.to_container(config, resolve=True)}
+    (folder / "penalty_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    console = Console()
+    console.print(text, soft_wrap=True)
+    console.print(f"Files: {folder}", soft_wrap=True)
+    return frame
+
+
+def measure(config: DictConfig, network: DictConfig, advance: Any) -> list[dict[str, Any]]:
+    """Return the ratios of all methods on a network."""
+    data = prepared_data(config)
+    batch = next(iter(data.train_dataloader()))
+    built = instantiate(network, spec=data.spec)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in config.methods}
+    for _ in range(config.num_rounds):
+        for name, method in config.methods.items():
+            num_steps = method.cycle * (1 + config.num_cycles)
+            timer = StepTimer()
+            fit(config, data.spec.num_classes, built, method.callback, batch, num_steps, [timer])
+            seconds[name].append(timer.seconds[method.cycle :])
+            advance()
+    times = {name: mean_of_medians(rounds, config.methods[name].cycle) for name, rounds in seconds.items()}
+    memory = {
+        name: peak_memory(
+            partial(fit, config, data.spec.num_classes, built, method.callback, batch, 1, []), device_of(config)
+        )
+        for name, method in config.methods.items()
+    }
+    return [
+        {
+            "method": name,
+            "seconds": times[name],
+            "ratio": times[name] / times[PLAIN],
+            "memory_ratio": memory[name] / memory[PLAIN],
+        }
+        for name in config.methods
+    ]
+
+
+def mean_of_medians(rounds: list[list[float]], cycle: int) -> float:
+    """Return the mean over the places of a cycle of the median time there."""
+    places = [[second for one in rounds for second in one[place::cycle]] for place in range(cycle)]
+    return sum(median(place) for place in places) / cycle
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Return where the Trainer trains."""
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def fit(
+    config: DictConfig,
+    num_classes: int,
+    network: nn.Module,
+    method: DictConfig | None,
+    batch: list[Tensor],
+    num_steps: int,
+    callbacks: list[pl.Callback],
+) -> None:
+    """Train a copy of a network for some steps on one batch."""
+    module = Classifier(copy.deepcopy(network), num_classes, instantiate(config.optimizer))
+    own = [] if method is None else [instantiate(method)]
+    trainer: pl.Trainer = instantiate(config.trainer, callbacks=[*callbacks, *own], max_epochs=1)
+    batches = [[part.clone() for part in batch] for _ in range(num_steps)]
+    trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a table: a row per method, ratio and memory per network."""
+    networks = list(frame.network.unique())
+    lines = ["| steps of plain training (memory) | " + " | ".join(networks) + " |", "|" + "---|" * (len(networks) + 1)]
+    for method in frame.method.unique():
+        some = frame[frame.method == method].set_index("network")
+        cells = [f"{some.ratio[name]:.2f} ({some.memory_ratio[name]:.2f})" for name in networks]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _synchronize(module: pl.LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+
+
+if __name__ == "__main__":
+    main()
