@@ -1,0 +1,150 @@
+"""The study as a user starts it, small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from PIL import Image
+
+from recipes.cache import cached
+from recipes.compare_penalties import compare_penalties, plan
+from recipes.penalties_report import attack_name, draw, finalists, markdown, summarize
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "~models.ResNet",
+    *(f"~methods.{name}" for name in ("spectral", "trace", "bound", "vat", "jacobian", "input_gradient", "kl")),
+    "methods.kl_every_5th.strengths=[0.1,0.2]",
+    "methods.pgd_3.strengths=[0.01]",
+    "seeds=[0,1]",
+    "trainer.max_epochs=1",
+    "+trainer.limit_train_batches=6",
+    "num_attacked=16",
+    "num_attack_steps=3",
+    "num_probes=8",
+    "auto_attacks.num_images=4",
+    "auto_attacks.attacks=[{norm: 2, epsilon: 0.25}]",
+]
+
+
+def _run(folder, *overrides):
+    command = [sys.executable, "-m", "recipes.compare_penalties", f"hydra.run.dir={folder}/run"]
+    command += [f"cache_dir={folder}/cache", *SMALL, *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    done = _run(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_the_study_leaves_its_table_and_its_figure(study):
+    folder, output = study
+    frame = pd.read_csv(folder / "run" / "penalties.csv")
+    assert len(frame) == (1 + 2 + 1) * 2
+    assert set(frame.method) == {"none", "kl_every_5th", "pgd_3"}
+    assert frame[["clean", "l2_0.25", "linf_2/255", "calibration_error"]].stack().between(0, 1).all()
+    assert (frame["l2_0.5"] <= frame.clean + 1).all()
+    assert (frame.seconds > 0).all()
+    assert frame["auto_l2_0.25"].notna().sum() == 3 * 2  # one setting of each method, two seeds
+    with Image.open(folder / "run" / "penalties.png") as image:
+        assert image.width > 800
+    table = (folder / "run" / "penalties.md").read_text(encoding="utf-8")
+    assert "PGD ℓ₂ 0.25" in table
+    assert table.splitlines()[2] in output
+    settings = json.loads((folder / "run" / "penalties.json").read_text())
+    assert settings["seeds"] == [0, 1]
+
+
+def test_what_is_finished_is_not_done_again(study):
+    folder, _ = study
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    lost = next(path for path in sorted(kept) if '"strength": 0.2' in path.read_text(errors="ignore"))
+    lost.unlink()
+    done = _run(folder, "num_processes=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    again = {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+    changed = {path for path in again if again[path] != kept[path]}
+    assert changed == {lost, lost.with_suffix(".pt")}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeds=[0,0]", "A seed occurs twice"),
+        ("num_attacked=100000", "num_attacked=100000.*360 test images"),
+        ("seeds=[]", "There is nothing to train"),
+        ("methods.kl_every_5th.strengths=[-1]", "finite weight >= 0; got -1"),
+    ],
+)
+def test_a_study_that_would_fail_is_refused_before_any_training(tmp_path, override, message):
+    overrides = [f"output_dir={tmp_path}/run", f"cache_dir={tmp_path}/cache", *SMALL, override]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("compare_penalties", overrides)
+    with pytest.raises((ValueError, InstantiationException), match=message):
+        compare_penalties(config)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_experiment_composes():
+    path = ["+experiment=compare_penalties/cifar10_subset", "data.path=x.npz", "output_dir=x"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("compare_penalties", path)
+    assert config.data.batch_size == 64
+    assert len(plan(config)) == 3 * 2 * (1 + 9 * 3)
+
+
+def test_a_result_that_was_interrupted_is_not_half_there(tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached({"a": 1}, tmp_path, fail)
+    assert not list(tmp_path.glob("*.json"))
+    assert cached({"a": 1}, tmp_path, lambda: {"b": 2}) == {"b": 2}
+    assert cached({"a": 1}, tmp_path, fail) == {"b": 2}
+
+
+def _frame():
+    rows = [("none", 0.0, 0.80, 0.20), ("kl", 0.1, 0.79, 0.50), ("kl", 0.5, 0.70, 0.60), ("pgd", 4.0, 0.50, 0.55)]
+    return pd.DataFrame(
+        [
+            {"model": "VGG", "method": method, "strength": strength, "seed": seed}
+            | {"clean": clean + 0.01 * seed, "l2_0.25": robust, "seconds": 10.0 + strength}
+            for method, strength, clean, robust in rows
+            for seed in (0, 1)
+        ]
+    )
+
+
+def test_the_finalist_is_the_most_robust_of_those_that_keep_the_accuracy():
+    assert finalists(_frame(), 0.02) == {("VGG", "none", 0.0), ("VGG", "kl", 0.1), ("VGG", "pgd", 4.0)}
+    assert ("VGG", "kl", 0.5) in finalists(_frame(), 0.2)
+
+
+def test_the_table_has_means_and_standard_errors():
+    lines = markdown(summarize(_frame())).splitlines()
+    assert lines[0] == "| model | method | strength | seeds | clean | PGD ℓ₂ 0.25 | seconds |"
+    assert lines[3] == "| VGG | kl | 0.1 | 2 | 0.795 ± 0.005 | 0.500 ± 0.000 | 10 ± 0 |"
+
+
+def test_the_figure_has_a_curve_for_each_method():
+    figure = draw(_frame())
+    assert len(figure.axes) == 2
+    assert {text.get_text() for legend in figure.legends for text in legend.get_texts()} == {"none", "kl", "pgd"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "name"),
+    [(2, 0.25, "l2_0.25"), ("inf", 2 / 255, "linf_2/255"), ("inf", 0.0156862745, "linf_4/255")],
+)
+def test_attacks_are_named_by_norm_and_radius(norm, epsilon, name):
+    assert attack_name({"norm": norm, "epsilon": epsilon}) == name
