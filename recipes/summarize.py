@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-GROUP = ["data", "model", "penalty_weight"]
+GROUP = ["data", "model", "penalty", "penalty_weight"]
 SHOWN = {
     "test_accuracy": "accuracy",
     "lambda_max_mean": "λ mean",

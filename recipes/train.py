@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fisher_reg import FisherMonitor, FisherSpectralNorm, bound_versus_empirical, fisher_bound
+from fisher_reg import FisherMonitor, FisherRegularizer, FisherSpectralNorm, bound_versus_empirical, fisher_bound
 from fisher_reg.metrics import summarize
 from recipes.classifier import Classifier
 from recipes.data import ImageData
@@ -46,8 +46,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     network = instantiate(config.model, spec=data.spec)
     module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
     callbacks = [instantiate(item) for item in config.callbacks.values()]
-    if config.penalty:
-        callbacks.append(instantiate(config.penalty))
+    regularizer: FisherRegularizer | None = instantiate(config.penalty) if config.penalty else None
+    if regularizer is not None:
+        callbacks.append(regularizer)
     loggers = [instantiate(item) for item in config.logger.values()]
     trainer: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False)
 
@@ -56,7 +57,8 @@ def train(config: DictConfig) -> dict[str, Any]:
     summary = {
         "model": config.model._target_.rsplit(".", 1)[-1],
         "data": type(data).__name__,
-        "penalty_weight": float(config.penalty.weight) if config.penalty else 0.0,
+        "penalty": "none" if regularizer is None else type(regularizer.penalty).__name__,
+        "penalty_weight": 0.0 if regularizer is None else regularizer.weight,
         "seed": int(config.seed),
         "test_accuracy": tested["test/accuracy"],
         **measure(network, data),
@@ -84,7 +86,8 @@ def measure(network: nn.Module, data: ImageData) -> dict[str, float]:
 
 def report(summary: dict[str, Any], folder: Path) -> None:
     """Print the final table."""
-    table = Table(title=f"{summary['model']} on {summary['data']}, penalty weight {summary['penalty_weight']:g}")
+    penalised = f"{summary['penalty']}, weight {summary['penalty_weight']:g}"
+    table = Table(title=f"{summary['model']} on {summary['data']}, penalty: {penalised}")
     table.add_column("on the test images")
     table.add_column("value", justify="right")
     table.add_row("accuracy", f"{summary['test_accuracy']:.4f}")

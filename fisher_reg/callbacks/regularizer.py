@@ -51,7 +51,12 @@ class FisherRegularizer(pl.Callback):
     part of it, in full precision and not compiled (and for a penalty with second derivatives, without batch norm in
     training). Otherwise the penalty runs a forward of its own, and says so once.
 
-    A penalty that is NaN or infinite is left out of the loss, with a warning that counts.
+    A penalty that is NaN or infinite is left out of the loss, with a warning that counts (with sharded weights it stops
+    the training, since no process can leave it out alone). Activation checkpointing works with ``use_reentrant=False``
+    inside ``forward``, around parts without batch norm; elsewhere torch raises a CheckpointError.
+
+    Where inputs are mixed or augmented inside the step, the penalty is taken at the inputs of the batch; do it in
+    ``on_after_batch_transfer`` to have it at those that are trained on.
 
     Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
     ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); with ``target_lambda`` also ``fisher/lambda_control``.
@@ -81,7 +86,7 @@ class FisherRegularizer(pl.Callback):
 
     def __init__(
         self,
-        weight: float = 0.2,
+        weight: float = 0.1,
         penalty: Penalty = KLPenalty(),
         *,
         every_n_steps: int = 5,

@@ -63,6 +63,8 @@ def test_callbacks_loggers_and_penalties_are_built(tmp_path):
         assert isinstance(regularizer, FisherRegularizer)
         assert isinstance(regularizer.penalty, penalty)
     assert not _compose(tmp_path, "penalty=none").penalty
+    recommended, default = instantiate(_compose(tmp_path).penalty), FisherRegularizer()
+    assert (recommended.weight, recommended.every_n_steps) == (default.weight, default.every_n_steps)
 
 
 def test_an_unknown_value_is_named_by_hydra(tmp_path):

@@ -9,7 +9,13 @@ from recipes.summarize import SHOWN, as_markdown, read_runs
 
 def _write(folder, seed, weight, value):
     folder.mkdir(parents=True)
-    summary = {"model": "vgg", "data": "Digits", "penalty_weight": weight, "seed": seed} | dict.fromkeys(SHOWN, value)
+    summary = {
+        "model": "vgg",
+        "data": "Digits",
+        "penalty": "KLPenalty",
+        "penalty_weight": weight,
+        "seed": seed,
+    } | dict.fromkeys(SHOWN, value)
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
