@@ -178,13 +178,15 @@ def _attack_again(run: Settings, cache: Path) -> dict[str, Any]:
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     images, labels = _test_images(data, run["auto"]["num_images"])
     device = _device(run)
+    network = network.eval().to(device)
+    images, labels = images.to(device), labels.to(device)
     torch.manual_seed(run["seed"])
-    return {
-        f"auto_{attack_name(attack)}": auto_attack_accuracy(
-            network.to(device), images.to(device), labels.to(device), float(attack["norm"]), attack["epsilon"]
-        )
-        for attack in run["auto"]["attacks"]
-    }
+    found = {}
+    for attack in run["auto"]["attacks"]:
+        name, ball = attack_name(attack), (float(attack["norm"]), attack["epsilon"])
+        found[f"same_{name}"] = pgd_accuracy(network, images, labels, *ball, run["num_attack_steps"])
+        found[f"auto_{name}"] = auto_attack_accuracy(network, images, labels, *ball)
+    return found
 
 
 def _train_and_measure(run: Settings, weights: Path) -> dict[str, Any]:

@@ -99,12 +99,12 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def _attack_title(name: str) -> str:
-    parts = name.split("_")
-    if parts[-2:-1] == ["l2"]:
-        return ("AutoAttack " if parts[0] == "auto" else "PGD ") + f"ℓ₂ {parts[-1]}"
-    if parts[-2:-1] == ["linf"]:
-        return ("AutoAttack " if parts[0] == "auto" else "PGD ") + f"ℓ∞ {parts[-1]}"
-    return name
+    kind, _, rest = name.partition("_") if name.startswith(("auto_", "same_")) else ("pgd", "", name)
+    norm, _, radius = rest.partition("_")
+    if norm not in ("l2", "linf"):
+        return name
+    attack = {"pgd": "PGD {}", "auto": "AutoAttack {}", "same": "PGD {} on the images of AutoAttack"}[kind]
+    return attack.format(f"{'ℓ₂' if norm == 'l2' else 'ℓ∞'} {radius}")
 
 
 def _cell(mean: float, error: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms, untracked
@@ -23,10 +23,11 @@ from fisher_reg.callbacks.batch import (
     find_labels,
     logits_model,
 )
-from fisher_reg.callbacks.schedules import ConstantSchedule, LambdaControl, Schedule
+from fisher_reg.callbacks.control import LambdaControl, check_control
+from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
 from fisher_reg.callbacks.step import Due, Observation, PenalisedStep
+from fisher_reg.callbacks.tap import standing_obstacle
 from fisher_reg.errors import NonFiniteError
-from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.forward import as_function, differentiable, evaluation_behaviour, with_noise_of
 from fisher_reg.penalty import BoundPenalty, KLPenalty, Penalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
@@ -112,7 +113,7 @@ class FisherRegularizer(pl.Callback):
                 "one or lengthen the other."
             )
         if target_lambda is not None:
-            _check_control(weight, warmup_steps, schedule)
+            check_control(weight, warmup_steps, schedule)
         self.weight = weight
         self.penalty = penalty
         self.every_n_steps = every_n_steps
@@ -127,8 +128,6 @@ class FisherRegularizer(pl.Callback):
         self.num_skipped = 0
         self._num_schedule_steps = math.inf
         self._told = False
-        self._warned = False
-        self._measured_at = -1
         self._step: PenalisedStep | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -211,7 +210,7 @@ class FisherRegularizer(pl.Callback):
             return False
         if self.penalty.differentiates_twice and training_batch_norms(module):
             return False
-        obstacle = _obstacle(module)
+        obstacle = standing_obstacle(module)
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None
@@ -224,7 +223,9 @@ class FisherRegularizer(pl.Callback):
         options: dict[str, Any] = {"generator": generator}
         if isinstance(self.penalty, PointPenalty) and self.penalty.needs_labels:
             options["labels"] = self.labels_fn(batch)
-        self._measure(module, model, due.inputs)
+        step = _optimiser_step(module.trainer)
+        if self.control is not None and step % (_CONTROL_EVERY * self.every_n_steps) == 0:
+            self.control.measure(module, model, due.inputs, self.penalty, step)
         try:
             penalty = self._value(module, model, due, seen, options)
         except NonFiniteError as error:
@@ -283,29 +284,6 @@ class FisherRegularizer(pl.Callback):
             options = options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
         return self.penalty(model, inputs, **options)
 
-    def _measure(self, module: pl.LightningModule, model: nn.Module, inputs: Tensor) -> None:
-        step = _optimiser_step(module.trainer)
-        if self.control is None or step == self._measured_at or step % (_CONTROL_EVERY * self.every_n_steps):
-            return
-        self._measured_at = step
-        own = {name: getattr(self.penalty, name) for name in ("likelihood", "input_std") if hasattr(self.penalty, name)}
-        try:
-            values = fisher_spectral_norm(model, inputs[:_CONTROL_PROBES], **own).eigenvalue
-        except NonFiniteError:
-            values = inputs.new_empty(0)
-        sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
-        total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        measured = total / count if count else math.nan
-        self.control.update(measured)
-        module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
-        if self.control.is_at_limit and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"target_lambda={self.control.target:g} is out of reach: the weight has moved from "
-                f"{self.control.begin:g} to {self.control.weight:g}, as far as it may. Begin with another weight, or "
-                "aim for another target."
-            )
-
     def _skip(self, reason: str) -> None:
         self.num_skipped += 1
         if math.log10(self.num_skipped).is_integer():
@@ -327,25 +305,12 @@ class FisherRegularizer(pl.Callback):
 
 
 _CHECKPOINT_KEY = "fisher_regularizer_weights"
-_CONTROL_PROBES = 64
 _CONTROL_EVERY = 2  # penalised steps
 
 
 def _optimiser_step(trainer: pl.Trainer) -> int:
     """Count the steps of all optimisers at once: with several, Lightning counts each."""
     return trainer.global_step // max(1, len(trainer.optimizers))
-
-
-def _obstacle(module: pl.LightningModule) -> str | None:
-    if torch.is_autocast_enabled(module.device.type):
-        return "the training step is under autocast, whose round-off would drown the penalty"
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
-        return "the module computes in half precision, whose round-off would drown the penalty"
-    parts = list(module.modules())
-    compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
-    if compiled or getattr(module, "_compiler_ctx", None) is not None:
-        return "the training step is compiled"
-    return None
 
 
 def _is_sharded(module: nn.Module) -> bool:
@@ -365,13 +330,3 @@ def _refuse_sharded(regularizer: FisherRegularizer, module: nn.Module) -> None:
             "target_lambda measures with a number of passes that differs from process to process, which FSDP does not "
             "allow. Use a fixed weight or a schedule."
         )
-
-
-def _check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:
-    if warmup_steps or not isinstance(schedule, ConstantSchedule):
-        raise ValueError(
-            f"target_lambda adapts the weight itself; got warmup_steps={warmup_steps} and schedule={schedule} with it. "
-            "Use one of them."
-        )
-    if weight == 0:
-        raise ValueError("target_lambda multiplies the weight, which cannot begin at 0.")

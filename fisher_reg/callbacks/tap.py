@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -170,3 +171,16 @@ def _fingerprint(module: nn.Module) -> Fingerprint:
 
 def _gets_only(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) == 1 and args[0] is tensor and not kwargs
+
+
+def standing_obstacle(module: pl.LightningModule) -> str | None:
+    """Why no forward of this module can be reused now, whatever the step does; None if one can."""
+    if torch.is_autocast_enabled(module.device.type):
+        return "the training step is under autocast, whose round-off would drown the penalty"
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
+        return "the module computes in half precision, whose round-off would drown the penalty"
+    parts = list(module.modules())
+    compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+    if compiled or getattr(module, "_compiler_ctx", None) is not None:
+        return "the training step is compiled"
+    return None

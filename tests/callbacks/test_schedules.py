@@ -5,7 +5,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from fisher_reg import ConstantSchedule, CosineSchedule, FisherRegularizer, LinearSchedule
-from fisher_reg.callbacks.schedules import LambdaControl
+from fisher_reg.callbacks.control import LambdaControl
 from tests import cases
 
 

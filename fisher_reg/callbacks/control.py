@@ -1,0 +1,101 @@
+"""Adapt the weight of a penalty until the eigenvalue is what it shall be."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
+from fisher_reg.errors import NonFiniteError
+from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.penalty import Penalty
+
+
+@dataclass
+class LambdaControl:
+    r"""A weight that is adapted until a mean eigenvalue tracks a target.
+
+    Each measurement moves the logarithm of the weight by ``gain`` times :math:`\log(\lambda / \text{target})`, an
+    integral control, within a factor of ``max_factor`` from where it began.
+
+    Args:
+        target: Mean largest eigenvalue, in nats per squared input unit.
+        weight: Where the weight begins.
+        gain: Share of the error, in logarithms, by which one measurement moves the weight.
+        max_factor: Most by which the weight may grow or shrink in all.
+    """
+
+    target: float
+    weight: float
+    gain: float = 0.15
+    max_factor: float = 1e3
+
+    def __post_init__(self) -> None:
+        self._measured_at = -1
+        self._warned = False
+        if not 0 < self.target < math.inf:
+            raise ValueError(f"target_lambda must be positive and finite; got {self.target}.")
+        self.begin = self.weight
+
+    @property
+    def is_at_limit(self) -> bool:
+        """Whether the weight has moved as far as it may."""
+        return abs(math.log(self.weight / self.begin)) > 0.999 * math.log(self.max_factor)
+
+    def update(self, measured: float) -> None:
+        """Move the weight after a measurement that is finite; zero counts as far below the target."""
+        if math.isfinite(measured):
+            error = math.log(max(measured, self.target / self.max_factor) / self.target)
+            log_factor = math.log(self.weight / self.begin) + self.gain * error
+            limit = math.log(self.max_factor)
+            self.weight = self.begin * math.exp(min(max(log_factor, -limit), limit))
+
+    def measure(
+        self, module: pl.LightningModule, model: nn.Module, inputs: Tensor, penalty: Penalty, step: int
+    ) -> None:
+        """Measure the mean over the processes, once at an optimiser step, log it, and move the weight.
+
+        Inputs without finite logits count nothing; the processes go through the same calls all the same.
+        """
+        if step == self._measured_at:
+            return
+        self._measured_at = step
+        own = {name: getattr(penalty, name) for name in ("likelihood", "input_std") if hasattr(penalty, name)}
+        sums = torch.zeros(2, device=inputs.device)
+        with suppress(NonFiniteError):
+            values = fisher_spectral_norm(model, inputs[:_NUM_PROBES], **own).eigenvalue.float()
+            sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+        total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        measured = total / count if count else math.nan
+        self.update(measured)
+        module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        if self.is_at_limit and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"target_lambda={self.target:g} is out of reach: the weight has moved from {self.begin:g} to "
+                f"{self.weight:g}, as far as it may. Begin with another weight, or aim for another target."
+            )
+
+
+_NUM_PROBES = 64
+
+
+def check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:
+    """Refuse what a control cannot do beside.
+
+    Raises:
+        ValueError: For a warm-up or a schedule, and for a weight of 0.
+    """
+    if warmup_steps or not isinstance(schedule, ConstantSchedule):
+        raise ValueError(
+            f"target_lambda adapts the weight itself; got warmup_steps={warmup_steps} and schedule={schedule} with it. "
+            "Use one of them."
+        )
+    if weight == 0:
+        raise ValueError("target_lambda multiplies the weight, which cannot begin at 0.")
