@@ -40,7 +40,7 @@ from recipes.cache import cache_path, cached
 from recipes.classifier import Classifier
 from recipes.data import ImageData
 from recipes.networks import prepared_data
-from recipes.penalties_report import KEYS, attack_name, draw, finalists, markdown, summarize
+from recipes.penalties_report import KEYS, attack_name, draw, finalists, markdown, short, summarize
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
 Settings = dict[str, Any]
@@ -77,13 +77,13 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
         auto = pd.DataFrame([_named(run) | row for run, row in found])
         frame = frame.merge(auto, how="left")
         frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
-    text = markdown(summarize(frame))
-    (folder / "penalties.md").write_text(text, encoding="utf-8")
+    cells = summarize(frame)
+    (folder / "penalties.md").write_text(markdown(cells), encoding="utf-8")
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
     (folder / "penalties.json").write_text(json.dumps(OmegaConf.to_container(OmegaConf.create(shown)), indent=2) + "\n")
     draw(frame).savefig(folder / "penalties.png", dpi=120)
     console = Console()
-    console.print(text, soft_wrap=True)
+    console.print(markdown(short(cells)), soft_wrap=True, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)
     return frame
 

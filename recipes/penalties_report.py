@@ -70,6 +70,12 @@ def markdown(cells: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of the table that fit on a screen."""
+    shown = ("clean", ROBUST, "l2_0.5", "linf_2/255", f"auto_{ROBUST}", "lambda_mean", "calibration_error", "seconds")
+    return cells[[*KEYS, *(name for name in shown if name in cells.columns)]]
+
+
 def draw(frame: pd.DataFrame) -> Figure:
     """Draw robust accuracy over accuracy and over time: a row per model, a curve per method through its strengths."""
     models = list(frame.model.unique())

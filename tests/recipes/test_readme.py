@@ -1,0 +1,27 @@
+"""The tables of the README are those of the kept files."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from recipes import penalty_cost, summarize
+from recipes.penalties_report import markdown, short
+from recipes.penalties_report import summarize as over_seeds
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "recipes" / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("penalty_cost.csv", penalty_cost.markdown),
+        ("penalties_ten_epochs.csv", lambda frame: markdown(short(over_seeds(frame)))),
+        ("penalty_on_digits.csv", summarize.as_markdown),
+    ],
+)
+def test_the_table_is_that_of_its_file(name, table):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    frame = pd.read_csv(RESULTS / name, keep_default_na=name != "penalty_on_digits.csv")
+    assert table(frame).strip() in readme
