@@ -14,14 +14,7 @@ def test_the_cost_of_a_method_is_measured_beside_the_plain_step(tmp_path):
     kept = ("none", "kl_every_5th", "spectral", "pgd_3")
     dropped = ("kl", "kl_quarter_of_batch", "spectral_3_steps", "trace", "label_contrast", "bound")
     dropped += ("jacobian", "vat", "input_gradient")
-    small = [
-        "num_rounds=1",
-        "num_cycles=1",
-        "~networks.ResNet",
-        "~networks.DenseNet",
-        "data=digits",
-        "~data.num_digits",
-    ]
+    small = ["num_rounds=1", "num_cycles=1", "~networks.ResNet", "~networks.DenseNet", "data=digits"]
     command = [sys.executable, "-m", "recipes.penalty_cost", f"hydra.run.dir={tmp_path}", *small, "~data.num_digits"]
     command += [f"~methods.{name}" for name in dropped]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
