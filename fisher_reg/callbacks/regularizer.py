@@ -34,9 +34,9 @@ from fisher_reg.penalty.point import kernels
 
 _SHARDED: tuple[type, ...] = ()
 if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed import fsdp
 
-    _SHARDED = (FSDPModule, FullyShardedDataParallel)
+    _SHARDED = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
 
 
 class FisherRegularizer(pl.Callback):
