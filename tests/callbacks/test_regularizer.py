@@ -135,6 +135,19 @@ def test_weight_zero_is_bit_identical_to_no_callback(tmp_path, dropout):
     assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
+def test_running_statistics_are_penalised_where_they_are_asked_for(tmp_path):
+    module, (x, _) = _module(batch_norm=True, dropout=True), next(iter(cases.tiny_batches()))
+    nn.init.normal_(module.network[1].running_mean)
+    step = copy.deepcopy(module).train()
+    step(x)  # the step moves the statistics before it is penalised
+    expected, trained = SpectralPenalty()(step.eval(), x).item(), SpectralPenalty()(step.train(), x).item()
+    regularizer = FisherRegularizer(0.7, _TWO_CLASS, every_n_steps=1, use_running_statistics=True)
+    trainer = _fit(tmp_path, module, regularizer, limit_train_batches=1)
+    assert trainer.callback_metrics["fisher/penalty"].item() == pytest.approx(expected, rel=1e-5)
+    assert abs(expected / trained - 1) > 0.05
+    assert module.training
+
+
 def test_running_statistics_move_once_per_step(tmp_path):
     with_penalty, without = _module(batch_norm=True), _module(batch_norm=True)
     _fit(tmp_path, with_penalty, _every_step(0.7), limit_train_batches=1)
