@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -149,6 +150,26 @@ def test_several_optimizers_in_manual_optimisation(tmp_path, every_n_steps):
     _fit(tmp_path, module, _regularizer(SpectralPenalty(), every_n_steps=every_n_steps), batches)
     _same(module, expected)
     assert not {"training_step", "manual_backward"} & set(vars(module))
+
+
+def test_the_penalty_is_not_observed_itself_in_manual_optimisation(tmp_path):
+    # its forwards on a part of the batch would be taken for those of the step, with statistics of their own
+    values = []
+    for module_type in (cases.Plain, _TwoOptimizers):
+        module = _module(batch_norm=True, module_type=module_type)
+        trainer = _fit(tmp_path, module, _regularizer(batch_fraction=0.5), limit_train_batches=1)
+        values.append(trainer.callback_metrics["fisher/penalty"].item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_the_labels_of_a_part_are_those_of_its_inputs(tmp_path):
+    module, (x, y) = _module(), next(iter(cases.tiny_batches()))
+    pairs = itertools.combinations(range(4), 2)
+    possible = [LabelContrastPenalty()(module, x[list(pair)], labels=y[list(pair)]).item() for pair in pairs]
+    regularizer = _regularizer(LabelContrastPenalty(), batch_fraction=0.5)
+    trainer = _fit(tmp_path, module, regularizer, cases.tiny_batches(), limit_train_batches=1)
+    value = trainer.callback_metrics["fisher/penalty"].item()
+    assert min(abs(value / one - 1) for one in possible) < 1e-5
 
 
 @dataclasses.dataclass
