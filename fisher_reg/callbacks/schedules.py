@@ -32,7 +32,18 @@ class ConstantSchedule:
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class _Ramp:
+    end: float = 0.0
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.end < math.inf:
+            raise ValueError(f"{type(self).__name__} needs a finite end >= 0; got {self.end}.")
+        if self.num_steps is not None:
+            check_at_least_one(self, num_steps=self.num_steps)
+
+
+class LinearSchedule(_Ramp):
     """From the weight to ``end`` times the weight along a line.
 
     Args:
@@ -40,39 +51,14 @@ class LinearSchedule:
         num_steps: Optimiser steps until then; None for those of the whole training.
     """
 
-    end: float = 0.0
-    num_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _check(self, self.end, self.num_steps)
-
     def factor(self, progress: float) -> float:
         """Return the factor at a ``progress`` from 0 to 1."""
         return 1.0 + (self.end - 1.0) * progress
 
 
-@dataclass(frozen=True)
-class CosineSchedule:
-    """From the weight to ``end`` times the weight along half a cosine, flat at both ends.
-
-    Args:
-        end: Last factor, at least 0; above 1 the weight grows.
-        num_steps: Optimiser steps until then; None for those of the whole training.
-    """
-
-    end: float = 0.0
-    num_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _check(self, self.end, self.num_steps)
+class CosineSchedule(_Ramp):
+    """As :class:`LinearSchedule`, along half a cosine that is flat at both ends."""
 
     def factor(self, progress: float) -> float:
         """Return the factor at a ``progress`` from 0 to 1."""
         return self.end + (1.0 - self.end) * (1.0 + math.cos(math.pi * progress)) / 2
-
-
-def _check(schedule: object, end: float, num_steps: int | None) -> None:
-    if not 0 <= end < math.inf:
-        raise ValueError(f"{type(schedule).__name__} needs a finite end >= 0; got {end}.")
-    if num_steps is not None:
-        check_at_least_one(schedule, num_steps=num_steps)
