@@ -40,6 +40,7 @@ from fisher_reg.penalty import (
     mean_log1p,
 )
 from fisher_reg.solvers import Exact, HutchinsonMax, Lanczos, PowerIteration
+from fisher_reg.tempered import MarginTempered
 from fisher_reg.trace import Hutchinson, Rademacher, SampledLabels, StandardNormal
 from fisher_reg.universal import universal_spectral_norm
 
@@ -66,6 +67,7 @@ __all__ = [
     "Lanczos",
     "LinearSchedule",
     "LogitsOf",
+    "MarginTempered",
     "NoBoundError",
     "NonFiniteError",
     "NonFiniteJacobianError",

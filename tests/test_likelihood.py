@@ -2,14 +2,33 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_reg import Bernoulli, Categorical, Gaussian, NonFiniteLogitsError
+from fisher_reg import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    MarginTempered,
+    NoBoundError,
+    NonFiniteLogitsError,
+    fisher_bound,
+    fisher_spectral_norm,
+)
 from fisher_reg.likelihood import check_logits
+from tests import cases
 
-CASES = [
+
+def _tempered(z):
+    first, second = z.topk(2).values
+    temperature = (first - second) / 2
+    p = (z / temperature).softmax(0)
+    return (torch.diag(p) - torch.outer(p, p)) / temperature**2
+
+
+BOUNDED = [
     (Categorical(), lambda z: torch.diag(z.softmax(0)) - torch.outer(z.softmax(0), z.softmax(0))),
     (Bernoulli(), lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid()))),
     (Gaussian(variance=4.0), lambda z: torch.eye(len(z), dtype=z.dtype) / 4),
 ]
+CASES = [*BOUNDED, (MarginTempered(margin=2.0), _tempered)]
 
 
 @pytest.mark.parametrize(("likelihood", "covariance"), CASES)
@@ -28,8 +47,9 @@ def test_contrast_lies_below_the_fisher_matrix_and_its_bound_above(likelihood, c
     direction, weight = likelihood.contrast(logits)
     for z, c, omega in zip(logits, direction, weight, strict=True):
         eigenvalues = torch.linalg.eigvalsh(covariance(z) - omega * torch.outer(c, c))
-        assert eigenvalues.min() > -1e-12
-        assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_curvature() + 1e-12
+        assert eigenvalues.min() > -1e-12 * covariance(z).norm()
+        if (likelihood, covariance) in BOUNDED:
+            assert torch.linalg.eigvalsh(covariance(z)).max() <= likelihood.largest_curvature() + 1e-12
 
 
 @pytest.mark.parametrize(("likelihood", "covariance"), CASES)
@@ -57,7 +77,8 @@ def test_the_curvature_of_a_linear_layer_is_that_of_the_dense_matrix_and_below_i
         dense = torch.stack([torch.linalg.eigvalsh(matrix.T @ covariance(z) @ matrix)[-1] for z in logits])
         curvature = likelihood.curvature_at(logits, weight)
         assert_close(curvature, dense)
-        assert (curvature <= likelihood.largest_curvature(weight) * (1 + 1e-12)).all()
+        if (likelihood, covariance) in BOUNDED:
+            assert (curvature <= likelihood.largest_curvature(weight) * (1 + 1e-12)).all()
 
 
 def test_the_largest_curvature_is_reached_by_even_odds_of_the_two_farthest_rows():
@@ -94,3 +115,36 @@ def test_bad_logits_are_named():
 def test_gaussian_variance_must_be_positive():
     with pytest.raises(ValueError, match="positive variance; got 0"):
         Gaussian(variance=0)
+
+
+def test_the_margin_tempered_eigenvalue_does_not_see_the_scale_of_the_logits():
+    network, x = cases.tiny_network().double(), torch.randn(6, 6, dtype=torch.float64)
+    plain = fisher_spectral_norm(network, x, likelihood=MarginTempered()).eigenvalue
+    for scale in (1e-3, 30.0, 1e4):
+        scaled = fisher_spectral_norm(lambda x, scale=scale: scale * network(x), x, likelihood=MarginTempered())
+        assert_close(scaled.eigenvalue, plain)
+    assert fisher_spectral_norm(lambda x: 1e4 * network(x), x).eigenvalue.median() < 1e-9
+
+
+def test_the_margin_tempered_eigenvalue_of_two_classes_is_the_distance_to_the_boundary():
+    weight = torch.randn(2, 5, dtype=torch.float64)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    distance = ((weight[0] - weight[1]) @ x.T).abs() / (weight[0] - weight[1]).norm()
+    found = fisher_spectral_norm(lambda x: x @ weight.T, x, likelihood=MarginTempered(margin=3.0)).eigenvalue
+    p = torch.tensor(3.0, dtype=torch.float64).sigmoid()
+    assert_close(found, p * (1 - p) * 9 / distance**2)
+
+
+def test_equal_logits_have_a_large_and_finite_tempered_eigenvalue():
+    weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    x = torch.zeros(1, 2)
+    value = fisher_spectral_norm(lambda x: x @ weight.T, x, likelihood=MarginTempered()).eigenvalue
+    assert torch.isfinite(value).all()
+    assert value > 1e9
+
+
+def test_the_margin_tempered_likelihood_refuses_what_it_cannot():
+    with pytest.raises(ValueError, match="positive margin; got 0"):
+        MarginTempered(margin=0)
+    with pytest.raises(NoBoundError, match=r"no bound over all inputs.*likelihood=Categorical\(\)"):
+        fisher_bound(cases.tiny_network(), torch.randn(1, 6), likelihood=MarginTempered())

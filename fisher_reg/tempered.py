@@ -1,0 +1,100 @@
+r"""A categorical distribution that does not saturate: every prediction is taken at the same margin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fisher_reg.errors import NoBoundError
+from fisher_reg.likelihood import Categorical
+
+
+@dataclass(frozen=True)
+class MarginTempered:
+    r"""One label out of ``K`` at a temperature of its own per example: :math:`p = \mathrm{softmax}(z / T)`.
+
+    :math:`T = (z_{(1)} - z_{(2)}) / \text{margin}` puts the two largest logits ``margin`` apart, so that
+    :math:`\tilde\lambda`, the largest eigenvalue of :math:`J^\top \Sigma(z / T) J / T^2`, does not change when all
+    logits are multiplied by a number. The Fisher eigenvalue of :class:`Categorical` does: a confident network has a
+    small one and is fooled as easily. With two classes at distance :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|`
+    from the linearised boundary, :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
+
+    In nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
+    has no margin, and :math:`\tilde\lambda` is as large as the precision allows.
+
+    Args:
+        margin: Difference of the two largest logits over ``T``.
+
+    Raises:
+        ValueError: If ``margin`` is not positive.
+
+    Example:
+        >>> from fisher_reg import fisher_spectral_norm
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> x = torch.tensor([[1.0, 0.0], [2.0, 0.0]])  # p (1 - p) / r^2 with p = sigmoid(1), at distances 1 and 2
+        >>> fisher_spectral_norm(lambda x: 1000 * x @ weight.T, x, likelihood=MarginTempered()).eigenvalue
+        tensor([0.1966, 0.0492])
+    """
+
+    margin: float = 1.0
+    min_outputs: ClassVar[int] = 2
+    shift_invariant: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise ValueError(f"MarginTempered needs a positive margin; got {self.margin}.")
+
+    def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
+        """Apply the factor of :class:`Categorical` at the tempered logits to a tempered tangent ``(B, K)``."""
+        temperature = self._temperature(logits)
+        return Categorical().whiten(logits / temperature, tangent / temperature)
+
+    def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
+        """Apply the transpose of that factor, ``(B, K)`` to ``(B, K)``."""
+        temperature = self._temperature(logits)
+        return Categorical().unwhiten(logits / temperature, cotangent) / temperature
+
+    def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Contrast the two most probable classes, with weight :math:`p_1 p_2 / T^2`."""
+        temperature = self._temperature(logits)
+        direction, weight = Categorical().contrast(logits / temperature)
+        return direction, weight / temperature.squeeze(1).square()
+
+    def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
+        """Return the divergence ``(B,)`` of the predictions, both at the temperature of ``logits``."""
+        temperature = self._temperature(logits)
+        return Categorical().divergence(logits / temperature, moved / temperature)
+
+    def candidates(self, logits: Tensor, count: int) -> Tensor:
+        """Return those of :class:`Categorical`, whose order the temperature does not change."""
+        return Categorical().candidates(logits, count)
+
+    def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draw labels under the tempered prediction, ``(B, K)``."""
+        return Categorical().labels(logits / self._temperature(logits), generator)
+
+    def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
+        """Refuse: the curvature grows without bound where two logits meet.
+
+        Raises:
+            NoBoundError: Always.
+        """
+        raise NoBoundError(
+            "MarginTempered has no bound over all inputs, since it grows without limit towards the decision boundary. "
+            "Bound likelihood=Categorical(), or take local_fisher_bound at given inputs."
+        )
+
+    def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return that of :class:`Categorical` at the tempered logits over the squared temperature, ``(B,)``."""
+        temperature = self._temperature(logits.double())
+        return Categorical().curvature_at(logits.double() / temperature, rows) / temperature.squeeze(1).square()
+
+    def _temperature(self, logits: Tensor) -> Tensor:
+        """Return ``(B, 1)``: positive, also where the two largest logits are equal."""
+        first, second = logits.topk(2, dim=1).values.split(1, dim=1)
+        smallest = torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1, keepdim=True)
+        gap: Tensor = (first - second).clamp_min(smallest.clamp_min(torch.finfo(logits.dtype).eps))
+        return gap / self.margin
