@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fisher_reg import fisher_spectral_norm
-from recipes.attacks import auto_attack_accuracy, pgd_accuracy
+from recipes.attacks import AutoAttack, ProjectedGradient, attack_all
 from recipes.cache import cache_path, cached
 from recipes.classifier import Classifier
 from recipes.data import ImageData
@@ -184,8 +184,9 @@ def _attack_again(run: Settings, cache: Path) -> dict[str, Any]:
     found = {}
     for attack in run["auto"]["attacks"]:
         name, ball = attack_name(attack), (float(attack["norm"]), attack["epsilon"])
-        found[f"same_{name}"] = pgd_accuracy(network, images, labels, *ball, run["num_attack_steps"])
-        found[f"auto_{name}"] = auto_attack_accuracy(network, images, labels, *ball)
+        gradient = ProjectedGradient(*ball, run["num_attack_steps"])
+        found[f"same_{name}"] = attack_all(gradient, network, images, labels).accuracy
+        found[f"auto_{name}"] = attack_all(AutoAttack(*ball), network, images, labels).accuracy
     return found
 
 
@@ -215,9 +216,12 @@ def measure(network: nn.Module, data: ImageData, run: Settings) -> dict[str, flo
     return {
         "clean": float((logits.argmax(1) == labels).double().mean()),
         **{
-            attack_name(attack): pgd_accuracy(
-                network, images, known, float(attack["norm"]), attack["epsilon"], run["num_attack_steps"]
-            )
+            attack_name(attack): attack_all(
+                ProjectedGradient(float(attack["norm"]), attack["epsilon"], run["num_attack_steps"]),
+                network,
+                images,
+                known,
+            ).accuracy
             for attack in run["attacks"]
         },
         "lambda_mean": float(eigenvalues.mean()),

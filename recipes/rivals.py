@@ -17,7 +17,7 @@ from fisher_reg import Categorical
 from fisher_reg.penalty import PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import squared_length
 from fisher_reg.sampling import normal
-from recipes.attacks import projected_gradient
+from recipes.attacks import ProjectedGradient
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AdversarialTraining(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
         """Attack the batch in place, on the deployed function."""
         images, labels = batch
-        images.copy_(projected_gradient(pl_module, images, labels, math.inf, self.epsilon, self.num_steps))
+        images.copy_(ProjectedGradient(math.inf, self.epsilon, self.num_steps)(pl_module, images, labels))
 
 
 def _unit(direction: Tensor) -> Tensor:

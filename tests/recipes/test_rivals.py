@@ -1,12 +1,7 @@
-import copy
-import math
-
-import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.attacks import auto_attack_accuracy, pgd_accuracy, projected_gradient
 from recipes.rivals import AdversarialTraining, InputGradientPenalty, VirtualAdversarialPenalty
 from tests import cases
 
@@ -42,31 +37,6 @@ def test_the_virtual_adversarial_penalty_is_the_divergence_at_its_own_step():
     penalty = VirtualAdversarialPenalty(0.5)(model, x, generator=torch.Generator().manual_seed(3))
     assert_close(penalty, expected)
     assert_close(_gradients(penalty, model), _gradients(expected, model))
-
-
-@pytest.mark.parametrize(("norm", "epsilon"), [(2, 0.5), (math.inf, 0.05)])
-def test_an_attack_stays_in_its_ball_and_leaves_the_network_alone(trained, digits, norm, epsilon):
-    network = copy.deepcopy(trained).train()
-    images, labels = (part[:64] for part in digits.splits["test"].tensors)
-    for parameter in network.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    state, given = copy.deepcopy(network.state_dict()), images.clone()
-    attacked = projected_gradient(network, images, labels, norm, epsilon, 10)
-    assert 0 <= attacked.min() <= attacked.max() <= 1
-    assert (attacked - images).flatten(1).norm(norm, dim=1).max() <= epsilon * 1.001
-    assert_close(network.state_dict(), state, rtol=0, atol=0)
-    assert_close(images, given, rtol=0, atol=0)
-    assert all(module.training for module in network.modules())
-    assert all(parameter.requires_grad and (parameter.grad == 1).all() for parameter in network.parameters())
-
-
-def test_attacks_lower_the_accuracy_and_the_stronger_one_more(trained, digits):
-    torch.manual_seed(0)
-    images, labels = (part[:24] for part in digits.splits["test"].tensors)
-    clean = (trained(images).argmax(1) == labels).double().mean().item()
-    weak, strong = (pgd_accuracy(trained, images, labels, 2, epsilon, 10) for epsilon in (0.1, 2.0))
-    assert strong < weak <= clean
-    assert auto_attack_accuracy(trained, images, labels, 2, 2.0, num_queries=20) <= strong + 1e-9
 
 
 def test_adversarial_training_attacks_each_batch_once(tmp_path, digits):
