@@ -77,13 +77,13 @@ def test_attacks_lower_the_accuracy_and_the_stronger_one_more(trained, digits):
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_every_attack_knows_two_classes_and_more(num_classes):
     torch.manual_seed(0)
-    network, images = _linear(torch.randn(num_classes, 12)), torch.rand(10, 1, 3, 4)
+    network, images = _linear(torch.randn(num_classes, 64)), torch.rand(10, 1, 8, 8)
     labels = network(images).argmax(1)
     for attack, _, epsilon in ATTACKS.values():
         result = attack_all(attack, network, images, labels)
         assert result.fooled.any()
         assert result.accuracy == (network(result.images).argmax(1) == labels).double().mean()
-        assert (result.euclidean <= epsilon * 12**0.5 * 1.001).all()
+        assert (result.euclidean <= epsilon * 64**0.5 * 1.001).all()
 
 
 def test_the_nearest_fooling_image_of_a_linear_network_lies_at_its_boundary():
