@@ -47,7 +47,7 @@ from fisher_reg import (
     fisher_spectral_norm,
 )
 from recipes import peers
-from recipes.networks import prepared_data, trained_network
+from recipes.networks import chosen_device, prepared_data, trained_network
 
 T = TypeVar("T")
 Estimate = Callable[[nn.Module, Tensor], Tensor]
@@ -111,7 +111,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     methods = available_methods(config.methods)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(config.device)
     rows = pd.DataFrame()
     with Progress() as progress:
         task = progress.add_task("", total=len(config.cases) * len(methods) * (config.num_rounds + 1))

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import hydra
 import pandas as pd
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE
 from rich.console import Console
@@ -33,6 +32,7 @@ from rich.table import Table
 from recipes.benchmark import environment
 from recipes.bounds_speed import PEER, available_norms, time_convolutions, time_networks
 from recipes.bounds_tightness import draw, tightness
+from recipes.networks import chosen_device
 from recipes.peers import installed
 
 
@@ -52,7 +52,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(config.device)
     frames: dict[str, pd.DataFrame] = {}
     with Progress() as progress:
         parts = [tightness(config, device, progress)] if config.tightness else []

@@ -12,13 +12,8 @@ folder. Finished networks are kept in ``cache_dir``, so that a run that was kill
 from __future__ import annotations
 
 import json
-import logging
 import math
-import multiprocessing
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +25,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -39,11 +33,11 @@ from recipes.attacks import AutoAttack, ProjectedGradient, attack_all
 from recipes.cache import cache_path, cached
 from recipes.classifier import Classifier
 from recipes.data import ImageData
-from recipes.networks import prepared_data
+from recipes.jobs import Settings, execute, quiet
+from recipes.networks import chosen_device, prepared_data
 from recipes.penalties_report import KEYS, attack_name, draw, finalists, markdown, short, summarize
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
-Settings = dict[str, Any]
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="compare_penalties")
@@ -66,14 +60,15 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     folder, cache = Path(config.output_dir), Path(config.cache_dir)
     for path in (folder, cache):
         path.mkdir(parents=True, exist_ok=True)
-    rows = execute(config, "training", runs, partial(train_and_measure, cache=cache))
+    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
+    rows = execute("training", runs, partial(train_and_measure, cache=cache), **shared)
     frame = pd.DataFrame([_named(run) | row for run, row in rows]).sort_values([*KEYS, "seed"], ignore_index=True)
     frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
     if config.auto_attacks:
         best = finalists(frame, config.max_clean_loss)
         chosen = [run for run in runs if (run["model"], run["method"], run["strength"]) in best]
         chosen = [run | {"auto": OmegaConf.to_container(config.auto_attacks)} for run in chosen]
-        found = execute(config, "AutoAttack on the best", chosen, partial(attack_again, cache=cache))
+        found = execute("AutoAttack on the best", chosen, partial(attack_again, cache=cache), **shared)
         auto = pd.DataFrame([_named(run) | row for run, row in found])
         frame = frame.merge(auto, how="left")
         frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
@@ -86,6 +81,10 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     console.print(markdown(short(cells)), soft_wrap=True, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)
     return frame
+
+
+def _described(run: Settings) -> str:
+    return f"{run['model']}, {run['method']}"
 
 
 def _named(run: Settings) -> Settings:
@@ -137,29 +136,6 @@ def callbacks(run: Settings) -> list[pl.Callback]:
     return [instantiate(OmegaConf.create(run["callback"]), **{run["parameter"]: run["strength"]})]
 
 
-def execute(
-    config: DictConfig, title: str, runs: list[Settings], work: Callable[[Settings], dict[str, Any]]
-) -> Iterator[tuple[Settings, dict[str, Any]]]:
-    """Do the work of all runs, several at a time, and yield the results as they come."""
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        task = progress.add_task(title, total=len(runs))
-        for number, (run, row) in enumerate(_results(config, runs, work), 1):
-            progress.update(task, completed=number, description=f"{title}: {run['model']}, {run['method']}")
-            yield run, row
-
-
-def _results(
-    config: DictConfig, runs: list[Settings], work: Callable[[Settings], dict[str, Any]]
-) -> Iterator[tuple[Settings, dict[str, Any]]]:
-    if config.num_processes <= 1:
-        yield from ((run, work(run)) for run in runs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.num_processes, context, torch.set_num_threads, (config.num_threads,)) as pool:
-        futures = {pool.submit(work, run): run for run in runs}
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
-
-
 def train_and_measure(run: Settings, cache: Path) -> dict[str, Any]:
     """Train a network, keep its weights, and measure it; or read the results."""
     return cached(run, cache, partial(_train_and_measure, run, cache_path(run, cache).with_suffix(".pt")))
@@ -177,7 +153,7 @@ def _attack_again(run: Settings, cache: Path) -> dict[str, Any]:
     path = cache_path(trained, cache).with_suffix(".pt")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     images, labels = _test_images(data, run["auto"]["num_images"])
-    device = _device(run)
+    device = chosen_device(run["device"])
     network = network.eval().to(device)
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(run["seed"])
@@ -195,17 +171,17 @@ def _train_and_measure(run: Settings, weights: Path) -> dict[str, Any]:
     network = instantiate(run["network"], spec=data.spec)
     module = Classifier(network, data.spec.num_classes, instantiate(run["optimizer"]))
     trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks(run))
-    clock = time.process_time if _device(run).type == "cpu" else time.perf_counter
+    clock = time.process_time if chosen_device(run["device"]).type == "cpu" else time.perf_counter
     begin = clock()
     trainer.fit(module, train_dataloaders=data.train_dataloader())
     seconds = clock() - begin
     torch.save(network.state_dict(), weights)
-    return {"seconds": seconds, **measure(network.eval().to(_device(run)), data, run)}
+    return {"seconds": seconds, **measure(network.eval().to(chosen_device(run["device"])), data, run)}
 
 
 def measure(network: nn.Module, data: ImageData, run: Settings) -> dict[str, float]:
     """Measure a trained network on the test images."""
-    device = _device(run)
+    device = chosen_device(run["device"])
     torch.manual_seed(run["seed"])
     with torch.no_grad():
         parts = [(network(images.to(device)), labels.to(device)) for images, labels in data.test_dataloader()]
@@ -232,9 +208,7 @@ def measure(network: nn.Module, data: ImageData, run: Settings) -> dict[str, flo
 
 
 def _quietly_prepared(run: Settings) -> ImageData:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
+    quiet()
     return prepared_data(OmegaConf.create(run))
 
 
@@ -242,10 +216,6 @@ def _test_images(data: ImageData, count: int) -> tuple[Tensor, Tensor]:
     """Return the first test images, the same for every network, and their labels."""
     images, labels = zip(*(data.splits["test"][index] for index in range(count)), strict=True)
     return torch.stack(images), torch.tensor([int(label) for label in labels])
-
-
-def _device(run: Settings) -> torch.device:
-    return torch.device(run["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.classifier import Classifier
 from recipes.data import ImageData
@@ -38,3 +38,16 @@ def prepared_data(config: DictConfig) -> ImageData:
     data.prepare_data()
     data.setup()
     return data
+
+
+def chosen_examples(data: ImageData, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return ``count`` test images from anywhere in the split, the same for every network, and their labels."""
+    split = data.splits["test"]
+    examples = [split[index] for index in torch.randperm(len(split), generator=generator)[:count].tolist()]
+    images, labels = zip(*examples, strict=True)
+    return torch.stack(images), torch.tensor([int(label) for label in labels])
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """Return the named device, or the GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -44,7 +44,7 @@ from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_nor
 from fisher_reg.metrics import summarize
 from recipes.cache import cached
 from recipes.data import ImageData
-from recipes.networks import prepared_data, trained_network
+from recipes.networks import chosen_device, chosen_examples, prepared_data, trained_network
 from recipes.rank_agreement import (
     MIN_MODELS,
     comparison_table,
@@ -151,7 +151,7 @@ def check(config: DictConfig, networks: list[DictConfig]) -> None:
 def measure(config: DictConfig) -> dict[str, float]:
     """Train one network and measure it."""
     begin = time.perf_counter()
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(config.device)
     data = prepared_data(config)
     network = trained_network(config, data).to(device)
     accuracy = share_correct(network, data, device)
@@ -192,9 +192,7 @@ def share_correct(network: nn.Module, data: ImageData, device: torch.device) -> 
 def chosen_images(data: ImageData, count: int, noise: float) -> Tensor:
     """Return the same ``count`` test images for every network, from anywhere in the split, with the same noise."""
     generator = torch.Generator().manual_seed(0)
-    split = data.splits["test"]
-    indices = torch.randperm(len(split), generator=generator)[:count].tolist()
-    images = torch.stack([split[index][0] for index in indices]).double()
+    images = chosen_examples(data, count, generator)[0].double()
     return images + noise * torch.randn(images.shape, generator=generator, dtype=images.dtype)
 
 
