@@ -71,7 +71,10 @@ class Categorical:
     r"""One label out of ``K``: :math:`p = \mathrm{softmax}(z)`, :math:`\Sigma = \mathrm{diag}(p) - p p^\top`.
 
     With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is taken as
-    :math:`\exp(\tfrac12 \log p)`, so that value and gradient stay finite when the softmax saturates.
+    :math:`\exp(\tfrac12 \log p)`, so that value and gradient stay finite when the softmax saturates. Since
+    :math:`L 1 = 0`, a tangent may be counted from its entry at the likeliest class, and the entries of
+    :math:`L^\top u` add up to zero: both keep the small numbers of a saturated softmax from drowning in the rounding of
+    that one class.
     """
 
     min_outputs: ClassVar[int] = 2
@@ -80,12 +83,14 @@ class Categorical:
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply ``L`` to a logit tangent, ``(B, K)`` to ``(B, K)``."""
         root = _root_probabilities(logits)
-        return _remove_component(root * tangent, root)
+        from_likeliest = tangent - tangent.gather(1, logits.argmax(1, keepdim=True))
+        return _remove_component(root * from_likeliest, root)
 
     def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
         """Apply the transpose of ``L``, ``(B, K)`` to ``(B, K)``."""
-        root = _root_probabilities(logits)
-        return root * _remove_component(cotangent, root)
+        root, likeliest = _root_probabilities(logits), logits.argmax(1, keepdim=True)
+        others = (root * _remove_component(cotangent, root)).scatter(1, likeliest, 0.0)
+        return others.scatter(1, likeliest, -others.sum(1, keepdim=True))
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         r"""Contrast the two most probable classes: :math:`c = e_1 - e_2` with weight :math:`p_1 p_2`.

@@ -14,6 +14,7 @@ from fisher_reg import (
     Hutchinson,
     Lanczos,
     NonFiniteJacobianError,
+    PowerIteration,
     fisher_effective_rank,
     fisher_eigenpairs,
     fisher_spectral_norm,
@@ -227,3 +228,22 @@ def test_effective_rank_is_the_trace_over_the_norm_and_zero_without_either(train
 def test_infinite_derivatives_are_named():
     with pytest.raises(NonFiniteJacobianError, match="logits of 2 of 2 examples are finite, but their derivatives"):
         fisher_spectral_norm(lambda x: 1e25 * x[:, :3], torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("solver", [Exact(), Lanczos(), PowerIteration()])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_a_saturated_prediction_keeps_its_small_eigenvalue_in_single_precision(solver, scale):
+    torch.manual_seed(0)
+    weight, x = torch.randn(10, 30, dtype=torch.float64), torch.randn(8, 30, dtype=torch.float64)
+    z = scale * x @ weight.T
+    jacobian = scale * weight.expand(8, 10, 30)
+    log_p = z.log_softmax(1)
+    pairs = [  # sum over pairs of p_j p_k (v_j - v_k)^2: no cancellation
+        (log_p[:, j] + log_p[:, k]).exp()[:, None, None]
+        * torch.einsum("bi,bj->bij", *[jacobian[:, j] - jacobian[:, k]] * 2)
+        for j in range(10)
+        for k in range(j)
+    ]
+    expected = torch.linalg.eigvalsh(sum(pairs))[:, -1]
+    found = fisher_spectral_norm(lambda x: scale * x @ weight.float().T, x.float(), solver=solver).eigenvalue
+    assert_close(found.double(), expected, rtol=0.02, atol=0)
