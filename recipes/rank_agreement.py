@@ -7,7 +7,6 @@ log10 of the bounds. Every model has the same seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,15 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
-from scipy import stats
 
-Array = np.ndarray[Any, Any]
-Statistic = Callable[[Array, Array], float]
+from recipes.agreement import agreement, every_network, grid, interval, mean_over_seeds, p_value, rho, tau
 
 MIN_MODELS = 3
 """Two models stand in the same order by chance every other time."""
 SIGNIFICANCE = 0.05
-INTERVAL = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -72,14 +68,14 @@ def correlations(rows: pd.DataFrame, num_resamples: int) -> pd.DataFrame:
 
 def compare(rows: pd.DataFrame, comparison: Comparison, over: str, num_resamples: int) -> dict[str, Any]:
     """Return one row of :func:`correlations`."""
-    bound, target = _grid(rows, comparison.bound), np.log10(_grid(rows, comparison.target))
-    merge = np.ravel if over == "networks" else _mean_over_seeds
+    bound, target = grid(rows, comparison.bound), np.log10(grid(rows, comparison.target))
+    merge = every_network if over == "networks" else mean_over_seeds
     result: dict[str, Any] = {"over": over, "level": comparison.level, "bound": comparison.bound}
     result |= {"target": comparison.target, "num_models": len(bound), "num_seeds": bound.shape[1]}
-    for name, statistic in (("tau", _tau), ("rho", _rho)):
-        result[name] = statistic(merge(bound), merge(target))
-        low, high = _interval(bound, target, statistic, merge, num_resamples)
-        p = _p_value(bound, target, statistic, merge, num_resamples)
+    for name, statistic in (("tau", tau), ("rho", rho)):
+        result[name] = float(agreement([(bound, target)], statistic, merge))
+        low, high = interval([(bound, target)], statistic, merge, num_resamples)
+        p = p_value([(bound, target)], statistic, merge, num_resamples)
         result |= {f"{name}_low": low, f"{name}_high": high, f"{name}_p": p}
     return result | {"verdict": verdict(result)}
 
@@ -114,8 +110,8 @@ def verdict(result: dict[str, Any]) -> str:
 
 def reproducibility(rows: pd.DataFrame, target: str) -> float:
     """Return the mean tau between the orders of the models by ``target`` in two seeds: about what a bound can reach."""
-    pairs = combinations(_grid(rows, target).T, 2)
-    return float(np.mean([_tau(*pair) for pair in pairs])) if rows.seed.nunique() > 1 else math.nan
+    pairs = combinations(grid(rows, target).T, 2)
+    return float(np.mean([tau(*pair) for pair in pairs])) if rows.seed.nunique() > 1 else math.nan
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
@@ -255,59 +251,6 @@ _LARGEST = {  # and lambda on the images of that bound
     "local": ("log10_local_max", "lambda_max"),
     "blockwise": ("log10_blockwise_max", "lambda_max_few"),
 }
-
-
-def _grid(rows: pd.DataFrame, column: str) -> Array:
-    """Return a column as ``(models, seeds)``."""
-    table = rows.pivot(index="model", columns="seed", values=column)
-    return table.reindex(rows.model.unique()).to_numpy(float)
-
-
-def _mean_over_seeds(values: Array) -> Array:
-    return values.mean(1)
-
-
-def _tau(one: Array, other: Array) -> float:
-    return float(stats.kendalltau(one, other, method="asymptotic").statistic)  # NaN for constants; its p is not used
-
-
-def _rho(one: Array, other: Array) -> float:
-    constant = any((values == values[0]).all() for values in (one, other))  # where spearmanr would warn
-    return math.nan if constant else float(stats.spearmanr(one, other).statistic)
-
-
-def _interval(
-    bound: Array, target: Array, statistic: Statistic, merge: Callable[[Array], Array], num_resamples: int
-) -> tuple[float, float]:
-    """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
-    generator = np.random.default_rng(0)
-    num_models, num_seeds = bound.shape
-    values = []
-    for _ in range(num_resamples):
-        models = generator.integers(num_models, size=num_models)
-        seeds = generator.integers(num_seeds, size=bound.shape)  # the same for each draw of a model: such pairs tie
-        pair = (merge(np.take_along_axis(part, seeds, 1)[models]) for part in (bound, target))
-        values.append(statistic(*pair))
-    defined = np.array(values)[~np.isnan(values)]
-    low, high = np.quantile(defined, INTERVAL) if len(defined) else (math.nan, math.nan)
-    return float(low), float(high)
-
-
-def _p_value(
-    bound: Array, target: Array, statistic: Statistic, merge: Callable[[Array], Array], num_resamples: int
-) -> float:
-    """Permute the models of ``target``, each with all its seeds; two-sided, exact where there are few models."""
-    if math.isnan(statistic(merge(bound), merge(target))):
-        return math.nan
-    tested = stats.permutation_test(
-        (np.arange(len(bound)),),
-        lambda order: statistic(merge(bound), merge(target[order.astype(int)])),
-        permutation_type="pairings",
-        vectorized=False,
-        n_resamples=num_resamples,
-        random_state=np.random.default_rng(0),
-    )
-    return float(tested.pvalue)
 
 
 def _ranked(values: pd.Series, pattern: str) -> pd.Series:

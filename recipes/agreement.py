@@ -1,0 +1,112 @@
+"""How far two orders of networks agree, with bootstrap intervals and permutation tests.
+
+Values are arrays ``(models, seeds)``, one pair for each group of networks that may be compared with one another (a data
+set, say). A statistic over several groups is its mean over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+Array = np.ndarray[Any, Any]
+Pair = tuple[Array, Array]
+Statistic = Callable[[Array, Array], Array]
+Merge = Callable[[Array], Array]
+
+INTERVAL = (0.025, 0.975)
+
+
+def grid(rows: pd.DataFrame, column: str) -> Array:
+    """Return a column of a frame with ``model`` and ``seed`` as ``(models, seeds)``."""
+    table = rows.pivot(index="model", columns="seed", values=column)
+    return table.reindex(rows.model.unique()).to_numpy(float)
+
+
+def mean_over_seeds(values: Array) -> Array:
+    """Return one value per model, ``(..., models, seeds)`` to ``(..., models)``."""
+    return np.asarray(values.mean(-1))
+
+
+def every_network(values: Array) -> Array:
+    """Return each network by itself, ``(..., models, seeds)`` to ``(..., models * seeds)``."""
+    return values.reshape(*values.shape[:-2], -1)
+
+
+def tau(one: Array, other: Array) -> Array:
+    """Return Kendall's tau-b along the last axis, NaN for constants."""
+    signs = [np.sign(values[..., :, None] - values[..., None, :]) for values in (one, other)]
+    return _cosine(*(sign.reshape(*sign.shape[:-2], -1) for sign in signs))
+
+
+def rho(one: Array, other: Array) -> Array:
+    """Return Spearman's rank correlation along the last axis, NaN for constants."""
+    ranks = [stats.rankdata(values, axis=-1) for values in (one, other)]
+    return _cosine(*(rank - rank.mean(-1, keepdims=True) for rank in ranks))
+
+
+def _cosine(one: Array, other: Array) -> Array:
+    lengths = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((one * other).sum(-1) / np.where(lengths == 0, np.nan, lengths))
+
+
+def agreement(groups: Sequence[Pair], statistic: Statistic, merge: Merge) -> Array:
+    """Return the mean of the statistic over the groups where it is defined."""
+    values = np.stack([statistic(merge(one), merge(other)) for one, other in groups])
+    defined = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(defined, values, 0).sum(0) / defined.sum(0))
+
+
+def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> tuple[float, float]:
+    """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
+    generator = np.random.default_rng(0)
+    draws = [[_drawn(pair, generator) for pair in groups] for _ in range(num_resamples)]
+    stacked = [tuple(np.stack(part) for part in zip(*group, strict=True)) for group in zip(*draws, strict=True)]
+    return quantiles(agreement(stacked, statistic, merge))
+
+
+def _drawn(pair: Pair, generator: np.random.Generator) -> Pair:
+    shape = pair[0].shape
+    models = generator.integers(shape[0], size=shape[0])
+    seeds = generator.integers(shape[1], size=shape)  # the same for each draw of a model: such pairs tie
+    one, other = (np.take_along_axis(part, seeds, 1)[models] for part in pair)
+    return one, other
+
+
+def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> float:
+    """Permute the models of the second order in each group, each with all its seeds.
+
+    Returns:
+        The two-sided p-value, exact where there are few models.
+    """
+    if np.isnan(agreement(groups, statistic, merge)):
+        return math.nan
+
+    def permuted(*orders: Array, axis: int) -> Array:
+        places = [np.moveaxis(order.astype(int), axis, -1) for order in orders]
+        shuffled = [(one, other[place]) for (one, other), place in zip(groups, places, strict=True)]
+        return agreement(shuffled, statistic, merge)
+
+    tested = stats.permutation_test(
+        tuple(np.arange(len(one)) for one, _ in groups),
+        permuted,
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=num_resamples,
+        random_state=np.random.default_rng(0),
+    )
+    return float(tested.pvalue)
+
+
+def quantiles(values: Array) -> tuple[float, float]:
+    """Return the ends of the interval of bootstrapped values, NaN where none is defined."""
+    defined = values[~np.isnan(values)]
+    low, high = np.quantile(defined, INTERVAL) if len(defined) else (math.nan, math.nan)
+    return float(low), float(high)
