@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from recipes import models
-from recipes.data import Digits
+from recipes.array_sources import Digits
 
 FAMILIES = ("vgg", "resnet", "densenet", "vit")
 
