@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from recipes.attacks import Attack
+
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
@@ -18,13 +20,25 @@ class Classifier(pl.LightningModule):
     Args:
         network: Maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, num_classes)``.
         num_classes: Number of labels.
-        optimizer: From parameters to optimizer; its learning rate falls to zero along a cosine over the training.
+        optimizer: From parameters to optimizer.
+        attack: Adversarial training as in arXiv 2606.04767: each batch is followed by its images as this attack of the
+            network of that moment leaves them.
+        annealed: Whether the learning rate falls to zero along a cosine over the training.
     """
 
-    def __init__(self, network: nn.Module, num_classes: int, optimizer: OptimizerFactory) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int,
+        optimizer: OptimizerFactory,
+        attack: Attack | None = None,
+        annealed: bool = True,
+    ) -> None:
         super().__init__()
         self.network = network
         self.optimizer = optimizer
+        self.attack = attack
+        self.annealed = annealed
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -35,6 +49,9 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy."""
         images, labels = batch
+        if self.attack is not None:
+            images = torch.cat([images, self.attack(self.network, images, labels)])
+            labels = labels.repeat(2)
         loss = nn.functional.cross_entropy(self(images), labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
@@ -54,8 +71,10 @@ class Classifier(pl.LightningModule):
         self.log("test/accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> dict[str, object]:
-        """Anneal the learning rate per step."""
+        """Anneal the learning rate per step, or leave it as it is."""
         optimizer = self.optimizer(self.parameters())
+        if not self.annealed:
+            return {"optimizer": optimizer}
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import DenseNet, ResNet, VisionTransformer
+from torchvision.models import DenseNet, ResNet, VisionTransformer, get_model
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 
@@ -101,6 +101,24 @@ def vit(spec: ImageSpec, patch_size: int, num_layers: int, num_heads: int, hidde
     )
     network.conv_proj = nn.Conv2d(spec.num_channels, hidden_dim, patch_size, patch_size)
     return _with_normalization(network, spec)
+
+
+def torchvision_model(spec: ImageSpec, name: str) -> nn.Module:
+    """Build a network of torchvision by name, as published, with random weights: for RGB images of 32 pixels or more.
+
+    Returns:
+        The network behind its normalisation.
+
+    Raises:
+        ValueError: If the images are not RGB; the data set's ``num_channels=3`` repeats grey ones.
+    """
+    if spec.num_channels != 3:
+        raise ValueError(
+            f"torchvision's {name} takes RGB images; the data has {spec.num_channels} channels. Grey ones are repeated "
+            "by the data set's num_channels=3."
+        )
+    options = {"image_size": spec.image_size} if name.startswith("vit") else {}
+    return _with_normalization(get_model(name, weights=None, num_classes=spec.num_classes, **options), spec)
 
 
 def _with_normalization(network: nn.Module, spec: ImageSpec) -> nn.Module:

@@ -1,0 +1,286 @@
+"""Redo the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
+
+Every network (data set x model x training x seed) is trained, attacked, and measured on the same test images: λ white
+box and black box, the paper's two estimators, and the baselines of :data:`recipes.measure.METRICS`. Then it is asked
+how well each number tells which examples and which networks fall. A little uniform noise keeps the test images off the
+kinks of max pooling on flat backgrounds.
+
+Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
+``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
+four figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
+``cache_dir`` under a digest of its settings and of the versions of torch and fisher-reg: a run that was killed goes on
+where it was, a training at its last epoch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from rich.console import Console
+from torch import Tensor, nn
+
+from recipes.attacks import attack_all
+from recipes.cache import cache_path, cached
+from recipes.classifier import Classifier
+from recipes.compare_analysis import Analysis, analyse
+from recipes.compare_report import write
+from recipes.data import ImageData
+from recipes.jobs import Settings, execute, quiet
+from recipes.measure import METRICS, measure, predict
+from recipes.networks import chosen_device, chosen_examples, prepared_data
+
+NAMES = ["dataset", "model", "training", "seed"]
+_TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
+_SHOWN = ("datasets", "models", "trainings", "attacks", "seeds", *_TRAINED_BY)
+_SHOWN_TOO = ("num_images", "noise", "effort", "num_resamples")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="compare")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    compare(config)
+
+
+def compare(config: DictConfig) -> Analysis:
+    """Train, attack and measure what is not in the cache, analyse it, and write the files.
+
+    Returns:
+        What the files say.
+
+    Raises:
+        ValueError: For settings that :func:`check` refuses; before any training.
+    """
+    begin = time.perf_counter()
+    runs = plan(config)
+    check(config, runs)
+    folder, cache = Path(config.output_dir), Path(config.cache_dir)
+    for path in (folder, cache):
+        path.mkdir(parents=True, exist_ok=True)
+    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
+    results: dict[str, dict[str, Any]] = {cache_path(run, cache).stem: {"run": run} for run in runs}
+    for stage, work in STAGES.items():
+        todo = [stage_settings(config, stage, run) for run in runs]
+        for settings, result in execute(stage, todo, partial(work, cache=cache), **shared):
+            results[cache_path(settings["run"], cache).stem][stage] = result
+    ordered = [results[cache_path(run, cache).stem] for run in runs]
+    found = analyse(networks_frame(ordered), examples_frame(ordered), list(config.attacks), config.num_resamples)
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(config, [*_SHOWN, *_SHOWN_TOO]), resolve=True)
+    write(found, settings, folder)
+    console = Console()
+    for text in found.findings:
+        console.print(f"- {text}", highlight=False)
+    console.print(f"{len(runs)} networks in {time.perf_counter() - begin:.0f} s. Files: {folder}", soft_wrap=True)
+    return found
+
+
+def plan(config: DictConfig) -> list[Settings]:
+    """Return everything that the weights of each network depend on, the first seed of all first."""
+    everything = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
+    return [
+        {key: everything[key] for key in _TRAINED_BY}
+        | {"dataset": dataset, "model": model, "training": training, "seed": seed}
+        | {"data": data, "network": network, "attack": options["attack"]}
+        for seed in everything["seeds"]
+        for dataset, data in everything["datasets"].items()
+        for model, network in everything["models"].items()
+        for training, options in everything["trainings"].items()
+    ]
+
+
+def check(config: DictConfig, runs: list[Settings]) -> None:
+    """Refuse what would fail or mislead after hours of training.
+
+    Raises:
+        ValueError: If nothing is to be done, a seed occurs twice, there are fewer test images than asked for, or a
+            network does not fit the data. What cannot be built raises what its constructor says.
+    """
+    if not runs or not config.attacks:
+        raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
+    if not 0 <= config.noise < 1:
+        raise ValueError(f"noise is a share of uniform noise in each pixel, in [0, 1); got {config.noise}.")
+    for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
+        instantiate(attack)
+    instantiate(config.effort)
+    quiet()
+    for name, data_config in config.datasets.items():
+        data = prepared_data(OmegaConf.create({"data": data_config, "seed": 0}))
+        num_test = len(data.splits["test"])
+        if not 1 <= config.num_images <= num_test:
+            raise ValueError(
+                f"num_images={config.num_images} must be between 1 and the {num_test} test images of {name}."
+            )
+        for model, network in config.models.items():
+            _check_forward(f"{model} on {name}", instantiate(network, spec=data.spec), data)
+
+
+def _check_forward(title: str, network: nn.Module, data: ImageData) -> None:
+    shape = (2, data.spec.num_channels, data.spec.image_size, data.spec.image_size)
+    try:
+        outputs = predict(network, torch.zeros(shape))
+    except RuntimeError as error:
+        raise ValueError(f"{title} does not take images {shape[1:]}: {error}") from error
+    if outputs.shape != (2, data.spec.num_classes):
+        raise ValueError(f"{title} returns {tuple(outputs.shape[1:])} numbers for {data.spec.num_classes} classes.")
+
+
+def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
+    """Return what the numbers of one stage of a network depend on."""
+    needed = {
+        "training": [],
+        "attacks": ["attacks", "num_images", "noise"],
+        "metrics": ["effort", "num_images", "noise"],
+    }
+    part = OmegaConf.to_container(OmegaConf.masked_copy(config, needed[stage]), resolve=True)
+    return {"run": run, "stage": stage} | part
+
+
+def train(settings: Settings, cache: Path) -> dict[str, Any]:
+    """Train a network from its last finished epoch, if there is one, and keep its weights; or read the results."""
+    return cached(settings, cache, partial(_train, settings["run"], weights_path(settings["run"], cache)))
+
+
+def attack(settings: Settings, cache: Path) -> dict[str, Any]:
+    """Attack a trained network with examples of its own, or read the results."""
+    return cached(settings, cache, partial(_attack, settings, cache))
+
+
+def take_metrics(settings: Settings, cache: Path) -> dict[str, Any]:
+    """Measure a trained network, or read the results."""
+    return cached(settings, cache, partial(_take_metrics, settings, cache))
+
+
+STAGES = {"training": train, "attacks": attack, "metrics": take_metrics}
+
+
+def weights_path(run: Settings, cache: Path) -> Path:
+    """Return where the weights of a run are kept."""
+    return cache_path(run, cache).with_suffix(".pt")
+
+
+class RandomStateCheckpoint(pl.Callback):
+    """Keeps the state of torch's generators in the checkpoint, so that a training that goes on draws the same."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set the states."""
+        torch.set_rng_state(state_dict["cpu"].cpu())
+        torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
+
+
+def _train(run: Settings, weights: Path) -> dict[str, Any]:
+    quiet()
+    data = _loaded(json.dumps(run["data"]))
+    pl.seed_everything(run["seed"], workers=True, verbose=False)
+    network = instantiate(run["network"], spec=data.spec)
+    made_by = instantiate(run["attack"]) if run["attack"] else None
+    optimizer = instantiate(run["optimizer"])
+    module = Classifier(network, data.spec.num_classes, optimizer, made_by, run["annealed"])
+    epochs = weights.with_suffix(".epochs")
+    callbacks = [RandomStateCheckpoint(), ModelCheckpoint(epochs, save_on_train_epoch_end=True)]
+    trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks, enable_checkpointing=True)
+    begin = time.perf_counter()
+    trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=_last(epochs))
+    seconds = time.perf_counter() - begin
+    partial_path = weights.with_suffix(f".{os.getpid()}")
+    torch.save(network.state_dict(), partial_path)
+    os.replace(partial_path, weights)
+    shutil.rmtree(epochs, ignore_errors=True)
+    device = chosen_device(run["device"])
+    network = network.eval().to(device)
+    hits = [predict(network, images.to(device)).argmax(1).cpu() == labels for images, labels in data.test_dataloader()]
+    return {"accuracy": float(torch.cat(hits).double().mean()), "seconds": seconds}
+
+
+def _last(epochs: Path) -> Path | None:
+    """Return the newest checkpoint, if there is one: a new one is whole before the old one is removed."""
+    return max(epochs.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _attack(settings: Settings, cache: Path) -> dict[str, Any]:
+    quiet()
+    network, images, labels = _prepared(settings, cache)
+    found = {}
+    for name, options in settings["attacks"].items():
+        torch.manual_seed(settings["run"]["seed"])
+        result = attack_all(instantiate(options), network, images, labels)
+        parts = {"fooled": result.fooled, "distance": result.euclidean, "masked": result.masked}
+        found[name] = {key: value.tolist() for key, value in parts.items()}
+    return found
+
+
+def _take_metrics(settings: Settings, cache: Path) -> dict[str, Any]:
+    quiet()
+    network, images, labels = _prepared(settings, cache)
+    torch.manual_seed(settings["run"]["seed"])
+    return measure(network, images, labels, instantiate(settings["effort"])).lists()
+
+
+def _prepared(settings: Settings, cache: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the trained network and the test images, which are the same for every network of a data set."""
+    run = settings["run"]
+    data, device = _loaded(json.dumps(run["data"])), chosen_device(run["device"])
+    network = instantiate(run["network"], spec=data.spec)
+    network.load_state_dict(torch.load(weights_path(run, cache), map_location="cpu", weights_only=True))
+    generator = torch.Generator().manual_seed(0)
+    images, labels = chosen_examples(data, settings["num_images"], generator)
+    noise = torch.rand(images.shape, generator=generator)
+    images = (1 - settings["noise"]) * images + settings["noise"] * noise
+    return network.eval().to(device), images.to(device), labels.to(device)
+
+
+@lru_cache(maxsize=1)
+def _loaded(data: str) -> ImageData:
+    """Read a data set once for consecutive networks."""
+    return prepared_data(OmegaConf.create({"data": json.loads(data), "seed": 0}))
+
+
+def _described(settings: Settings) -> str:
+    return " ".join(str(settings["run"][name]) for name in NAMES)
+
+
+def networks_frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return accuracy and seconds: a row per network."""
+    return pd.DataFrame(
+        {name: entry["run"][name] for name in NAMES}
+        | {"accuracy": entry["training"]["accuracy"], "seconds_training": entry["training"]["seconds"]}
+        | {f"seconds_{name}": entry["metrics"]["seconds"][name] for name in METRICS}
+        for entry in results
+    )
+
+
+def examples_frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return metrics and attacks: a row per network and image."""
+    return pd.concat([pd.DataFrame(dict(_columns(entry))) for entry in results], ignore_index=True)
+
+
+def _columns(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in NAMES:
+        yield name, entry["run"][name]
+    for name in ("correct", "confidence", "blackbox_error", *METRICS):
+        yield name, entry["metrics"][name]
+    for name, result in entry["attacks"].items():
+        for key, values in result.items():
+            yield f"{key}_{name}", values
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Files of ``recipes.compare``: tables, figures, and the page that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from recipes.compare_analysis import Analysis
+from recipes.measure import METRICS
+from recipes.page import Section, render
+
+_MARKERS = "osD^v<>P"
+_MAX_POINTS = 4000  # of a scatter plot
+
+
+def write(found: Analysis, settings: dict[str, Any], folder: Path) -> None:
+    """Write the files of a run into its folder."""
+    found.networks.to_csv(folder / "networks.csv", index=False, float_format="%.6g")
+    found.examples.to_csv(folder / "examples.csv.gz", index=False, float_format="%.6g")
+    found.per_example.to_csv(folder / "per_example.csv", index=False, float_format="%.4g")
+    found.per_model.to_csv(folder / "per_model.csv", index=False, float_format="%.4g")
+    drawn = figures(found)
+    for name, (figure, _) in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    (folder / "compare.json").write_text(
+        json.dumps({"findings": found.findings, "settings": settings}, indent=2) + "\n"
+    )
+    (folder / "compare.md").write_text(markdown(found), encoding="utf-8")
+    (folder / "compare.html").write_text(page(found, drawn), encoding="utf-8")
+
+
+def tables(found: Analysis) -> dict[str, pd.DataFrame]:
+    """Return what is shown: which metrics tell what falls, the networks, the distances, and saturation."""
+    return {
+        "What tells which examples and which networks fall": metric_table(found),
+        "The networks: means over seeds": network_table(found),
+        "Predicted distance to the nearest fooling image": found.distances.drop(columns="predictor"),
+        "Confidence, and what falls all the same": found.saturation,
+    }
+
+
+def metric_table(found: Analysis) -> pd.DataFrame:
+    """Return a row per metric; every cell with its 95 % interval, ``*`` where the corrected p is at most 0.05."""
+    table = pd.DataFrame({"metric": [metric.title for metric in METRICS.values()]}, index=list(METRICS))
+    parts = {"examples": found.per_example}
+    parts["networks"] = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    for over, part in parts.items():
+        for target, rows in part.groupby("target", sort=False):
+            goal = "nearness" if target == "distance" else target
+            column = f"{over}: {goal}, {rows.statistic.iloc[0]}"
+            table[column] = pd.Series({row.metric: _cell(row) for _, row in rows.iterrows()})
+    table["seconds per network"] = [f"{found.networks[f'seconds_{name}'].median():.2g}" for name in METRICS]
+    return table.fillna("–")
+
+
+def _cell(row: pd.Series) -> str:
+    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{'*' if row.p_corrected <= 0.05 else ''}"
+
+
+def network_table(found: Analysis) -> pd.DataFrame:
+    """Return the means over the seeds of each cell."""
+    shown = ["accuracy", *(name for name in found.networks if name.startswith("success_")), "distance"]
+    shown += [
+        "lambda",
+        "lambda_blackbox",
+        "lambda_tempered",
+        "clever",
+        "log10_blockwise",
+        "log10_local",
+        "log10_global",
+    ]
+    groups = found.networks.groupby(["dataset", "model", "training"], sort=False)[shown]
+    return groups.mean().reset_index()
+
+
+def markdown(found: Analysis) -> str:
+    """Return findings and tables as a Markdown page."""
+    parts = ["# Metric against attack", *(f"- {text}" for text in found.findings), ""]
+    for title, frame in tables(found).items():
+        parts += [f"## {title}", "", _markdown_table(frame), ""]
+    return "\n".join(parts)
+
+
+def page(found: Analysis, drawn: dict[str, tuple[Figure, str]]) -> str:
+    """Return findings, tables and figures as a self-contained HTML page."""
+    sections = [Section("Findings", found.findings)]
+    sections += [Section(title, table=frame) for title, frame in tables(found).items()]
+    sections += [
+        Section(name.replace("_", " ").capitalize(), figure=figure, caption=caption)
+        for name, (figure, caption) in drawn.items()
+    ]
+    lead = [
+        "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
+        "attack, tell which images and which networks are fooled? Positive correlations and areas above one half: the "
+        "more sensitive is easier to fool. Intervals are 95 % bootstrap intervals; * marks p-values of at most 0.05 "
+        "after correction for all tests of a table."
+    ]
+    return render("Metric against attack", lead, sections)
+
+
+def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
+    """Draw the figures, each with its caption."""
+    return {
+        "metric_against_attack": (
+            draw_success(found.networks),
+            "Each point is a network. Above: median λ over the images; below: at equal margins, which the confidence "
+            "of a network does not change. Upwards: median distance to the nearest fooling image, in pixel units.",
+        ),
+        "ranking": (
+            draw_ranking(found.networks),
+            "Order of the models and trainings of each data set by median λ, by λ at equal margins, and by the median "
+            "distance to the nearest fooling image; the most sensitive on top.",
+        ),
+        "white_box_against_black_box": (
+            draw_black_box(found.examples),
+            "Each point is an image of a network: estimates against the largest eigenvalue.",
+        ),
+        "power": (
+            draw_power(found),
+            "Rank correlation with the nearness of the nearest fooling image, over the examples of a network (mean "
+            "over networks) and over the networks of a data set (mean over data sets), with 95 % intervals.",
+        ),
+    }
+
+
+def draw_success(networks: pd.DataFrame) -> Figure:
+    """Draw the distance to the nearest fooling image over λ: a column of panels per data set."""
+    datasets, models, trainings = (list(networks[name].unique()) for name in ("dataset", "model", "training"))
+    figure = Figure(figsize=(3.6 * len(datasets) + 0.6, 7.4), layout="constrained")
+    panels = figure.subplots(2, len(datasets), squeeze=False)
+    for line, metric in zip(panels, ("lambda", "lambda_tempered"), strict=True):
+        for axes, dataset in zip(line, datasets, strict=True):
+            some = networks[networks.dataset == dataset]
+            for (model, training), part in some.groupby(["model", "training"]):
+                style = {"color": f"C{models.index(model)}", "marker": _MARKERS[trainings.index(training)]}
+                axes.plot(part[metric], part.distance, linestyle="none", alpha=0.8, **style)
+            axes.set(xscale="log", yscale="log", xlabel=f"median of {METRICS[metric].title}", title=dataset)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("distance to the nearest fooling image")
+    handles = [Line2D([], [], color=f"C{index}", linewidth=4, label=name) for index, name in enumerate(models)]
+    for index, name in enumerate(trainings):
+        handles.append(Line2D([], [], color="k", marker=_MARKERS[index], linestyle="none", label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def draw_ranking(networks: pd.DataFrame) -> Figure:
+    """Draw the order of the cells of each data set by metric and by attack, side by side."""
+    datasets, models = list(networks.dataset.unique()), list(networks.model.unique())
+    columns = {"lambda": 1, "lambda_tempered": 1, "distance": -1}
+    figure = Figure(figsize=(4.4 * len(datasets), 5.4), layout="constrained")
+    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
+        cells = networks[networks.dataset == dataset].groupby(["model", "training"], sort=False)[list(columns)].median()
+        places = pd.DataFrame({name: (sign * cells[name]).rank(method="first") for name, sign in columns.items()})
+        for (model, _), line in places.iterrows():
+            axes.plot(range(len(columns)), line, "o-", color=f"C{models.index(model)}", markersize=5)
+        order = places["lambda"].sort_values()
+        axes.set_yticks(order, [f"{model}, {training}" for model, training in order.index], fontsize=8)
+        axes.set_xticks(range(len(columns)), ["λ", "λ, equal\nmargins", "attack"])
+        axes.set(title=dataset, ylim=(0.5, len(places) + 0.5))
+    return figure
+
+
+def draw_black_box(examples: pd.DataFrame) -> Figure:
+    """Draw the black-box estimate and the paper's two estimators over λ."""
+    shown = {"lambda_blackbox": "C0", "paper_white_box": "C1", "paper_black_box": "C3"}
+    some = examples.sample(min(_MAX_POINTS, len(examples)), random_state=0)
+    some = some[(some[["lambda", *shown]] > 1e-12).all(axis=1)]
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, colour in shown.items():
+        off = np.abs(np.log10(some[name] / some["lambda"])).median()
+        label = f"{METRICS[name].title}: median factor {10**off:.3g}"
+        axes.plot(some["lambda"], some[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
+    ends = [some["lambda"].min(), some["lambda"].max()]
+    axes.plot(ends, ends, color="k", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=METRICS["lambda"].title, ylabel="estimate")
+    axes.grid(alpha=0.3)
+    legend = axes.legend(frameon=False, markerscale=4)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    return figure
+
+
+def draw_power(found: Analysis) -> Figure:
+    """Draw how well each metric orders examples and networks by distance."""
+    over_models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"examples of a network": found.per_example, "networks of a data set": over_models}
+    for axes, (title, part) in zip(panels, titles.items(), strict=True):
+        _draw_intervals(axes, part[part.target == "distance"].set_index("metric"))
+        axes.set(title=title, xlabel="rank correlation with nearness")
+    panels[0].set_yticks([-place for place in range(len(METRICS))], [metric.title for metric in METRICS.values()])
+    return figure
+
+
+def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
+    for place, name in enumerate(METRICS):
+        if name in rows.index:
+            row = rows.loc[name]
+            axes.plot([row.low, row.high], [-place] * 2, color="C0", linewidth=2)
+            axes.plot(row.value, -place, "o", color="C3" if name.startswith("lambda") else "C0")
+    axes.axvline(0, color="gray", linestyle=":")
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _markdown_table(frame: pd.DataFrame) -> str:
+    lines: list[Sequence[str]] = [list(frame.columns), ["---"] * len(frame.columns)]
+    lines += [[_text(value) for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if np.isnan(value) else f"{value:.3g}"
+    return str(value)
