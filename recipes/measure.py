@@ -32,7 +32,7 @@ from recipes.baselines import input_gradient_norm, linearised_distance, local_li
 from recipes.clever import Clever
 
 _CHUNK = 100
-_CONFIDENT = 8.0  # times the logits: the same decisions and the same distances to them
+_CONFIDENT = 8.0
 _MAX_EXACT = 64  # classes up to which the trace is not sampled
 
 
@@ -118,7 +118,7 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor, effort: Effort) 
         "lambda": lambda: fisher_spectral_norm(network, images).eigenvalue,
         "trace": lambda: fisher_trace(network, images, estimator=Exact() if logits.shape[1] <= _MAX_EXACT else None),
         "lambda_tempered": lambda: fisher_spectral_norm(network, images, likelihood=MarginTempered()).eigenvalue,
-        "lambda_confident": lambda: fisher_spectral_norm(lambda x: _CONFIDENT * network(x), images).eigenvalue,
+        "lambda_confident": lambda: fisher_spectral_norm(_Confident(network), images).eigenvalue,
         "paper_white_box": lambda: fisher_spectral_norm(network, images, solver=HutchinsonMax()).eigenvalue,
         "paper_black_box": lambda: _black_box(network, images, BlackBoxMax()).eigenvalue,
         "local_lipschitz": lambda: local_lipschitz(network, images),
@@ -158,6 +158,17 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
     """Return the logits ``(B, K)`` of the deployed function."""
     with evaluation_behaviour(network):
         return torch.cat([network(part) for part in images.split(_CHUNK)])
+
+
+class _Confident(nn.Module):
+    """A network with larger logits: the same decisions and the same distances to them."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _CONFIDENT * self.network(images)
 
 
 def _black_box(network: nn.Module, images: Tensor, estimator: BlackBoxMax | None) -> Any:

@@ -1,0 +1,61 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from recipes.agreement import (
+    agreement,
+    every_network,
+    grid,
+    interval,
+    mean_over_seeds,
+    p_value,
+    quantiles,
+    rho,
+    tau,
+)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(tau, stats.kendalltau), (rho, stats.spearmanr)])
+@pytest.mark.parametrize("levels", [4, 1000])
+def test_rank_correlations_of_many_pairs_at_once_are_those_of_scipy(ours, theirs, levels):
+    one, other = np.random.default_rng(0).integers(levels, size=(2, 6, 11)).astype(float)  # with and without ties
+    expected = [theirs(*pair).statistic for pair in zip(one, other, strict=True)]
+    np.testing.assert_allclose(ours(one, other), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_constant_has_no_order_and_is_left_out_of_the_mean_over_groups():
+    rising, constant = np.arange(4.0)[:, None], np.ones((4, 1))
+    assert math.isnan(agreement([(constant, rising)], tau, mean_over_seeds))
+    assert agreement([(constant, rising), (rising, rising)], rho, mean_over_seeds) == 1
+    assert math.isnan(p_value([(constant, rising)], tau, mean_over_seeds, 10))
+
+
+def test_groups_are_permuted_by_themselves():
+    rising = np.arange(4.0)[:, None]
+    alone = p_value([(rising, rising)], tau, mean_over_seeds, 1000)
+    assert alone == pytest.approx(2 / math.factorial(4))
+    # of two groups each must be in order, or each in the reverse one
+    assert p_value([(rising, rising)] * 2, tau, mean_over_seeds, 1000) == pytest.approx(2 / math.factorial(4) ** 2)
+
+
+def test_an_interval_draws_models_and_seeds_of_both_sides_alike():
+    generator = np.random.default_rng(1)
+    values = generator.normal(size=(12, 3))
+    assert interval([(values, values)], tau, every_network, 50) == (1, 1)
+    noisy = values + generator.normal(size=values.shape)
+    low, high = interval([(values, noisy)], rho, mean_over_seeds, 200)
+    assert low < agreement([(values, noisy)], rho, mean_over_seeds) < high
+    wide = interval([(values[:, :1], noisy[:, :1])], rho, mean_over_seeds, 200)
+    pooled = interval([(values, noisy)] * 4, rho, mean_over_seeds, 200)
+    assert pooled[1] - pooled[0] < wide[1] - wide[0]
+
+
+def test_a_grid_has_models_by_seeds_in_the_order_of_the_rows():
+    rows = pd.DataFrame({"model": ["b", "b", "a", "a"], "seed": [1, 0, 0, 1], "x": [1.0, 2.0, 3.0, 4.0]})
+    assert grid(rows, "x").tolist() == [[2, 1], [3, 4]]
+    assert every_network(grid(rows, "x")).tolist() == [2, 1, 3, 4]
+    assert quantiles(np.array([math.nan, 1.0])) == (1, 1)
+    assert all(math.isnan(end) for end in quantiles(np.array([math.nan])))
