@@ -48,12 +48,18 @@ class ProjectedGradient:
         epsilon: Radius, in pixel units.
         num_steps: Ascent steps.
         step_size: Length of a step; by default 2.5 radii over the number of steps.
+
+    Raises:
+        ValueError: If the norm is another, or the radius not positive; so too in the other attacks in a ball.
     """
 
     norm: float
     epsilon: float
     num_steps: int = 20
     step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_ball(self.norm, self.epsilon)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""
@@ -131,6 +137,9 @@ class AutoProjectedGradient:
     epsilon: float
     num_steps: int = 50
 
+    def __post_init__(self) -> None:
+        _check_ball(self.norm, self.epsilon)
+
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""
         with _toolbox(network, images) as classifier:
@@ -157,6 +166,9 @@ class AutoAttack:
     epsilon: float
     num_steps: int = 50
     num_queries: int = 500
+
+    def __post_init__(self) -> None:
+        _check_ball(self.norm, self.epsilon)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""
@@ -224,6 +236,13 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
             stacklevel=2,
         )
     return result
+
+
+def _check_ball(norm: float, epsilon: float) -> None:
+    if norm not in (2, math.inf):
+        raise ValueError(f"norm must be 2 or infinity; got {norm}.")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon must be a positive radius in pixel units, such as 8/255; got {epsilon}.")
 
 
 def check_pixels(images: Tensor) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from recipes.attacks import attack_all
 from recipes.cache import cache_path, cached
 from recipes.classifier import Classifier
-from recipes.compare_analysis import Analysis, analyse
+from recipes.compare_analysis import NEAREST, Analysis, analyse
 from recipes.compare_report import write
 from recipes.data import ImageData
 from recipes.jobs import Settings, execute, quiet
@@ -105,11 +105,16 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     """Refuse what would fail or mislead after hours of training.
 
     Raises:
-        ValueError: If nothing is to be done, a seed occurs twice, there are fewer test images than asked for, or a
-            network does not fit the data. What cannot be built raises what its constructor says.
+        ValueError: If nothing is to be done, the nearest fooling images are not searched, a seed occurs twice, there
+            are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
+            its constructor says.
     """
     if not runs or not config.attacks:
         raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")
+    if NEAREST not in config.attacks:
+        raise ValueError(
+            f"The comparison needs the attack {NEAREST}, whose distances it is about; got {list(config.attacks)}."
+        )
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
     if not 0 <= config.noise < 1:

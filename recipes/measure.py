@@ -81,11 +81,19 @@ class Effort:
         clever: The CLEVER score.
         num_clever: Images with one.
         num_blockwise: Images with a blockwise bound.
+
+    Raises:
+        ValueError: For a negative number of images.
     """
 
     clever: Clever
     num_clever: int = 32
     num_blockwise: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("num_clever", "num_blockwise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -140,3 +140,10 @@ def test_examples_made_for_one_network_are_not_those_of_another(digits):
     for network, result in zip(networks, made, strict=True):
         assert ((network(result.images).argmax(1) != network(images).argmax(1)) == result.fooled).all()
     assert (made[0].images - made[1].images).abs().amax() > 1e-3
+
+
+def test_balls_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="norm must be 2 or infinity; got 1"):
+        AutoAttack(1, 0.5)
+    with pytest.raises(ValueError, match=r"positive radius in pixel units, such as 8/255; got 0"):
+        AutoProjectedGradient(2, 0.0)
