@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -59,10 +61,22 @@ def _results(
         yield from ((run, work(run)) for run in runs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (num_threads,)) as pool:
+    with ProcessPoolExecutor(num_processes, context, _begin, (num_threads,)) as pool:
         futures = {pool.submit(work, run): run for run in runs}
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin(num_threads: int) -> None:
+    """Set a worker up: its threads, and an end with the process that started it, should that be killed."""
+    torch.set_num_threads(num_threads)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)  # a result that is half written is not in its place yet
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
