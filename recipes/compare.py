@@ -7,7 +7,7 @@ kinks of max pooling on flat backgrounds.
 
 Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
 ``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
-four figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
+five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
 ``cache_dir`` under a digest of its settings and of the versions of torch and fisher-reg: a run that was killed goes on
 where it was, a training at its last epoch.
 """

@@ -43,7 +43,11 @@ NETWORK = ["dataset", "model", "training", "seed"]
 CELL = NETWORK[:-1]
 SIGNIFICANCE = 0.05
 CONFIDENCE_BINS = (0.0, 0.9, 0.99, 0.999, 1.0)
-_PREDICTORS = {"lambda": "√(2c/λ)", "lambda_tempered": "√(2c/λ), equal margins", "linearised_distance": "linearised"}
+PREDICTORS = {
+    "lambda": "√(2c/λ)",
+    "lambda_tempered": "√(2c/λ), λ at equal margins",
+    "linearised_distance": "linearised distance",
+}
 
 
 @dataclass(frozen=True)
@@ -183,30 +187,44 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def reached(right: pd.DataFrame) -> pd.DataFrame:
+    """Return the images whose nearest fooling image was found, with ``distance``."""
+    found = right[right[f"fooled_{NEAREST}"] & (right[f"distance_{NEAREST}"] > 0)]
+    return found.rename(columns={f"distance_{NEAREST}": "distance"})
+
+
+def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
+    r"""Return the distances of :func:`reached` beside what a predictor says, without images where it says nothing.
+
+    The linearised distance predicts by itself; an eigenvalue by :math:`\sqrt{2 c / \lambda}`, with a ``c`` for each
+    network such that half of its images lie nearer.
+    """
+    known = found[(found[name] > 0) & np.isfinite(found[name])]
+    if name == "linearised_distance":
+        return known[[*NETWORK, "distance"]].assign(prediction=known[name])
+    constant = (known[name] * known.distance**2 / 2).groupby([known[key] for key in NETWORK]).transform("median")
+    return known[[*NETWORK, "distance"]].assign(c=constant, prediction=np.sqrt(2 * constant / known[name]))
+
+
 def distance_table(right: pd.DataFrame) -> pd.DataFrame:
     """Compare distances to the nearest fooling image with what each predictor says.
 
     Returns:
-        A row per predictor. ``c`` is what the law needs: the median, over a network, of half the eigenvalue times the
-        squared distance. ``spread``: decades between the 5 % and the 95 % quantile of distance over prediction.
+        A row per predictor. ``c``: the median over networks. ``spread``: decades between the 5 % and the 95 % quantile
+        of distance over prediction in a network, the median over networks.
     """
-    found = right[right[f"fooled_{NEAREST}"] & (right[f"distance_{NEAREST}"] > 0)]
     rows = []
-    for name, title in _PREDICTORS.items():
-        known = found[(found[name] > 0) & np.isfinite(found[name])]
-        if name == "linearised_distance":
-            ratio = known[f"distance_{NEAREST}"] / known[name]
-        else:
-            constant = (known[name] * known[f"distance_{NEAREST}"] ** 2 / 2).groupby([known[key] for key in NETWORK])
-            ratio = known[f"distance_{NEAREST}"] / np.sqrt(2 * constant.transform("median") / known[name])
-        groups = np.log10(ratio).groupby([known[key] for key in NETWORK])
-        spreads = groups.quantile(0.95) - groups.quantile(0.05)
-        row = {"predictor": name, "title": title, "num_examples": len(known), "median_ratio": float(ratio.median())}
-        row["spread"] = float(spreads.median())
-        if name != "linearised_distance":
-            medians = constant.median()
-            row |= {"c": float(medians.median()), "c_low": float(medians.quantile(0.05))}
-            row |= {"c_high": float(medians.quantile(0.95))}
+    for name, title in PREDICTORS.items():
+        pairs = predicted(reached(right), name)
+        ratio = pairs.distance / pairs.prediction
+        groups = np.log10(ratio).groupby([pairs[key] for key in NETWORK])
+        spread = float((groups.quantile(0.95) - groups.quantile(0.05)).median())
+        row = {"predictor": name, "title": title, "num_examples": len(pairs), "median_ratio": float(ratio.median())}
+        row["spread"] = spread
+        if "c" in pairs:
+            constants = pairs.groupby(NETWORK).c.first()
+            ends = {"c_low": float(constants.quantile(0.05)), "c_high": float(constants.quantile(0.95))}
+            row |= {"c": float(constants.median())} | ends
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from recipes.compare_analysis import Analysis
+from recipes.compare_analysis import PREDICTORS, Analysis, predicted, reached
 from recipes.measure import METRICS
 from recipes.page import Section, render
 
@@ -123,6 +123,11 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
             draw_black_box(found.examples),
             "Each point is an image of a network: estimates against the largest eigenvalue.",
         ),
+        "distance": (
+            draw_distances(found.examples),
+            "Distance to the nearest fooling image over what each predictor says; a point per image that the network "
+            "classified correctly. An eigenvalue has one constant c per network.",
+        ),
         "power": (
             draw_power(found),
             "Rank correlation with the nearness of the nearest fooling image, over the examples of a network (mean "
@@ -184,10 +189,33 @@ def draw_black_box(examples: pd.DataFrame) -> Figure:
     axes.plot(ends, ends, color="k", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel=METRICS["lambda"].title, ylabel="estimate")
     axes.grid(alpha=0.3)
-    legend = axes.legend(frameon=False, markerscale=4)
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)
+    _strong_legend(axes)
     return figure
+
+
+def draw_distances(examples: pd.DataFrame) -> Figure:
+    """Draw the distances to the nearest fooling images over their predictions, a panel per predictor."""
+    found = reached(examples[examples.correct])
+    figure = Figure(figsize=(4.2 * len(PREDICTORS), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(PREDICTORS), sharex=True, sharey=True)
+    for axes, (name, title) in zip(panels, PREDICTORS.items(), strict=True):
+        pairs = predicted(found, name)
+        for number, (dataset, part) in enumerate(pairs.groupby("dataset", sort=False)):
+            some = part.sample(min(_MAX_POINTS // 4, len(part)), random_state=0)
+            axes.plot(some.prediction, some.distance, ".", color=f"C{number}", alpha=0.3, markersize=3, label=dataset)
+        ends = [pairs.distance.min(), pairs.distance.max()]
+        axes.plot(ends, ends, color="k", linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.set(xlim=(ends[0] / 10, ends[1] * 10), ylim=(ends[0] / 1.5, ends[1] * 1.5))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("distance to the nearest fooling image")
+    _strong_legend(panels[0])
+    return figure
+
+
+def _strong_legend(axes: Axes) -> None:
+    for handle in axes.legend(frameon=False, markerscale=4).legend_handles:
+        handle.set_alpha(1)
 
 
 def draw_power(found: Analysis) -> Figure:

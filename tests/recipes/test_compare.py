@@ -97,11 +97,11 @@ def test_a_run_leaves_its_files_and_its_page(study):
     assert saved["settings"]["seeds"] == [0]
     assert saved["findings"][0].startswith("4 networks; accuracy on all test images: digits 0.")
     assert "4 networks in" in output
-    for name in ("metric_against_attack", "ranking", "white_box_against_black_box", "power"):
+    for name in ("metric_against_attack", "ranking", "white_box_against_black_box", "distance", "power"):
         with Image.open(folder / "run" / f"{name}.png") as image:
             assert image.width > 400
     html = (folder / "run" / "compare.html").read_text(encoding="utf-8")
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 5
     assert not re.search(r"<link|<script|https?://", html)
     assert "λ_max at equal margins" in html
     assert "| λ_max of F |" in (folder / "run" / "compare.md").read_text(encoding="utf-8")
