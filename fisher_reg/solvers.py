@@ -318,7 +318,8 @@ def _images(operator: FactoredOperator, space: _Space, vectors: Tensor) -> tuple
     for v in vectors.unbind(1):
         known = (space.rows @ v[:, :, None]).squeeze(2)
         image = operator.apply(v)
-        wrong = ~(_disagreement(space, image, known) <= _TRUSTED * known.norm(dim=1))
+        length = known.norm(dim=1).clamp_min(10 * torch.finfo(known.dtype).tiny ** 0.5)  # squares below underflow
+        wrong = ~(_disagreement(space, image, known) <= _TRUSTED * length)
         num_passes += 1
         if bool(wrong.any()):
             some = operator.restrict(wrong)
@@ -329,7 +330,7 @@ def _images(operator: FactoredOperator, space: _Space, vectors: Tensor) -> tuple
             num_passes += 1
         check_finite(image)
         error = _disagreement(space, image, known)
-        if bool((error > 2 * _TRUSTED * known.norm(dim=1)).any()):
+        if bool((error > 2 * _TRUSTED * length).any()):
             raise ValueError(
                 "apply and adjoint are not transposes of each other. A model does that if its forward is random, or if "
                 "a part of it runs under torch.no_grad(), which forward-mode passes do not respect; use detach() there."

@@ -254,8 +254,8 @@ def accuracy_findings(networks: pd.DataFrame, examples: pd.DataFrame, attacks: S
         if len(masked):
             number = masked.groupby(NETWORK).ngroups
             found.append(
-                f"{name} could do nothing to {len(masked)} images that survived it, of {number} networks: they were "
-                "not moved, or their gradient is exactly zero. That is masked gradients or an attack without power."
+                f"{name} could do nothing to {len(masked)} images that survived it, of {number} networks: the "
+                "gradient is exactly zero there, or it moved no image at all. That is not robustness."
             )
     return found
 

@@ -40,25 +40,32 @@ def write(found: Analysis, settings: dict[str, Any], folder: Path) -> None:
 def tables(found: Analysis) -> dict[str, pd.DataFrame]:
     """Return what is shown: which metrics tell what falls, the networks, the distances, and saturation."""
     return {
-        "What tells which examples and which networks fall": metric_table(found),
+        "What tells which examples and which networks fall": metric_table(
+            found.per_example, found.per_model, found.networks
+        ),
         "The networks: means over seeds": network_table(found),
         "Predicted distance to the nearest fooling image": found.distances.drop(columns="predictor"),
         "Confidence, and what falls all the same": found.saturation,
     }
 
 
-def metric_table(found: Analysis) -> pd.DataFrame:
+def metric_table(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
     """Return a row per metric; every cell with its 95 % interval, ``*`` where the corrected p is at most 0.05."""
     table = pd.DataFrame({"metric": [metric.title for metric in METRICS.values()]}, index=list(METRICS))
-    parts = {"examples": found.per_example}
-    parts["networks"] = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
-    for over, part in parts.items():
+    over_models = per_model[(per_model.scope == "all") & (per_model.statistic == "rho")]
+    for over, part in {"images": per_example, "networks": over_models}.items():
         for target, rows in part.groupby("target", sort=False):
             goal = "nearness" if target == "distance" else target
             column = f"{over}: {goal}, {rows.statistic.iloc[0]}"
             table[column] = pd.Series({row.metric: _cell(row) for _, row in rows.iterrows()})
-    table["seconds per network"] = [f"{found.networks[f'seconds_{name}'].median():.2g}" for name in METRICS]
+    table["seconds"] = [f"{networks[f'seconds_{name}'].median():.2g}" for name in METRICS]
     return table.fillna("–")
+
+
+def short_markdown(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> str:
+    """Return the columns of :func:`metric_table` that fit on a page."""
+    shown = ["metric", "images: auto_pgd, auc", "images: nearness, rho", "networks: nearness, rho", "seconds"]
+    return markdown_table(metric_table(per_example, per_model, networks)[shown])
 
 
 def _cell(row: pd.Series) -> str:
@@ -85,7 +92,7 @@ def markdown(found: Analysis) -> str:
     """Return findings and tables as a Markdown page."""
     parts = ["# Metric against attack", *(f"- {text}" for text in found.findings), ""]
     for title, frame in tables(found).items():
-        parts += [f"## {title}", "", _markdown_table(frame), ""]
+        parts += [f"## {title}", "", markdown_table(frame), ""]
     return "\n".join(parts)
 
 
@@ -241,7 +248,8 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
     axes.grid(alpha=0.3, axis="x")
 
 
-def _markdown_table(frame: pd.DataFrame) -> str:
+def markdown_table(frame: pd.DataFrame) -> str:
+    """Return the rows of a frame as a Markdown table."""
     lines: list[Sequence[str]] = [list(frame.columns), ["---"] * len(frame.columns)]
     lines += [[_text(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -231,7 +231,7 @@ def test_infinite_derivatives_are_named():
 
 
 @pytest.mark.parametrize("solver", [Exact(), Lanczos(), PowerIteration()])
-@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 20.0, 80.0])
 def test_a_saturated_prediction_keeps_its_small_eigenvalue_in_single_precision(solver, scale):
     torch.manual_seed(0)
     weight, x = torch.randn(10, 30, dtype=torch.float64), torch.randn(8, 30, dtype=torch.float64)
@@ -246,4 +246,4 @@ def test_a_saturated_prediction_keeps_its_small_eigenvalue_in_single_precision(s
     ]
     expected = torch.linalg.eigvalsh(sum(pairs))[:, -1]
     found = fisher_spectral_norm(lambda x: scale * x @ weight.float().T, x.float(), solver=solver).eigenvalue
-    assert_close(found.double(), expected, rtol=0.02, atol=0)
+    assert_close(found.double(), expected, rtol=0.02, atol=1e-36)  # where its squares leave the range of the numbers

@@ -246,7 +246,10 @@ def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_not
     said = next(text for text in found.findings if text.startswith("Which networks of a data set (distance"))
     assert "not to be told from chance" in said  # four networks are too few
     assert "| λ_max of F |" in markdown(found)
-    assert (metric_table(found)["metric"] == [metric.title for metric in METRICS.values()]).all()
+    assert (
+        metric_table(found.per_example, found.per_model, found.networks)["metric"]
+        == [metric.title for metric in METRICS.values()]
+    ).all()
 
 
 def test_only_images_that_were_right_are_judged():
