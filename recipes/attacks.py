@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import foolbox
@@ -191,8 +191,8 @@ class AttackResult:
         images: Attacked images ``(B, C, H, W)``.
         fooled: Whether the network misclassifies them, ``(B,)``.
         euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
-        masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero; all of them, if the attack
-            moved no image at all.
+        masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero, so that no attack that
+            follows it could do anything. Most attacks give back what they cannot fool: that alone is no sign.
     """
 
     images: Tensor
@@ -227,14 +227,12 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
         moved = (attacked - part).flatten(1)
         parts.append((attacked, fooled, moved.norm(dim=1), ~fooled & (slope.flatten(1).abs().amax(1) == 0)))
     result = AttackResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-    if not bool(result.euclidean.any()):
-        result = replace(result, masked=~result.fooled)
     if bool(result.masked.any()):
         warnings.warn(
             f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
-            f"{int((~result.fooled).sum())} images that survived it: the gradient is exactly zero there, or it moved "
-            "no image at all. Masked gradients (a saturated softmax, rounding in the network) are not robustness; try "
-            "AutoAttack, whose Square needs none.",
+            f"{int((~result.fooled).sum())} images that survived it: the gradient is exactly zero there. Masked "
+            "gradients (a saturated softmax, rounding in the network) are not robustness; try AutoAttack, whose Square "
+            "needs none.",
             stacklevel=2,
         )
     return result

@@ -255,7 +255,7 @@ def accuracy_findings(networks: pd.DataFrame, examples: pd.DataFrame, attacks: S
             number = masked.groupby(NETWORK).ngroups
             found.append(
                 f"{name} could do nothing to {len(masked)} images that survived it, of {number} networks: the "
-                "gradient is exactly zero there, or it moved no image at all. That is not robustness."
+                "gradient is exactly zero there. Masked gradients are not robustness."
             )
     return found
 

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from recipes.compare_analysis import PREDICTORS, Analysis, predicted, reached
 from recipes.measure import METRICS
 from recipes.page import Section, render
+from recipes.records import without_folders
 
 _MARKERS = "osD^v<>P"
 _MAX_POINTS = 4000  # of a scatter plot
@@ -31,7 +32,7 @@ def write(found: Analysis, settings: dict[str, Any], folder: Path) -> None:
     for name, (figure, _) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     (folder / "compare.json").write_text(
-        json.dumps({"findings": found.findings, "settings": settings}, indent=2) + "\n"
+        json.dumps({"findings": found.findings, "settings": without_folders(settings)}, indent=2) + "\n"
     )
     (folder / "compare.md").write_text(markdown(found), encoding="utf-8")
     (folder / "compare.html").write_text(page(found, drawn), encoding="utf-8")
