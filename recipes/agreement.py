@@ -1,7 +1,8 @@
 """How far two orders of networks agree, with bootstrap intervals and permutation tests.
 
 Values are arrays ``(models, seeds)``, one pair for each group of networks that may be compared with one another (a data
-set, say). A statistic over several groups is its mean over them.
+set, say). A statistic over several groups is its mean over them. The groups hold the same models in the same order, and
+are drawn and permuted together: what makes a model special in every group is one observation, not several.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ Statistic = Callable[[Array, Array], Array]
 Merge = Callable[[Array], Array]
 
 INTERVAL = (0.025, 0.975)
+SIGNIFICANCE = 0.05
+_BATCH = 2000  # permutations held at once
 
 
 def grid(rows: pd.DataFrame, column: str) -> Array:
@@ -67,21 +70,24 @@ def agreement(groups: Sequence[Pair], statistic: Statistic, merge: Merge) -> Arr
 def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> tuple[float, float]:
     """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
     generator = np.random.default_rng(0)
-    draws = [[_drawn(pair, generator) for pair in groups] for _ in range(num_resamples)]
+    draws = [_drawn(groups, generator) for _ in range(num_resamples)]
     stacked = [tuple(np.stack(part) for part in zip(*group, strict=True)) for group in zip(*draws, strict=True)]
     return quantiles(agreement(stacked, statistic, merge))
 
 
-def _drawn(pair: Pair, generator: np.random.Generator) -> Pair:
-    shape = pair[0].shape
+def _drawn(groups: Sequence[Pair], generator: np.random.Generator) -> list[Pair]:
+    shape = groups[0][0].shape
     models = generator.integers(shape[0], size=shape[0])
     seeds = generator.integers(shape[1], size=shape)  # the same for each draw of a model: such pairs tie
-    one, other = (np.take_along_axis(part, seeds, 1)[models] for part in pair)
-    return one, other
+
+    def draw(part: Array) -> Array:
+        return np.asarray(np.take_along_axis(part, seeds, 1)[models])
+
+    return [(draw(one), draw(other)) for one, other in groups]
 
 
 def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> float:
-    """Permute the models of the second order in each group, each with all its seeds.
+    """Permute the models of the second order, in all groups alike and each with all its seeds.
 
     Returns:
         The two-sided p-value, exact where there are few models.
@@ -89,17 +95,17 @@ def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resa
     if np.isnan(agreement(groups, statistic, merge)):
         return math.nan
 
-    def permuted(*orders: Array, axis: int) -> Array:
-        places = [np.moveaxis(order.astype(int), axis, -1) for order in orders]
-        shuffled = [(one, other[place]) for (one, other), place in zip(groups, places, strict=True)]
-        return agreement(shuffled, statistic, merge)
+    def permuted(order: Array, axis: int) -> Array:
+        place = np.moveaxis(order.astype(int), axis, -1)
+        return agreement([(one, other[place]) for one, other in groups], statistic, merge)
 
     tested = stats.permutation_test(
-        tuple(np.arange(len(one)) for one, _ in groups),
+        (np.arange(len(groups[0][0])),),
         permuted,
         permutation_type="pairings",
         vectorized=True,
         n_resamples=num_resamples,
+        batch=_BATCH,
         random_state=np.random.default_rng(0),
     )
     return float(tested.pvalue)

@@ -60,11 +60,13 @@ class ProjectedGradient:
 
     def __post_init__(self) -> None:
         _check_ball(self.norm, self.epsilon)
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, or None for 2.5 radii over the steps; got {self.step_size}.")
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""
         attack_type = {2: foolbox.attacks.L2PGD, math.inf: foolbox.attacks.LinfPGD}[self.norm]
-        step_size = self.step_size or _STEP * self.epsilon / self.num_steps
+        step_size = _STEP * self.epsilon / self.num_steps if self.step_size is None else self.step_size
         attack = attack_type(abs_stepsize=step_size, steps=self.num_steps)
         with _attackable(network, images) as model:
             return attack.run(model, images.detach().clone(), labels.clone(), epsilon=self.epsilon)

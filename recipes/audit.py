@@ -13,11 +13,9 @@ from torch import Tensor
 
 from fisher_reg.metrics import summarize
 from recipes.attacks import Attack, AttackResult
-from recipes.measure import Measurement
+from recipes.measure import SATURATED, Measurement
 from recipes.records import plain, without_folders
 
-SATURATED = 0.999
-"""Confidence above which p (1 - p), and λ with it, is small whatever the network does to its input."""
 _NUM_RESAMPLES = 500
 BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
 

@@ -10,9 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from recipes.measure import SATURATED
+
 Array = np.ndarray[Any, Any]
 
-_GROUPS = {"confidence up to 0.999": ("tab:blue", False), "saturated: above 0.999": ("tab:orange", True)}
+_GROUPS = {f"confidence up to {SATURATED}": ("tab:blue", False), f"saturated: above {SATURATED}": ("tab:orange", True)}
 _LEVELS = {
     "log10_global": ("global bound, certified for every input", "tab:red"),
     "log10_local": ("local bound, certified at the image", "tab:orange"),

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fisher_reg import MarginTempered
-from recipes.audit import BOUNDS, SATURATED, Audit, outcome, share
+from recipes.audit import BOUNDS, Audit, outcome, share
+from recipes.measure import SATURATED
 
 _STEP = 0.1  # of which the reading tells the divergence, in pixel units
 _SECOND_ORDER = 0.5  # nats, above which the second order is taken for a sign of danger and not for a value
@@ -126,6 +127,8 @@ def _rankings(audit: Audit) -> list[str]:
             )
     if audit.attacks and not texts:
         texts.append("No attack left enough images of both kinds to tell whether λ ranks them.")
+    elif len(texts) > 1:
+        texts.append(f"Each of these {len(texts)} judgements is made at 5 % by itself, not corrected for their number.")
     return texts
 
 
@@ -143,7 +146,7 @@ def _bounds(audit: Audit) -> list[str]:
     logs = values["lambda"].log10()
     texts = [f"There is no {level} bound: {missing[name]}" for name, level in BOUNDS.items() if name in missing]
     largest = float(logs.max())
-    if "log10_global" not in missing:
+    if "log10_global" not in missing and math.isfinite(largest):
         bound = float(values["log10_global"][0])
         texts.append(
             f"The weights certify λ ≤ 10^{bound:.1f} for every input whatever, {bound - largest:.1f} decades above the "

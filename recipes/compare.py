@@ -29,14 +29,17 @@ from rich.console import Console
 from torch import nn
 
 from recipes.cache import cache_path
-from recipes.compare_analysis import NEAREST, NETWORK, Analysis, analyse
+from recipes.compare_analysis import NEAREST, Analysis, analyse
+from recipes.compare_findings import findings
+from recipes.compare_powers import NETWORK
 from recipes.compare_report import write
 from recipes.compare_stages import STAGES
 from recipes.data import ImageData
 from recipes.jobs import Settings, execute, quiet
 from recipes.measure import METRICS, predict
-from recipes.networks import prepared_data
+from recipes.networks import check_noise, prepared_data
 
+MIN_MODELS = 3
 _TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
 _MEASURED_BY = ("num_images", "noise", "effort", "num_resamples")
 _SHOWN = ("datasets", "models", "trainings", "attacks", "seeds", *_TRAINED_BY, *_MEASURED_BY)
@@ -72,9 +75,10 @@ def compare(config: DictConfig) -> Analysis:
     ordered = [results[cache_path(run, cache).stem] for run in runs]
     found = analyse(networks_frame(ordered), examples_frame(ordered), list(config.attacks), config.num_resamples)
     settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(_SHOWN)), resolve=True)
-    write(found, settings, folder)
+    texts = findings(found)
+    write(found, texts, settings, folder)
     console = Console()
-    for text in found.findings:
+    for text in texts:
         console.print(f"- {text}", highlight=False)
     console.print(f"{len(runs)} networks in {time.perf_counter() - begin:.0f} s. Files: {folder}", soft_wrap=True)
     return found
@@ -110,8 +114,11 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
         )
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
-    if not 0 <= config.noise < 1:
-        raise ValueError(f"noise is a share of uniform noise in each pixel, in [0, 1); got {config.noise}.")
+    if len(config.models) * len(config.trainings) < MIN_MODELS:
+        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; give more of either.")
+    if config.num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1; got {config.num_resamples}.")
+    check_noise(config.noise)
     for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
         instantiate(attack)
     instantiate(config.effort)

@@ -13,16 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from recipes.compare_analysis import PREDICTORS, Analysis, predicted, reached
+from recipes.agreement import SIGNIFICANCE
+from recipes.compare_analysis import PREDICTORS, Analysis, in_decades, predicted, reached
 from recipes.measure import METRICS
-from recipes.page import Section, render
+from recipes.page import Section, markdown_table, render
 from recipes.records import without_folders
 
 _MARKERS = "osD^v<>P"
 _MAX_POINTS = 4000  # of a scatter plot
 
 
-def write(found: Analysis, settings: dict[str, Any], folder: Path) -> None:
+def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folder: Path) -> None:
     """Write the files of a run into its folder."""
     found.networks.to_csv(folder / "networks.csv", index=False, float_format="%.6g")
     found.examples.to_csv(folder / "examples.csv.gz", index=False, float_format="%.6g")
@@ -32,10 +33,10 @@ def write(found: Analysis, settings: dict[str, Any], folder: Path) -> None:
     for name, (figure, _) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
     (folder / "compare.json").write_text(
-        json.dumps({"findings": found.findings, "settings": without_folders(settings)}, indent=2) + "\n"
+        json.dumps({"findings": list(texts), "settings": without_folders(settings)}, indent=2) + "\n"
     )
-    (folder / "compare.md").write_text(markdown(found), encoding="utf-8")
-    (folder / "compare.html").write_text(page(found, drawn), encoding="utf-8")
+    (folder / "compare.md").write_text(markdown(found, texts), encoding="utf-8")
+    (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
 
 
 def tables(found: Analysis) -> dict[str, pd.DataFrame]:
@@ -46,7 +47,7 @@ def tables(found: Analysis) -> dict[str, pd.DataFrame]:
         ),
         "The networks: means over seeds": network_table(found),
         "Predicted distance to the nearest fooling image": found.distances.drop(columns="predictor"),
-        "Confidence, and what falls all the same": found.saturation,
+        "Confidence, and what falls all the same (over all networks and data sets)": found.saturation,
     }
 
 
@@ -70,36 +71,33 @@ def short_markdown(per_example: pd.DataFrame, per_model: pd.DataFrame, networks:
 
 
 def _cell(row: pd.Series) -> str:
-    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{'*' if row.p_corrected <= 0.05 else ''}"
+    few = f" ({row.num_networks} of {row.num_all})" if row.get("num_all", row.num_networks) > row.num_networks else ""
+    star = "*" if row.p_corrected <= SIGNIFICANCE else ""
+    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{star}{few}"
 
 
 def network_table(found: Analysis) -> pd.DataFrame:
-    """Return the means over the seeds of each cell."""
+    """Return the means over the seeds of each cell, geometric ones of what is positive."""
     shown = ["accuracy", *(name for name in found.networks if name.startswith("success_")), "distance"]
-    shown += [
-        "lambda",
-        "lambda_blackbox",
-        "lambda_tempered",
-        "clever",
-        "log10_blockwise",
-        "log10_local",
-        "log10_global",
-    ]
-    groups = found.networks.groupby(["dataset", "model", "training"], sort=False)[shown]
-    return groups.mean().reset_index()
+    shown += ["lambda", "lambda_blackbox", "lambda_tempered", "clever"]
+    shown += ["log10_blockwise", "log10_local", "log10_global"]
+    decades = in_decades(found.networks)
+    means = decades.groupby(["dataset", "model", "training"], sort=False)[shown].mean()
+    changed = [name for name in shown if not decades[name].equals(found.networks[name])]
+    return means.assign(**{name: 10 ** means[name] for name in changed}).reset_index()
 
 
-def markdown(found: Analysis) -> str:
+def markdown(found: Analysis, texts: Sequence[str]) -> str:
     """Return findings and tables as a Markdown page."""
-    parts = ["# Metric against attack", *(f"- {text}" for text in found.findings), ""]
+    parts = ["# Metric against attack", *(f"- {text}" for text in texts), ""]
     for title, frame in tables(found).items():
         parts += [f"## {title}", "", markdown_table(frame), ""]
     return "\n".join(parts)
 
 
-def page(found: Analysis, drawn: dict[str, tuple[Figure, str]]) -> str:
+def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, str]]) -> str:
     """Return findings, tables and figures as a self-contained HTML page."""
-    sections = [Section("Findings", found.findings)]
+    sections = [Section("Findings", texts)]
     sections += [Section(title, table=frame) for title, frame in tables(found).items()]
     sections += [
         Section(name.replace("_", " ").capitalize(), figure=figure, caption=caption)
@@ -108,8 +106,10 @@ def page(found: Analysis, drawn: dict[str, tuple[Figure, str]]) -> str:
     lead = [
         "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
         "attack, tell which images and which networks are fooled? Positive correlations and areas above one half: the "
-        "more sensitive is easier to fool. Intervals are 95 % bootstrap intervals; * marks p-values of at most 0.05 "
-        "after correction for all tests of a table."
+        "more sensitive is easier to fool. Intervals are 95 % bootstrap intervals: over images, models and seeds "
+        "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
+        "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
+        "CLEVER and the blockwise bound see fewer images than the others."
     ]
     return render("Metric against attack", lead, sections)
 
@@ -134,7 +134,7 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         "distance": (
             draw_distances(found.examples),
             "Distance to the nearest fooling image over what each predictor says; a point per image that the network "
-            "classified correctly. An eigenvalue has one constant c per network.",
+            "classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
         ),
         "power": (
             draw_power(found),
@@ -153,14 +153,17 @@ def draw_success(networks: pd.DataFrame) -> Figure:
         for axes, dataset in zip(line, datasets, strict=True):
             some = networks[networks.dataset == dataset]
             for (model, training), part in some.groupby(["model", "training"]):
-                style = {"color": f"C{models.index(model)}", "marker": _MARKERS[trainings.index(training)]}
+                style = {
+                    "color": f"C{models.index(model)}",
+                    "marker": _MARKERS[trainings.index(training) % len(_MARKERS)],
+                }
                 axes.plot(part[metric], part.distance, linestyle="none", alpha=0.8, **style)
             axes.set(xscale="log", yscale="log", xlabel=f"median of {METRICS[metric].title}", title=dataset)
             axes.grid(alpha=0.3)
         line[0].set_ylabel("distance to the nearest fooling image")
     handles = [Line2D([], [], color=f"C{index}", linewidth=4, label=name) for index, name in enumerate(models)]
     for index, name in enumerate(trainings):
-        handles.append(Line2D([], [], color="k", marker=_MARKERS[index], linestyle="none", label=name))
+        handles.append(Line2D([], [], color="k", marker=_MARKERS[index % len(_MARKERS)], linestyle="none", label=name))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
@@ -171,7 +174,8 @@ def draw_ranking(networks: pd.DataFrame) -> Figure:
     columns = {"lambda": 1, "lambda_tempered": 1, "distance": -1}
     figure = Figure(figsize=(4.4 * len(datasets), 5.4), layout="constrained")
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        cells = networks[networks.dataset == dataset].groupby(["model", "training"], sort=False)[list(columns)].median()
+        some = in_decades(networks[networks.dataset == dataset])
+        cells = some.groupby(["model", "training"], sort=False)[list(columns)].mean()
         places = pd.DataFrame({name: (sign * cells[name]).rank(method="first") for name, sign in columns.items()})
         for (model, _), line in places.iterrows():
             axes.plot(range(len(columns)), line, "o-", color=f"C{models.index(model)}", markersize=5)
@@ -186,13 +190,14 @@ def draw_black_box(examples: pd.DataFrame) -> Figure:
     """Draw the black-box estimate and the paper's two estimators over λ."""
     shown = {"lambda_blackbox": "C0", "paper_white_box": "C1", "paper_black_box": "C3"}
     some = examples.sample(min(_MAX_POINTS, len(examples)), random_state=0)
-    some = some[(some[["lambda", *shown]] > 1e-12).all(axis=1)]
+    some = some[some["lambda"] > 0]
     figure = Figure(figsize=(6.4, 6), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in shown.items():
-        off = np.abs(np.log10(some[name] / some["lambda"])).median()
-        label = f"{METRICS[name].title}: median factor {10**off:.3g}"
-        axes.plot(some["lambda"], some[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
+        drawn = some[some[name] > 0]
+        off = np.abs(np.log10(drawn[name] / drawn["lambda"])).median()
+        label = f"{METRICS[name].title}: median factor {10**off:.3g}, zero at {len(some) - len(drawn)} of {len(some)}"
+        axes.plot(drawn["lambda"], drawn[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
     ends = [some["lambda"].min(), some["lambda"].max()]
     axes.plot(ends, ends, color="k", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel=METRICS["lambda"].title, ylabel="estimate")
@@ -247,16 +252,3 @@ def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
             axes.plot(row.value, -place, "o", color="C3" if name.startswith("lambda") else "C0")
     axes.axvline(0, color="gray", linestyle=":")
     axes.grid(alpha=0.3, axis="x")
-
-
-def markdown_table(frame: pd.DataFrame) -> str:
-    """Return the rows of a frame as a Markdown table."""
-    lines: list[Sequence[str]] = [list(frame.columns), ["---"] * len(frame.columns)]
-    lines += [[_text(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, float):
-        return "–" if np.isnan(value) else f"{value:.3g}"
-    return str(value)

@@ -31,7 +31,10 @@ from recipes.networks import chosen_device, chosen_examples, prepared_data
 
 def train(settings: Settings, cache: Path) -> dict[str, Any]:
     """Train a network from its last finished epoch, if there is one, and keep its weights; or read the results."""
-    return cached(settings, cache, partial(_train, settings["run"], weights_path(settings["run"], cache)))
+    weights = weights_path(settings["run"], cache)
+    result = cached(settings, cache, partial(_train, settings["run"], weights))
+    shutil.rmtree(_epochs(weights), ignore_errors=True)
+    return result
 
 
 def attack(settings: Settings, cache: Path) -> dict[str, Any]:
@@ -53,14 +56,26 @@ def weights_path(run: Settings, cache: Path) -> Path:
 
 
 class RandomStateCheckpoint(pl.Callback):
-    """Keeps the state of torch's generators in the checkpoint, so that a training that goes on draws the same."""
+    """Keeps the state of torch's generators in the checkpoint, so that a training that goes on draws the same.
+
+    And the seconds until then, so that they are those of all its legs.
+    """
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Return how long the training has taken."""
+        return time.perf_counter() - self._begin
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        states = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        return states | {"seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Set the states."""
+        self._begin -= state_dict["seconds"]
         torch.set_rng_state(state_dict["cpu"].cpu())
         torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
 
@@ -73,20 +88,22 @@ def _train(run: Settings, weights: Path) -> dict[str, Any]:
     made_by = instantiate(run["attack"]) if run["attack"] else None
     optimizer = instantiate(run["optimizer"])
     module = Classifier(network, data.spec.num_classes, optimizer, made_by, run["annealed"])
-    epochs = weights.with_suffix(".epochs")
-    callbacks = [RandomStateCheckpoint(), ModelCheckpoint(epochs, save_on_train_epoch_end=True)]
+    epochs, state = _epochs(weights), RandomStateCheckpoint()
+    callbacks = [state, ModelCheckpoint(epochs, save_on_train_epoch_end=True)]
     trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks, enable_checkpointing=True)
-    begin = time.perf_counter()
     trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=_last(epochs))
-    seconds = time.perf_counter() - begin
+    seconds = state.seconds()
     partial_path = weights.with_suffix(f".{os.getpid()}")
     torch.save(network.state_dict(), partial_path)
     os.replace(partial_path, weights)
-    shutil.rmtree(epochs, ignore_errors=True)
     device = chosen_device(run["device"])
     network = network.eval().to(device)
     hits = [predict(network, images.to(device)).argmax(1).cpu() == labels for images, labels in data.test_dataloader()]
     return {"accuracy": float(torch.cat(hits).double().mean()), "seconds": seconds}
+
+
+def _epochs(weights: Path) -> Path:
+    return weights.with_suffix(".epochs")
 
 
 def _last(epochs: Path) -> Path | None:
@@ -120,9 +137,7 @@ def _prepared(settings: Settings, cache: Path) -> tuple[nn.Module, Tensor, Tenso
     network = instantiate(run["network"], spec=data.spec)
     network.load_state_dict(torch.load(weights_path(run, cache), map_location="cpu", weights_only=True))
     generator = torch.Generator().manual_seed(0)
-    images, labels = chosen_examples(data, settings["num_images"], generator)
-    noise = torch.rand(images.shape, generator=generator)
-    images = (1 - settings["noise"]) * images + settings["noise"] * noise
+    images, labels = chosen_examples(data, settings["num_images"], generator, settings["noise"])
     return network.eval().to(device), images.to(device), labels.to(device)
 
 

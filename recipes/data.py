@@ -81,7 +81,6 @@ class ImageData(pl.LightningDataModule):
             data,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             **kwargs,
         )
 

@@ -39,7 +39,7 @@ from recipes.checkpoints import built_network, check_network
 from recipes.data import ImageData
 from recipes.jobs import quiet
 from recipes.measure import Measurement, measure, predict
-from recipes.networks import chosen_device, chosen_examples, prepared_data
+from recipes.networks import check_noise, chosen_device, chosen_examples, prepared_data
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
@@ -90,12 +90,11 @@ def audited_images(config: DictConfig, data: ImageData) -> tuple[Tensor, Tensor]
             f"1 <= num_shown={config.num_shown} <= num_images={config.num_images} <= {num_test} (the test images of "
             "the data) must hold; change the first two."
         )
-    if not 0 <= config.noise < 1:
-        raise ValueError(f"noise is a share of each pixel, from 0 to less than 1; got {config.noise}.")
+    check_noise(config.noise)
     generator = torch.Generator().manual_seed(config.seed)
-    images, labels = chosen_examples(data, config.num_images, generator)
+    images, labels = chosen_examples(data, config.num_images, generator, config.noise)
     check_pixels(images)
-    return (1 - config.noise) * images + config.noise * torch.rand(images.shape, generator=generator), labels
+    return images, labels
 
 
 def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Tensor, labels: Tensor) -> Audit:

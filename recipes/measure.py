@@ -31,7 +31,10 @@ from fisher_reg.forward import evaluation_behaviour
 from recipes.baselines import input_gradient_norm, linearised_distance, local_lipschitz, margin
 from recipes.clever import Clever
 
+SATURATED = 0.999
+"""Confidence above which p (1 - p), and λ with it, is small whatever the network does to its input."""
 _CHUNK = 100
+_MAX_PIXELS = 2**22  # of the images whose activations and derivatives are held at once
 _CONFIDENT = 8.0
 _MAX_EXACT = 64  # classes up to which the trace is not sampled
 
@@ -83,7 +86,7 @@ class Effort:
         num_blockwise: Images with a blockwise bound.
 
     Raises:
-        ValueError: For a negative number of images.
+        ValueError: For fewer than one image.
     """
 
     clever: Clever
@@ -92,8 +95,8 @@ class Effort:
 
     def __post_init__(self) -> None:
         for name in ("num_clever", "num_blockwise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,18 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor, effort: Effort) 
     """Measure a network at images ``(B, C, H, W)`` in [0, 1] with labels ``(B,)``."""
     logits = predict(network, images)
     probabilities = logits.softmax(1)
+    exact = Exact() if logits.shape[1] <= _MAX_EXACT else None
+    size = max(1, _MAX_PIXELS // images[0].numel())
+
+    def in_parts(compute: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.cat([compute(part) for part in images.split(size)])
+
     metrics: dict[str, Callable[[], Tensor]] = {
-        "lambda": lambda: fisher_spectral_norm(network, images).eigenvalue,
-        "trace": lambda: fisher_trace(network, images, estimator=Exact() if logits.shape[1] <= _MAX_EXACT else None),
-        "lambda_tempered": lambda: fisher_spectral_norm(network, images, likelihood=MarginTempered()).eigenvalue,
-        "lambda_confident": lambda: fisher_spectral_norm(_Confident(network), images).eigenvalue,
-        "paper_white_box": lambda: fisher_spectral_norm(network, images, solver=HutchinsonMax()).eigenvalue,
+        "lambda": in_parts(lambda x: fisher_spectral_norm(network, x).eigenvalue),
+        "trace": in_parts(lambda x: fisher_trace(network, x, estimator=exact)),
+        "lambda_tempered": in_parts(lambda x: fisher_spectral_norm(network, x, likelihood=MarginTempered()).eigenvalue),
+        "lambda_confident": in_parts(lambda x: fisher_spectral_norm(_Confident(network), x).eigenvalue),
+        "paper_white_box": in_parts(lambda x: fisher_spectral_norm(network, x, solver=HutchinsonMax()).eigenvalue),
         "paper_black_box": lambda: _black_box(network, images, BlackBoxMax()).eigenvalue,
         "local_lipschitz": lambda: local_lipschitz(network, images),
         "input_gradient": lambda: input_gradient_norm(network, images, labels),
@@ -135,7 +144,7 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor, effort: Effort) 
         "linearised_distance": lambda: linearised_distance(network, images),
         "clever": lambda: effort.clever(network, images[: effort.num_clever]),
         "log10_blockwise": lambda: blockwise_fisher_bound(network, images[: effort.num_blockwise]).log10_value,
-        "log10_local": lambda: local_fisher_bound(network, images).log10_value,
+        "log10_local": in_parts(lambda x: local_fisher_bound(network, x).log10_value),
         "log10_global": lambda: torch.tensor(fisher_bound(network, images).log10_value).expand(len(images)),
     }
     begin = time.perf_counter()

@@ -40,12 +40,30 @@ def prepared_data(config: DictConfig) -> ImageData:
     return data
 
 
-def chosen_examples(data: ImageData, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return ``count`` test images from anywhere in the split, the same for every network, and their labels."""
+def chosen_examples(
+    data: ImageData, count: int, generator: torch.Generator, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return ``count`` test images from anywhere in the split, the same for every network, and their labels.
+
+    A share ``noise`` of uniform noise in each pixel keeps flat backgrounds off the kinks of max pooling.
+    """
     split = data.splits["test"]
     examples = [split[index] for index in torch.randperm(len(split), generator=generator)[:count].tolist()]
     images, labels = zip(*examples, strict=True)
-    return torch.stack(images), torch.tensor([int(label) for label in labels])
+    pixels = torch.stack(images)
+    if noise:
+        pixels = (1 - noise) * pixels + noise * torch.rand(pixels.shape, generator=generator)
+    return pixels, torch.tensor([int(label) for label in labels])
+
+
+def check_noise(noise: float) -> None:
+    """Refuse what is not a share.
+
+    Raises:
+        ValueError: If ``noise`` is not from 0 to less than 1.
+    """
+    if not 0 <= noise < 1:
+        raise ValueError(f"noise is a share of each pixel, from 0 to less than 1; got {noise}.")
 
 
 def chosen_device(name: str | None) -> torch.device:

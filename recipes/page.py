@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,19 @@ def render(title: str, paragraphs: Sequence[str], sections: Sequence[Section]) -
     environment.filters["table"] = _table
     environment.filters["image"] = _image
     return environment.from_string(_TEMPLATE).render(title=title, paragraphs=paragraphs, sections=sections)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """Return the rows of a frame as a Markdown table: text as it is, numbers with three digits."""
+    lines = [list(frame.columns), ["---", *["---:"] * (len(frame.columns) - 1)]]
+    lines += [[_text(value) for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3g}"
+    return str(value)
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from recipes.agreement import agreement, every_network, grid, interval, mean_over_seeds, p_value, rho, tau
+from recipes.agreement import SIGNIFICANCE, agreement, every_network, grid, interval, mean_over_seeds, p_value, rho, tau
+from recipes.page import markdown_table
 
 MIN_MODELS = 3
 """Two models stand in the same order by chance every other time."""
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ def markdown(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     parts = [
         "# Do the bounds rank the networks?",
         "Means over seeds (of the log10 of lambda and of the bounds); in brackets the rank, 1 for the smallest value.",
-        _markdown_table(model_table(rows)),
-        _markdown_table(comparison_table(found)),
+        markdown_table(model_table(rows)),
+        markdown_table(comparison_table(found)),
         "\n".join(verdicts),
         *notes(rows),
     ]
@@ -258,8 +258,3 @@ def _ranked(values: pd.Series, pattern: str) -> pd.Series:
     return pd.Series(
         [f"{pattern.format(value)} ({rank})" for value, rank in zip(values, ranks, strict=True)], values.index
     )
-
-
-def _markdown_table(cells: pd.DataFrame) -> str:
-    lines = [list(cells.columns), ["---", *["---:"] * (len(cells.columns) - 1)], *cells.to_numpy().tolist()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

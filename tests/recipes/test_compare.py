@@ -18,21 +18,24 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from PIL import Image
+from scipy.stats import rankdata, spearmanr
+from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
 from recipes.attacks import ProjectedGradient
+from recipes.cache import cache_path
 from recipes.classifier import Classifier
 from recipes.compare import compare, plan, stage_settings
 from recipes.compare_analysis import (
     analyse,
+    confident_table,
     corrected,
-    distance_table,
-    example_table,
-    network_powers,
-    roc_area,
     saturation_table,
 )
+from recipes.compare_findings import findings
+from recipes.compare_powers import areas, example_table, rank_correlations
 from recipes.compare_report import markdown, metric_table
+from recipes.compare_stages import STAGES
 from recipes.measure import METRICS
 from tests import cases
 
@@ -40,6 +43,8 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "+datasets.digits.num_train=300",
     "+datasets.digits.batch_size=32",
+    "+datasets.digits.num_workers=1",
+    "+datasets.digits.train_transform._target_=torchvision.transforms.RandomHorizontalFlip",
     "~models.DenseNet",
     "~models.ResNet",
     "~trainings.cw",
@@ -151,12 +156,14 @@ def _config(tmp_path, *overrides):
         (["seeds=[0,0]"], "A seed occurs twice"),
         (["seeds=[]"], "There is nothing to compare"),
         (["num_images=361"], "num_images=361 must be between 1 and the 360 test images of digits"),
-        (["noise=1"], r"noise is a share .* got 1"),
+        (["noise=1"], "noise is a share .* got 1"),
         (["~attacks.minimal"], "needs the attack minimal"),
         (["attacks.pgd.norm=3"], "norm must be 2 or infinity; got 3"),
         (["models.ViT.patch_size=5"], "indivisible"),
         (["+models.VGG16={_target_:recipes.models.torchvision_model,name:vgg16}"], "takes RGB images"),
-        (["effort.num_clever=-1"], "num_clever must be at least 0; got -1"),
+        (["effort.num_clever=0"], "num_clever must be at least 1; got 0"),
+        (["~models.ViT", "~trainings.pgd"], "An order needs at least 3 models with their trainings"),
+        (["num_resamples=0"], "num_resamples must be at least 1; got 0"),
     ],
 )
 def test_a_comparison_that_would_fail_is_refused_before_any_training(tmp_path, override, message):
@@ -181,12 +188,26 @@ def test_the_presets_compose_with_all_their_networks(experiment):
         assert not {"digits"} & set(config.datasets)
 
 
-def test_no_two_networks_share_a_result():
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("compare", ["output_dir=x"])
-    for stage in ("training", "attacks", "metrics"):
-        keys = [json.dumps(stage_settings(config, stage, run), sort_keys=True) for run in plan(config)]
-        assert len(set(keys)) == len(keys) == 1 * 4 * 3 * 2
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("optimizer.lr=1", {"training", "attacks", "metrics"}),
+        ("trainings.pgd.attack.epsilon=0.5", {"training", "attacks", "metrics"}),
+        ("datasets.digits.batch_size=16", {"training", "attacks", "metrics"}),
+        ("attacks.pgd.epsilon=0.5", {"attacks"}),
+        ("effort.num_clever=5", {"metrics"}),
+        ("noise=0.1", {"attacks", "metrics"}),
+        ("num_images=19", {"attacks", "metrics"}),
+        ("num_processes=2", set()),
+        ("num_resamples=30", set()),
+    ],
+)
+def test_a_setting_does_anew_the_stages_that_depend_on_it_and_no_others(tmp_path, override, changed):
+    digests = []
+    for config in (_config(tmp_path), _config(tmp_path, override)):
+        run = next(run for run in plan(config) if run["training"] == "pgd")
+        digests.append({stage: cache_path(stage_settings(config, stage, run), tmp_path) for stage in STAGES})
+    assert {stage for stage in STAGES if digests[0][stage] != digests[1][stage]} == changed
 
 
 def test_adversarial_training_sees_each_batch_and_its_attacked_images(tmp_path, digits):
@@ -208,34 +229,41 @@ def test_adversarial_training_sees_each_batch_and_its_attacked_images(tmp_path, 
         assert 0 < (both[4:] - clean).abs().max() <= 0.05 * 1.001
 
 
-def _rows(num_networks=4, num_images=60):
+def _rows(num_networks=4, num_images=60, num_datasets=1):
     """Images whose distance is known to the metrics called linearised distance and λ at equal margins, but not to λ."""
     generator = np.random.default_rng(0)
     frames = []
-    for network in range(num_networks):
-        distance = np.exp(generator.normal(size=num_images) - network)
-        frame = pd.DataFrame({name: generator.random(num_images) for name in METRICS})
-        frame = frame.assign(linearised_distance=distance, lambda_tempered=distance**-2.0, log10_global=3.0)
-        frame = frame.assign(fooled_pgd=distance < np.median(distance), fooled_minimal=True, masked_pgd=False)
-        frame = frame.assign(distance_minimal=distance, masked_minimal=False, distance_pgd=1.0)
-        frame = frame.assign(correct=True, confidence=generator.random(num_images), blackbox_error=0.0)
-        names = {"dataset": "d", "model": f"m{network}", "training": "standard", "seed": 0}
-        frames.append(frame.assign(**names))
+    for dataset in range(num_datasets):
+        for network in range(num_networks):
+            distance = np.exp(generator.normal(size=num_images) - network)
+            frame = pd.DataFrame({name: generator.random(num_images) for name in METRICS})
+            frame = frame.assign(linearised_distance=distance, lambda_tempered=distance**-2.0, log10_global=3.0)
+            frame = frame.assign(fooled_pgd=distance < np.median(distance), fooled_minimal=True, masked_pgd=False)
+            frame = frame.assign(distance_minimal=distance, masked_minimal=False, distance_pgd=1.0)
+            frame = frame.assign(correct=True, confidence=generator.uniform(0.1, 0.9, num_images), blackbox_error=0.0)
+            names = {"dataset": f"d{dataset}", "model": f"m{network}", "training": "standard", "seed": 0}
+            frames.append(frame.assign(**names))
     examples = pd.concat(frames, ignore_index=True)
     networks = examples[["dataset", "model", "training", "seed"]].drop_duplicates().reset_index(drop=True)
     seconds = {f"seconds_{name}": 1.0 for name in METRICS}
     return networks.assign(accuracy=0.5, seconds_training=1.0, **seconds), examples
 
 
+ATTACKS = ["pgd", "minimal"]
+
+
 def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_nothing():
-    found = analyse(*_rows(), ["pgd", "minimal"], 100)
+    found = analyse(*_rows(), ATTACKS, 200)
     examples = found.per_example.set_index(["metric", "target"])
     for metric in ("linearised_distance", "lambda_tempered"):
-        assert examples.value[metric, "pgd"] == pytest.approx(1)
-        assert examples.value[metric, "distance"] == pytest.approx(1)
+        for target in ("pgd", "distance"):
+            assert examples.value[metric, target] == pytest.approx(1)
+            assert examples.p[metric, target] == pytest.approx(2 / 201)
     assert abs(examples.value["lambda", "pgd"] - 0.5) < 0.15
+    assert examples.p["lambda", "pgd"] > 0.05
     assert "log10_global" not in examples.index.get_level_values(0)  # one number per network orders no image
-    models = found.per_model[found.per_model.statistic == "rho"].set_index(["metric", "target"])
+    models = found.per_model[(found.per_model.statistic == "rho") & (found.per_model.scope == "all")]
+    models = models.set_index(["metric", "target"])
     assert models.value["lambda_tempered", "distance"] == pytest.approx(1)
     assert models.p["lambda_tempered", "distance"] == pytest.approx(2 / math.factorial(4))
     distances = found.distances.set_index("predictor")
@@ -243,13 +271,14 @@ def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_not
     assert distances.spread["lambda_tempered"] == pytest.approx(0, abs=1e-9)
     assert distances.c["lambda_tempered"] == pytest.approx(0.5)
     assert distances.spread["lambda"] > 0.5
-    said = next(text for text in found.findings if text.startswith("Which networks of a data set (distance"))
+    texts = findings(found)
+    said = next(text for text in texts if text.startswith("Which networks of a data set fall (nearness"))
     assert "not to be told from chance" in said  # four networks are too few
-    assert "| λ_max of F |" in markdown(found)
-    assert (
-        metric_table(found.per_example, found.per_model, found.networks)["metric"]
-        == [metric.title for metric in METRICS.values()]
-    ).all()
+    assert "| λ_max of F |" in markdown(found, texts)
+    assert (metric_table(found.per_example, found.per_model, found.networks)["metric"] == TITLES).all()
+
+
+TITLES = [metric.title for metric in METRICS.values()]
 
 
 def test_only_images_that_were_right_are_judged():
@@ -258,58 +287,124 @@ def test_only_images_that_were_right_are_judged():
     examples.loc[wrong, "correct"] = False
     examples.loc[wrong, "linearised_distance"] = 1e6
     examples.loc[wrong, "fooled_pgd"] = True
-    found = analyse(networks, examples, ["pgd", "minimal"], 20).per_example.set_index(["metric", "target"])
-    assert found.value["linearised_distance", "pgd"] == pytest.approx(1)
+    found = analyse(networks, examples, ATTACKS, 20)
+    assert found.per_example.set_index(["metric", "target"]).value["linearised_distance", "pgd"] == pytest.approx(1)
+    assert found.networks.linearised_distance.max() < 1e6
+
+
+def test_an_image_that_nothing_fooled_is_the_farthest_and_not_the_nearest():
+    networks, examples = _rows()
+    hard = (examples.model == "m0") & (examples.groupby("model").cumcount() < 40)
+    examples.loc[hard, "fooled_minimal"] = False
+    examples.loc[hard, "distance_minimal"] = 0.0
+    examples.loc[hard, "lambda_tempered"] = 1e-9
+    found = analyse(networks, examples, ATTACKS, 20)
+    assert found.networks.set_index("model").distance["m0"] == math.inf
+    models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    assert models.set_index(["metric", "target"]).value["lambda_tempered", "distance"] == pytest.approx(1)
+    assert found.per_example.set_index(["metric", "target"]).value["lambda_tempered", "distance"] == pytest.approx(1)
+    assert any("No fooling image was found for 40 images" in text for text in findings(found))
+    assert found.distances.num_left_out.tolist() == [40] * 3
+
+
+def test_areas_and_correlations_of_drawn_images_are_those_of_the_libraries():
+    generator = np.random.default_rng(0)
+    score, nearness = generator.integers(8, size=(2, 40)).astype(float)
+    fooled, known = generator.random((2, 40)) < 0.6
+    draws = generator.integers(40, size=(5, 40))
+    score[3] = math.inf
+    for draw, area, link in zip(
+        draws, areas(score, fooled, known, draws), rank_correlations(score, nearness, known, draws), strict=True
+    ):
+        chosen = draw[known[draw]]
+        ranks = rankdata(score[chosen])
+        assert area == pytest.approx(roc_auc_score(fooled[chosen], ranks))
+        assert link == pytest.approx(spearmanr(ranks, nearness[chosen]).statistic)
 
 
 def test_an_area_is_undefined_where_all_fall_or_the_score_is_constant():
-    assert math.isnan(roc_area(pd.Series([True, True]), pd.Series([1.0, 2.0])))
-    assert math.isnan(roc_area(pd.Series([True, False]), pd.Series([1.0, 1.0])))
-    assert roc_area(pd.Series([True, False, False]), pd.Series([3.0, 1.0, 2.0])) == 1
+    everything, whole = np.arange(3)[None], np.ones(3, dtype=bool)
+    assert np.isnan(areas(np.arange(3.0), whole, whole, everything)).all()
+    assert np.isnan(areas(np.ones(3), np.array([True, False, False]), whole, everything)).all()
+    assert areas(np.array([3.0, 1.0, 2.0]), np.array([True, False, False]), whole, everything).tolist() == [1]
+    assert np.isnan(rank_correlations(np.ones(3), np.arange(3.0), whole, everything)).all()
 
 
-def test_intervals_over_cells_keep_the_seeds_of_a_cell_together():
-    cells = np.repeat(np.random.default_rng(0).uniform(0.5, 1, 6), 20)  # twenty seeds that say the same
-    powers = pd.DataFrame({"dataset": "d", "model": np.repeat(range(6), 20), "training": "t", "seed": [*range(20)] * 6})
-    table = example_table(powers.assign(metric="lambda", target="pgd", value=cells), 500)
-    row = table.iloc[0]
-    assert row.num_networks == 120
-    assert row.p == pytest.approx(2 / 2**6)  # six cells above one half, not 120
-    error = cells[::20].std() / math.sqrt(6)
-    assert 2.5 * error < row.high - row.low < 4.5 * error
+def test_networks_where_an_attack_fells_everything_are_counted_and_said():
+    networks, examples = _rows()
+    examples.loc[examples.model == "m1", "fooled_pgd"] = True
+    found = analyse(networks, examples, ATTACKS, 20)
+    row = found.per_example.set_index(["metric", "target"]).loc[("lambda", "pgd")]
+    assert (row.num_networks, row.num_all) == (3, 4)
+    cells = metric_table(found.per_example, found.per_model, found.networks).set_index("metric")
+    assert cells.loc["λ_max of F", "images: pgd, auc"].endswith("(3 of 4)")
+
+
+def _null(seed, num_models=12, num_images=50):
+    """Networks of one data set whose falls and whose metric follow the images, but not each other."""
+    generator = np.random.default_rng(seed)
+    hard, metric = generator.normal(size=(2, num_images))
+    frames = []
+    for model in range(num_models):
+        frame = pd.DataFrame({name: 1.0 for name in METRICS}, index=range(num_images))
+        frame["lambda"] = metric + 0.3 * generator.normal(size=num_images)
+        frame["fooled_pgd"] = hard + 0.3 * generator.normal(size=num_images) > 0
+        frames.append(frame.assign(correct=True, distance=1.0, dataset="d", model=model, training="t", seed=0))
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_images_that_all_networks_share_are_not_taken_for_evidence():
+    tables = [example_table(_null(seed), ["pgd"], 100).set_index("metric") for seed in range(40)]
+    assert sum(table.p["lambda"] <= 0.05 for table in tables) <= 6  # 2 expected; cells taken for independent: 15
+    assert sum(table.low["lambda"] <= 0.5 <= table.high["lambda"] for table in tables) >= 34
 
 
 def test_p_values_are_corrected_for_all_tests_of_a_table():
-    table = corrected(pd.DataFrame({"p": [0.01, 0.04, 0.5]}))
+    table = corrected(pd.DataFrame({"p": [0.01, 0.04, 0.5, math.nan]}))
     harmonic = 1 + 1 / 2 + 1 / 3
-    assert table.p_corrected.to_numpy() == pytest.approx([0.01 * 3 * harmonic, 0.04 * 3 / 2 * harmonic, 0.5 * harmonic])
+    expected = [0.01 * 3 * harmonic, 0.04 * 3 / 2 * harmonic, 0.5 * harmonic]
+    assert table.p_corrected.to_numpy()[:3] == pytest.approx(expected)
+    assert math.isnan(table.p_corrected[3])
 
 
-def test_confident_images_that_fall_are_counted_by_their_confidence():
+def test_what_is_missing_or_infinite_for_one_network_stops_nothing():
+    networks, examples = _rows(num_datasets=2)
+    first = (examples.dataset == "d0") & (examples.model == "m0")
+    examples.loc[first, "log10_local"] = math.nan
+    examples.loc[examples.index[first][0], "linearised_distance"] = math.inf
+    examples.loc[(examples.dataset == "d1") & (examples.model == "m1"), "correct"] = False
+    found = analyse(networks, examples, ATTACKS, 20)
+    models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    counts = models.set_index(["metric", "target"]).num_networks
+    assert counts["lambda", "distance"] == 4  # of the data set where every network has an image
+    assert ("log10_local", "distance") not in counts.index
+    assert found.distances.num_left_out.iloc[0] == 1
+    assert findings(found)
+
+
+def test_confident_images_are_compared_with_others_of_the_same_network():
     _, examples = _rows()
-    examples["confidence"] = np.where(examples.index % 2 == 0, 0.9999, 0.5)
-    examples["fooled_pgd"] = examples.confidence > 0.9
-    examples["lambda"] = np.where(examples.confidence > 0.9, 1e-8, 1.0)
-    table = saturation_table(examples, ["pgd"])
-    assert table.confidence.tolist() == ["0 to 0.9", "0.999 to 1"]
-    assert table.fooled_pgd.tolist() == [0, 1]
-    assert table["lambda"].tolist() == [1, 1e-8]
-    assert table.num_examples.sum() == len(examples)
-
-
-def test_images_that_were_not_reached_have_no_distance():
-    _, examples = _rows(num_networks=1)
-    examples.loc[:9, "fooled_minimal"] = False
-    examples.loc[:9, "distance_minimal"] = 0.0
-    assert (distance_table(examples).num_examples == 50).all()
-    powers = network_powers(examples, ["pgd"]).set_index(["metric", "target"])
-    assert powers.value["linearised_distance", "distance"] == pytest.approx(1)
+    confident = examples.groupby("model").cumcount() < 20
+    examples["confidence"] = np.where(confident, 0.9999, 0.5)
+    examples["distance"] = np.where(confident, 2.0, 1.0)
+    examples["lambda"] = np.where(confident, 1e-4, 1.0)
+    table = confident_table(examples, ["pgd"])
+    assert len(table) == 4
+    assert (table.confident_num == 20).all()
+    assert (table.other_num == 40).all()
+    assert (table["confident_lambda"] == 1e-4).all()
+    assert (table.confident_distance == 2).all()
+    assert confident_table(examples.assign(confidence=0.5), ["pgd"]).empty
+    bins = saturation_table(examples, ["pgd"])
+    assert bins.confidence.tolist() == ["0 to 0.9", "0.999 to 1"]
+    assert bins.num_examples.tolist() == [160, 80]
+    networks, _ = _rows()
+    said = [text for text in findings(analyse(networks, examples, ATTACKS, 5)) if text.startswith("Saturation")]
+    assert "as if the fooling images of the confident ones lay 1e+02 times as far" in said[0]
 
 
 def test_masked_images_are_said():
     networks, examples = _rows()
     examples.loc[:4, "masked_pgd"] = True
-    found = analyse(networks, examples, ["pgd", "minimal"], 20)
-    assert any(
-        text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in found.findings
-    )
+    texts = findings(analyse(networks, examples, ATTACKS, 20))
+    assert any(text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in texts)
