@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from recipes import penalty_cost, summarize
+from recipes.compare_report import short_markdown
 from recipes.penalties_report import markdown, short
 from recipes.penalties_report import summarize as over_seeds
 
@@ -25,3 +26,9 @@ def test_the_table_is_that_of_its_file(name, table):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     frame = pd.read_csv(RESULTS / name, keep_default_na=name != "penalty_on_digits.csv")
     assert table(frame).strip() in readme
+
+
+def test_the_table_of_the_comparison_is_that_of_its_files():
+    names = ("per_example", "per_model", "networks")
+    frames = [pd.read_csv(RESULTS / "compare" / f"{name}.csv") for name in names]
+    assert short_markdown(*frames) in (ROOT / "README.md").read_text(encoding="utf-8")
