@@ -43,7 +43,8 @@ def every_network(values: Array) -> Array:
 
 def tau(one: Array, other: Array) -> Array:
     """Return Kendall's tau-b along the last axis, NaN for constants."""
-    signs = [np.sign(values[..., :, None] - values[..., None, :]) for values in (one, other)]
+    pairs = [(values[..., :, None], values[..., None, :]) for values in (one, other)]
+    signs = [1.0 * (left > right) - (left < right) for left, right in pairs]  # infinities are equal
     return _cosine(*(sign.reshape(*sign.shape[:-2], -1) for sign in signs))
 
 

@@ -26,6 +26,12 @@ def test_rank_correlations_of_many_pairs_at_once_are_those_of_scipy(ours, theirs
     np.testing.assert_allclose(ours(one, other), expected, rtol=1e-12, atol=1e-15)
 
 
+def test_infinite_values_are_equal_and_above_all_others():
+    one, other = np.array([1.0, 2.0, math.inf, math.inf]), np.array([1.0, 2.0, 3.0, 3.0])
+    assert tau(one, other) == pytest.approx(1)
+    assert rho(one, other) == pytest.approx(1)
+
+
 def test_a_constant_has_no_order_and_is_left_out_of_the_mean_over_groups():
     rising, constant = np.arange(4.0)[:, None], np.ones((4, 1))
     assert math.isnan(agreement([(constant, rising)], tau, mean_over_seeds))
