@@ -49,7 +49,6 @@ def test_groups_with_the_same_models_are_one_observation_of_them():
     assert interval([pair] * 3, rho, mean_over_seeds, 50) == pytest.approx(interval([pair], rho, mean_over_seeds, 50))
 
 
-@pytest.mark.slow
 def test_models_that_are_alike_in_every_group_are_not_taken_for_evidence():
     generator = np.random.default_rng(0)
     rejected = 0
