@@ -22,6 +22,8 @@ Merge = Callable[[Array], Array]
 
 INTERVAL = (0.025, 0.975)
 SIGNIFICANCE = 0.05
+MIN_MODELS = 3
+"""Two models stand in the same order by chance every other time."""
 _BATCH = 2000  # permutations held at once
 
 

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import nn
 
+from recipes.agreement import MIN_MODELS
 from recipes.cache import cache_path
 from recipes.compare_analysis import NEAREST, Analysis, analyse
 from recipes.compare_findings import findings
@@ -39,7 +40,6 @@ from recipes.jobs import Settings, execute, quiet
 from recipes.measure import METRICS, predict
 from recipes.networks import check_noise, prepared_data
 
-MIN_MODELS = 3
 _TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
 _MEASURED_BY = ("num_images", "noise", "effort", "num_resamples")
 _SHOWN = ("datasets", "models", "trainings", "attacks", "seeds", *_TRAINED_BY, *_MEASURED_BY)

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 
 from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm, local_fisher_bound
 from fisher_reg.metrics import summarize
+from recipes.agreement import MIN_MODELS
 from recipes.cache import cached
 from recipes.data import ImageData
 from recipes.networks import chosen_device, chosen_examples, prepared_data, trained_network
 from recipes.rank_agreement import (
-    MIN_MODELS,
     comparison_table,
     correlations,
     draw,

@@ -18,11 +18,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from recipes.agreement import SIGNIFICANCE, agreement, every_network, grid, interval, mean_over_seeds, p_value, rho, tau
+from recipes.agreement import (
+    MIN_MODELS,
+    SIGNIFICANCE,
+    agreement,
+    every_network,
+    grid,
+    interval,
+    mean_over_seeds,
+    p_value,
+    rho,
+    tau,
+)
 from recipes.page import markdown_table
-
-MIN_MODELS = 3
-"""Two models stand in the same order by chance every other time."""
 
 
 @dataclass(frozen=True)
