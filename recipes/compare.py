@@ -9,7 +9,7 @@ Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.cs
 ``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
 five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
 ``cache_dir`` under a digest of its settings and of the versions of torch and fisher-reg: a run that was killed goes on
-where it was, a training at its last epoch.
+where it was, a training at its last epoch. Delete the folder after a change of the code or of the files of a data set.
 """
 
 from __future__ import annotations
