@@ -47,13 +47,11 @@ class Metric:
         title: For tables and figures.
         unit: Of the number.
         sign: 1 if a larger value should mean easier to fool, -1 if harder.
-        per_image: Whether it differs between the images of a network.
     """
 
     title: str
     unit: str
     sign: int
-    per_image: bool = True
 
 
 METRICS = {
@@ -71,7 +69,7 @@ METRICS = {
     "clever": Metric("CLEVER", "pixel", -1),
     "log10_blockwise": Metric("blockwise bound (log₁₀)", "decades", 1),
     "log10_local": Metric("local bound (log₁₀)", "decades", 1),
-    "log10_global": Metric("global bound (log₁₀)", "decades", 1, per_image=False),
+    "log10_global": Metric("global bound (log₁₀)", "decades", 1),
 }
 """In the order of the tables."""
 
