@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image
 from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
@@ -35,8 +36,9 @@ from recipes.compare_analysis import (
 from recipes.compare_findings import findings
 from recipes.compare_powers import areas, example_table, rank_correlations
 from recipes.compare_report import markdown, metric_table
-from recipes.compare_stages import STAGES
+from recipes.compare_stages import STAGES, weights_path
 from recipes.measure import METRICS
+from recipes.networks import chosen_examples
 from tests import cases
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,24 @@ def test_a_run_leaves_its_files_and_its_page(study):
     assert not re.search(r"<link|<script|https?://", html)
     assert "λ_max at equal margins" in html
     assert "| λ_max of F |" in (folder / "run" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_what_is_measured_and_attacked_is_the_trained_network(study):
+    folder, _ = study
+    examples = pd.read_csv(folder / "run" / "examples.csv.gz")
+    config = _config(folder)
+    data = instantiate(config.datasets.digits)
+    data.setup()
+    images, labels = chosen_examples(data, 20, torch.Generator().manual_seed(0), config.noise)
+    for run in plan(config):
+        network = instantiate(run["network"], spec=data.spec)
+        network.load_state_dict(torch.load(weights_path(run, folder / "cache"), weights_only=True))
+        own = examples[(examples.model == run["model"]) & (examples.training == run["training"])]
+        with torch.no_grad():
+            logits = network.eval()(images)
+        assert own.correct.tolist() == (logits.argmax(1) == labels).tolist()
+        gaps = logits.topk(2, dim=1).values.double()
+        np.testing.assert_allclose(own.margin, gaps[:, 0] - gaps[:, 1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_that_is_killed_in_each_stage_ends_with_the_same_numbers(study, tmp_path):
