@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from recipes.agreement import Pair, Statistic, agreement, grid, interval, mean_over_seeds, p_value, rho, tau
-from recipes.compare_powers import NETWORK, example_table
+from recipes.compare_powers import NETWORK, defined_rows, example_table
 from recipes.measure import METRICS, SATURATED
 
 NEAREST = "minimal"
@@ -112,11 +113,11 @@ def model_table(networks: pd.DataFrame, attacks: Sequence[str], num_resamples: i
                 if pairs:
                     named = {"metric": metric, "target": target, "scope": scope}
                     rows += [named | row for row in _agreement_rows(pairs, num_resamples, tested=scope == "all")]
-    table = pd.DataFrame(rows).dropna(subset="value").reset_index(drop=True)
+    table = defined_rows([row for row in rows if not math.isnan(row["value"])])
     return pd.concat([corrected(part) for _, part in table.groupby("statistic")]).sort_index()
 
 
-def _agreement_rows(pairs: Sequence[Pair], num_resamples: int, *, tested: bool) -> list[dict[str, object]]:
+def _agreement_rows(pairs: Sequence[Pair], num_resamples: int, *, tested: bool) -> list[dict[str, Any]]:
     statistics: dict[str, Statistic] = {"rho": rho, "tau": tau}
     rows = []
     for name, statistic in statistics.items():

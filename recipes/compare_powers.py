@@ -8,6 +8,7 @@ sets), and seeds within them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,20 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
                 row = {"metric": name, "target": target, "statistic": "rho" if target == "distance" else "auc"}
                 row |= {"num_networks": defined, "num_all": len(networks)}
                 rows.append(row | _summary(values, models, chance))
+    return defined_rows(rows)
+
+
+def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return the rows as a frame.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not rows:
+        raise ValueError(
+            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack fells all "
+            "of them or none. Train longer, take more images or other attacks; what has been done is kept."
+        )
     return pd.DataFrame(rows)
 
 

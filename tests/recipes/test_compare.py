@@ -428,3 +428,9 @@ def test_masked_images_are_said():
     examples.loc[:4, "masked_pgd"] = True
     texts = findings(analyse(networks, examples, ATTACKS, 20))
     assert any(text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in texts)
+
+
+def test_networks_that_know_nothing_are_said_to_order_nothing():
+    networks, examples = _rows()
+    with pytest.raises(ValueError, match=r"Nothing can be ordered.*what has been done is kept"):
+        analyse(networks, examples.assign(correct=False), ATTACKS, 5)
