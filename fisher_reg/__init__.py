@@ -18,6 +18,7 @@ from fisher_reg.callbacks import (
     FisherRegularizer,
     LinearSchedule,
 )
+from fisher_reg.check import Finding, ModelCheck, check_model
 from fisher_reg.eigen import EigenResult
 from fisher_reg.errors import (
     NoBoundError,
@@ -27,8 +28,8 @@ from fisher_reg.errors import (
     NonFiniteWeightsError,
 )
 from fisher_reg.estimate import fisher_effective_rank, fisher_eigenpairs, fisher_spectral_norm, fisher_trace
+from fisher_reg.evaluation import LogitsOf
 from fisher_reg.figures import bound_versus_empirical
-from fisher_reg.forward import LogitsOf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import (
@@ -55,6 +56,7 @@ __all__ = [
     "CosineSchedule",
     "EigenResult",
     "Exact",
+    "Finding",
     "FisherMonitor",
     "FisherRegularizer",
     "FisherSpectralNorm",
@@ -68,6 +70,7 @@ __all__ = [
     "LinearSchedule",
     "LogitsOf",
     "MarginTempered",
+    "ModelCheck",
     "NoBoundError",
     "NonFiniteError",
     "NonFiniteJacobianError",
@@ -85,6 +88,7 @@ __all__ = [
     "blockwise_fisher_bound",
     "bound_versus_empirical",
     "certified_radius",
+    "check_model",
     "fisher_bound",
     "fisher_effective_rank",
     "fisher_eigenpairs",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.eigen import unit
-from fisher_reg.forward import check_input_std, check_inputs
+from fisher_reg.evaluation import Noise, SharedCopy, check_input_std, check_inputs
 from fisher_reg.sampling import fixed_generator, normal
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -192,9 +192,11 @@ def blackbox_spectral_norm(
     std = torch.ones_like(points[:1]) if input_std is None else input_std.to(points)
     check_input_std(std)
 
+    source, noise = SharedCopy(predict, is_deployed=False), Noise(points.device)
+
     def roots(question: Tensor) -> Tensor:
-        with torch.no_grad():
-            answer = torch.as_tensor(predict(question.numpy() if is_numpy else question))
+        with torch.no_grad(), noise.replayed(), source.opened():
+            answer = torch.as_tensor(source.model(question.numpy() if is_numpy else question))
         _check_probabilities(answer, len(points))
         return 2 * answer.to(points).clamp_min(0).sqrt()
 

@@ -21,8 +21,11 @@ class FactoredOperator(Protocol):
     def labels(self, generator: torch.Generator | None) -> Tensor:
         """Random ``(B, K)`` with the identity as second moment, from labels drawn under the model."""
 
-    def apply(self, tangent: Tensor, /, *, exact: bool = False) -> Tensor:
-        """``(B, d)`` to ``(B, K)``; by a difference quotient where that is cheaper, unless ``exact``."""
+    def apply(self, tangent: Tensor, /, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
+        """``A v``, ``(B, d)`` to ``(B, K)``; with a ``slope`` and not ``exact`` perhaps by a difference quotient."""
+
+    def slope_along(self, cotangent: Tensor, row: Tensor, /) -> Tensor:
+        """How fast the logits move along ``row = Aᵀ u``, ``(B,)``: what sets the step of a difference quotient."""
 
     def adjoint(self, cotangent: Tensor, /) -> Tensor:
         """``(B, K)`` to ``(B, d)``, to round-off."""

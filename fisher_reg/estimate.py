@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from fisher_reg.eigen import EigenpairSolver, EigenResult, Solver, TraceEstimator, concatenate
-from fisher_reg.forward import (
+from fisher_reg.evaluation import (
     LogitsFunction,
-    affine_batch_norm,
-    as_function,
+    SideInputs,
+    WithSideInputs,
     check_inputs,
+    deployed,
     differentiable,
-    evaluation_behaviour,
     in_fast_layout,
+    refuse_random,
 )
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
@@ -35,6 +36,7 @@ def fisher_spectral_norm(
     solver: Solver | None = None,
     likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
     r"""Estimate the largest eigenvalue of the input-space Fisher matrix, per example.
@@ -47,14 +49,18 @@ def fisher_spectral_norm(
     ``eps`` can cause. No labels are needed. F is never formed.
 
     Args:
-        model: Maps ``(B, *S)`` to logits ``(B, K)``, each example by itself. The batch norm and dropout of a module
-            are put in evaluation behaviour for this call only; no gradient, flag or buffer of it is changed.
+        model: Maps ``(B, *S)`` to logits ``(B, K)``, each example by itself. Of a module the deployed function is
+            meant (running statistics of batch norm, no dropout), whatever mode it is in. It is only read: a copy of it
+            runs, which shares the parameters. Another callable is taken as it is found.
         inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32.
         solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
             :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.
         input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` (broadcastable to ``inputs``) to
             get the Fisher matrix in pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`.
+        side_inputs: More arguments of the model (an attention mask, a class embedding): one tensor, a tuple for
+            ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them follow their
+            examples wherever a part of the batch is evaluated; they are not differentiated.
         generator: Source of the small random part of the start vector; by default a fixed one.
 
     Returns:
@@ -71,7 +77,7 @@ def fisher_spectral_norm(
         >>> fisher_spectral_norm(lambda x: x @ weight.T, torch.zeros(1, 2)).eigenvalue  # p (1 - p) |w0 - w1|^2 = 4 / 4
         tensor([1.0000])
     """
-    with evaluation_operator(model, inputs, likelihood, input_std) as fisher:
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solver = solver or automatic_solver(fisher.logits.shape[1])
         result = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)])
     return replace(result, eigenvector=result.eigenvector.view_as(inputs))
@@ -85,6 +91,7 @@ def fisher_eigenpairs(
     solver: EigenpairSolver | None = None,
     likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
     r"""Estimate the ``num_eigenpairs`` largest eigenvalues of the input-space Fisher matrix and their eigenvectors.
@@ -99,6 +106,7 @@ def fisher_eigenpairs(
             backward passes per step).
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
+        side_inputs: More arguments of the model.
         generator: Source of the random part of the start vectors.
 
     Returns:
@@ -113,7 +121,7 @@ def fisher_eigenpairs(
         tensor([[1.0000, 0.0000]])
     """
     solver = solver or Exact()
-    with evaluation_operator(model, inputs, likelihood, input_std) as fisher:
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         num_outputs = fisher.logits.shape[1]
         if not 1 <= num_eigenpairs <= num_outputs:
             raise ValueError(f"num_eigenpairs must lie between 1 and K = {num_outputs}; got {num_eigenpairs}.")
@@ -130,6 +138,7 @@ def fisher_effective_rank(
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Estimate :math:`\mathrm{tr} F / \lambda_\max(F)`, per example: how many directions move the prediction.
@@ -143,6 +152,7 @@ def fisher_effective_rank(
         estimator: Of the numerator, as in :func:`fisher_trace`.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation; it changes the ratio.
+        side_inputs: More arguments of the model.
         generator: Source of both.
 
     Returns:
@@ -151,7 +161,7 @@ def fisher_effective_rank(
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
     """
-    with evaluation_operator(model, inputs, likelihood, input_std) as fisher:
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solver = solver or automatic_solver(fisher.logits.shape[1])
         estimator = estimator or automatic_trace_estimator(fisher.logits.shape[1])
         value = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)]).eigenvalue
@@ -166,6 +176,7 @@ def fisher_trace(
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
     input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Estimate the trace of the input-space Fisher matrix, per example: the sum of its eigenvalues.
@@ -181,6 +192,7 @@ def fisher_trace(
             ``Hutchinson``.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
+        side_inputs: More arguments of the model.
         generator: Source of the random probes; by default a fixed one.
 
     Returns:
@@ -194,7 +206,7 @@ def fisher_trace(
         >>> fisher_trace(lambda x: x @ weight.T, torch.zeros(1, 2))
         tensor([1.0000])
     """
-    with evaluation_operator(model, inputs, likelihood, input_std) as fisher:
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         estimator = estimator or automatic_trace_estimator(fisher.logits.shape[1])
         return torch.cat([estimator.trace(chunk, generator) for chunk in _chunks(fisher, estimator)])
 
@@ -215,17 +227,25 @@ def automatic_trace_estimator(num_outputs: int) -> TraceEstimator:
 
 @contextmanager
 def evaluation_operator(
-    model: LogitsFunction, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None = None
+    model: LogitsFunction,
+    inputs: Tensor,
+    likelihood: Likelihood,
+    input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
 ) -> Generator[InputFisher, None, None]:
-    """Build the operator of the deployed function: evaluation behaviour, full precision, everything restored after.
+    """Build the operator of the deployed function in full precision.
 
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
     """
     check_inputs(inputs)
-    with differentiable(inputs) as safe_inputs, evaluation_behaviour(model), affine_batch_norm(model):
-        function = in_fast_layout(as_function(model), model)
-        yield InputFisher(function, safe_inputs, likelihood, input_std, quotients=_rounds_to_float32(safe_inputs))
+    with differentiable(inputs) as safe_inputs:
+        evaluated = deployed(model, safe_inputs)
+        whole = WithSideInputs(evaluated, side_inputs, len(safe_inputs))
+        function = in_fast_layout(whole, safe_inputs)
+        fisher = InputFisher(function, safe_inputs, likelihood, input_std, quotients=_rounds_to_float32(safe_inputs))
+        refuse_random(evaluated, fisher.logits, lambda: whole(safe_inputs))
+        yield fisher
 
 
 def _rounds_to_float32(inputs: Tensor) -> bool:

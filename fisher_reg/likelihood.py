@@ -7,6 +7,7 @@ Adding a distribution is adding one class with the members of :class:`Likelihood
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -271,12 +272,39 @@ def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> Non
             f"{type(likelihood).__name__} needs at least {likelihood.min_outputs} outputs; the model returned "
             f"K = {num_outputs}. A single logit is a yes/no label: pass likelihood=Bernoulli()."
         )
+    if not logits.is_floating_point():
+        raise ValueError(f"The model must return floating-point logits; it returned {logits.dtype}.")
     broken = ~torch.isfinite(logits.detach()).all(1)
     if broken.any():
         raise NonFiniteLogitsError(
             f"The logits of {int(broken.sum())} of {batch_size} examples are NaN or infinite (the first is number "
             f"{int(broken.int().argmax())}). Check the inputs and the weights for non-finite values."
         )
+    if looks_like_probabilities(logits.detach(), likelihood):
+        warnings.warn(
+            "The model returns probabilities and not logits: its rows are non-negative and sum to one, so that every "
+            "number comes out far too small. Return the values before softmax (sigmoid for Bernoulli).",
+            stacklevel=2,
+        )
+
+
+def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
+    """Say whether what should be logits ``(B, K)`` are probabilities.
+
+    For one label out of K these are non-negative rows that sum to one; for K labels, at least sixteen numbers between
+    0 and 1.
+
+    Args:
+        logits: ``(B, K)``.
+        likelihood: What they parametrise.
+
+    Returns:
+        Whether they do. A numerical accident is very unlikely.
+    """
+    inside = (logits >= 0).all() & (logits <= 1).all()
+    if likelihood.shift_invariant:
+        return bool(inside & ((logits.sum(1) - 1).abs() < 1e-3).all())
+    return isinstance(likelihood, Bernoulli) and logits.numel() >= 16 and bool(inside)
 
 
 def _root_probabilities(logits: Tensor) -> Tensor:

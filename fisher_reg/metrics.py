@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from fisher_reg.eigen import Solver, TraceEstimator
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
-from fisher_reg.forward import LogitsFunction
+from fisher_reg.evaluation import LogitsFunction, SideInputs
 from fisher_reg.likelihood import Categorical, Likelihood
 
 Reduction = Callable[[Tensor], Any]
@@ -84,10 +84,15 @@ class FisherSpectralNorm(_PerExampleMetric):
         self.solver = solver
         self.add_state("unconverged", default=torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, model: LogitsFunction, inputs: Tensor) -> None:
-        """Add the examples of ``inputs`` ``(B, *S)``."""
+    def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:
+        """Add the examples of ``inputs`` ``(B, *S)``, with the side inputs of the model."""
         result = fisher_spectral_norm(
-            model, inputs, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std
+            model,
+            inputs,
+            solver=self.solver,
+            likelihood=self.likelihood,
+            input_std=self.input_std,
+            side_inputs=side_inputs,
         )
         self._append(result.eigenvalue)
         with torch.inference_mode(False):
@@ -117,11 +122,17 @@ class FisherTrace(_PerExampleMetric):
         super().__init__(reduction, likelihood, input_std, **kwargs)
         self.estimator = estimator
 
-    def update(self, model: LogitsFunction, inputs: Tensor) -> None:
-        """Add the examples of ``inputs`` ``(B, *S)``."""
-        self._append(
-            fisher_trace(model, inputs, estimator=self.estimator, likelihood=self.likelihood, input_std=self.input_std)
+    def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:
+        """Add the examples of ``inputs`` ``(B, *S)``, with the side inputs of the model."""
+        values = fisher_trace(
+            model,
+            inputs,
+            estimator=self.estimator,
+            likelihood=self.likelihood,
+            input_std=self.input_std,
+            side_inputs=side_inputs,
         )
+        self._append(values)
 
 
 def summarize(values: Tensor) -> dict[str, Tensor]:

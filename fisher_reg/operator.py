@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisher_reg.forward import LogitsFunction, check_input_std, twice_differentiable
+from fisher_reg.evaluation import LogitsFunction, check_input_std, twice_differentiable
 from fisher_reg.likelihood import Likelihood, check_logits
 
 Jvp = Callable[[Tensor], Tensor]
@@ -53,9 +53,14 @@ def double_backward(function: LogitsFunction, inputs: Tensor, logits: Tensor) ->
 
     Returns:
         The function that applies the Jacobian.
+
+    Raises:
+        ValueError: If no differentiable path leads from the inputs to the logits.
     """
     cotangent = torch.zeros_like(logits, requires_grad=True)
-    (pulled,) = torch.autograd.grad(logits, inputs, cotangent, create_graph=True)
+    (pulled,) = torch.autograd.grad(logits, inputs, cotangent, create_graph=True, allow_unused=True)
+    if pulled is None:
+        raise ValueError(_NO_PATH)
 
     def jvp(tangent: Tensor) -> Tensor:
         if not pulled.requires_grad:
@@ -140,13 +145,9 @@ class InputFisher:
         self.logits = function(self.inputs) if logits is None else logits
         check_logits(self.logits, len(inputs), likelihood)
         if not self.logits.requires_grad:
-            raise ValueError(
-                "The logits carry no gradient with respect to the inputs. The model detaches them or runs under "
-                "torch.no_grad(); remove that, or pass a function that does not."
-            )
+            raise ValueError(_NO_PATH)
         self._std = None if input_std is None else input_std.to(inputs).expand_as(inputs)
         self._jvp = linearize(function, self.inputs, self.logits)
-        self._slope = self.logits.new_zeros(len(inputs))
 
     def starts(self, count: int) -> Tensor:
         r"""At most ``count`` vectors ``(B, count, K)``: :math:`L c` for the candidates :math:`c` of the likelihood."""
@@ -158,27 +159,50 @@ class InputFisher:
         r"""Draw labels under the model, as ``(B, K)`` with :math:`A^\top w = D\,\nabla_x \log p(y|x)`."""
         return self.likelihood.labels(self.logits.detach(), generator)
 
-    def apply(self, tangent: Tensor, *, exact: bool = False) -> Tensor:
-        """``A v``: ``(B, d)`` to ``(B, K)``."""
+    def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
+        r"""``A v``: ``(B, d)`` to ``(B, K)``.
+
+        Args:
+            tangent: :math:`v`.
+            exact: Whether the result must be right to round-off, even where a slope is given.
+            slope: ``(B,)``, see :meth:`slope_along`. With it the result may be a :func:`difference_quotient`, whose
+                error the caller measures.
+
+        Returns:
+            A function of the arguments alone.
+        """
         direction = self._rescale(tangent.view_as(self.inputs))
-        if self.quotients and not exact and bool(self._slope.any()):
-            pushed = difference_quotient(self.function, self.inputs, self.logits, direction, self._slope)
+        if self.quotients and slope is not None and not exact:
+            pushed = difference_quotient(self.function, self.inputs, self.logits, direction, slope)
         else:
             pushed = self._jvp(direction)
         return self.likelihood.whiten(self.logits.detach(), pushed.detach())
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """``Aᵀ u``: ``(B, K)`` to ``(B, d)``."""
+        return self.slope(self.likelihood.unwhiten(self.logits.detach(), cotangent))
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """``F v = Aᵀ (A v)``: ``(B, d)`` to ``(B, d)``."""
+        return self.adjoint(self.apply(vector))
+
+    def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
+        r"""Return :math:`\|J^\top w\| / \|w\|` ``(B,)``, :math:`w = L^\top u`: how fast the logits move along ``Aᵀ u``.
+
+        Args:
+            cotangent: :math:`u`, ``(B, K)``.
+            row: :math:`A^\top u`, ``(B, d)``.
+
+        Returns:
+            At most the norm of :math:`J D`.
+        """
         weights = self.likelihood.unwhiten(self.logits.detach(), cotangent)
-        row = self.slope(weights)
-        length = weights.norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
-        self._slope = self._slope.maximum(row.norm(dim=1) / length)
-        return row
+        slope: Tensor = row.norm(dim=1) / weights.norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
+        return slope
 
     def slope(self, cotangent: Tensor) -> Tensor:
         """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, without gradient."""
-        (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, retain_graph=True, materialize_grads=True)
-        return self._rescale(pulled).flatten(1)
+        return self._pull(cotangent, retain_graph=True)
 
     def logits_at(self, displacement: Tensor) -> Tensor:
         """Logits ``(B, K)`` at ``x + D v`` for ``v`` ``(B, d)``: one forward, with its graph to the parameters."""
@@ -186,30 +210,59 @@ class InputFisher:
 
     def pullback(self, cotangent: Tensor) -> Tensor:
         """:meth:`slope`, itself differentiable."""
-        (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, create_graph=True, materialize_grads=True)
-        return self._rescale(pulled).flatten(1)
+        return self._pull(cotangent, create_graph=True)
 
     def restrict(self, keep: Tensor) -> InputFisher | None:
         """Return the operator of the examples where ``keep`` ``(B,)`` is true, at the cost of their forward.
 
-        None where the function must not be called again (:func:`double_backward`): its dropout and batch statistics
-        belong to the whole batch.
+        None where only the whole batch can be applied: the function must not be called again
+        (:func:`double_backward`), or it does not give these examples the same logits on their own.
         """
         return None if self.linearize is double_backward else self._at(keep)
 
     def split(self, max_examples: int) -> Iterator[InputFisher]:
-        """Yield the operator in chunks of at most ``max_examples``; each but a single one costs its own forward."""
-        if len(self.inputs) <= max_examples:
-            yield self
-            return
-        for start in range(0, len(self.inputs), max_examples):
-            yield self._at(slice(start, start + max_examples))
+        """Yield the operator in chunks of at most ``max_examples``; each but a single one costs its own forward.
 
-    def _at(self, index: Tensor | slice) -> InputFisher:
+        A function that takes only the whole batch is not split.
+
+        Raises:
+            ValueError: If it takes some parts of the batch and not others.
+        """
+        for start in range(0, len(self.inputs), max_examples):
+            part = self._at(slice(start, start + max_examples)) if len(self.inputs) > max_examples else None
+            if part is None and start > 0:
+                raise ValueError("The model gives other logits for a part of the batch. Pass smaller batches.")
+            yield self if part is None else part
+            if part is None:
+                return
+
+    def _at(self, index: Tensor | slice) -> InputFisher | None:
+        function = self.function.part(index) if hasattr(self.function, "part") else self.function
         std = None if self._std is None else self._std[index]
-        part = InputFisher(self.function, self.inputs[index], self.likelihood, std, self.linearize, self.quotients)
-        part._slope = self._slope[index]
-        return part
+        try:
+            part = InputFisher(function, self.inputs[index], self.likelihood, std, self.linearize, self.quotients)
+        except Exception:  # whatever the user's forward raises for a batch of another size
+            return None
+        agrees = torch.allclose(part.logits, self.logits[index], rtol=1e-3, atol=1e-3 * _size(self.logits))
+        return part if agrees else None
+
+    def _pull(self, cotangent: Tensor, **options: bool) -> Tensor:
+        (pulled,) = torch.autograd.grad(self.logits, self.inputs, cotangent, allow_unused=True, **options)
+        if pulled is None:
+            raise ValueError(_NO_PATH)
+        return self._rescale(pulled).flatten(1)
 
     def _rescale(self, tangent: Tensor) -> Tensor:
         return tangent if self._std is None else tangent / self._std
+
+
+_NO_PATH = (
+    "The logits carry no gradient with respect to the inputs: no differentiable path leads from one to the other, so "
+    "that every derivative would be zero. A part of the model runs under torch.no_grad(), detaches, or is quantised. "
+    "To freeze weights use requires_grad_(False) on them instead of no_grad() in forward; for a model without "
+    "derivatives use blackbox_spectral_norm."
+)
+
+
+def _size(logits: Tensor) -> float:
+    return float(logits.detach().abs().max())

@@ -6,8 +6,8 @@ immutable value that holds its tolerances.
 They all search on the output side, which is small: :math:`A A^\top` has the eigenvalues of F. For orthonormal
 :math:`u_1 \dots u_m` the rows :math:`r_i = A^\top u_i` are backward passes; :math:`r_i^\top r_j` is the projection of
 :math:`A A^\top` on the search space, and needs no derivative but these. A forward-mode pass only says where to search
-next and how far the result may be off, so that it may be a difference quotient: what the rows already say of its result
-is put right and measures its error.
+next and how far the result may be off, so that it may be a difference quotient: the component of its result inside the
+search space is known from the rows, which replaces it and measures its error.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _search(
     found: list[tuple[Tensor, EigenResult]] = []
     for step in range(num_steps + 1):
         ritz = space.ritz(num_eigenpairs)
-        images, distance, num_passes = _images(operator, space, unit(ritz.row))
+        images, distance, num_passes = _images(operator, space, ritz)
         num_matvecs += num_passes
         root = ritz.value.sqrt()
         residual = root * distance
@@ -304,8 +304,10 @@ _TRUSTED = 0.05
 _TILT = 0.03  # random part of a start vector: small against the rest, large against round-off
 
 
-def _images(operator: FactoredOperator, space: _Space, vectors: Tensor) -> tuple[Tensor, Tensor, int]:
-    """``A v`` for ``vectors`` ``(B, k, d)``, put right where the rows know it, and how far it leaves the space.
+def _images(operator: FactoredOperator, space: _Space, ritz: _Ritz) -> tuple[Tensor, Tensor, int]:
+    """``A v`` for the Ritz vectors ``v`` ``(B, k, d)``, and how far it leaves the space.
+
+    Its component inside the space is known exactly from the rows, which replaces what the pass gave.
 
     Returns:
         Images ``(B, k, K)``; the length of their part outside the space and their error added up, ``(B, k)``; and the
@@ -315,9 +317,10 @@ def _images(operator: FactoredOperator, space: _Space, vectors: Tensor) -> tuple
         ValueError: If ``apply`` and ``adjoint`` are not transposes of each other.
     """
     images, distances, num_passes = [], [], 0
-    for v in vectors.unbind(1):
+    for u, row in zip(ritz.left.unbind(1), ritz.row.unbind(1), strict=True):
+        v = unit(row)
         known = (space.rows @ v[:, :, None]).squeeze(2)
-        image = operator.apply(v)
+        image = operator.apply(v, slope=operator.slope_along(u, row))
         length = known.norm(dim=1).clamp_min(10 * torch.finfo(known.dtype).tiny ** 0.5)  # squares below underflow
         wrong = ~(_disagreement(space, image, known) <= _TRUSTED * length)
         num_passes += 1

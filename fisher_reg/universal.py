@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisher_reg.eigen import EigenResult, Solver
 from fisher_reg.estimate import evaluation_operator
-from fisher_reg.forward import LogitsFunction
+from fisher_reg.evaluation import LogitsFunction
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
 from fisher_reg.solvers import Lanczos
@@ -100,11 +100,15 @@ class _MeanFisher:
         """Draw a label for each input."""
         return self._likelihood.labels(torch.cat(self._logits), generator).view(1, -1)
 
-    def apply(self, tangent: Tensor, *, exact: bool = False) -> Tensor:
+    def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
         """``(1, d)`` to ``(1, N K)``."""
-        images = self._over(lambda fisher, _: fisher.apply(tangent.expand(len(fisher.inputs), -1), exact=True))
+        images = self._over(lambda fisher, _: fisher.apply(tangent.expand(len(fisher.inputs), -1)))
         stacked: Tensor = torch.cat(images).view(1, -1) / self._root
         return stacked
+
+    def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
+        """Return one: no difference quotient is taken."""
+        return row.new_ones(1)
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """``(1, N K)`` to ``(1, d)``."""

@@ -177,8 +177,8 @@ def run_case(
             if spent < config.max_seconds:
                 progress.update(task, description=f"{case.name}: {method.name}")
                 torch.manual_seed(config.seed)
-                forward = _timed(lambda: _forward(network, images), device)[1]
-                found[method.name], seconds = _timed(partial(method.estimate, network, inputs[method.name]), device)
+                forward = timed(lambda: _forward(network, images), device)[1]
+                found[method.name], seconds = timed(partial(method.estimate, network, inputs[method.name]), device)
                 if number > 0 or seconds > config.max_seconds:
                     times[method.name].append((forward, seconds))
             progress.advance(task)
@@ -316,7 +316,8 @@ def _silent_stderr() -> Generator[None, None, None]:
         os.close(sink)
 
 
-def _timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return the result of a call and the seconds that it took on the device."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else nullcontext
     synchronize()
     begin = time.perf_counter()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisher_reg import Categorical
 from fisher_reg.estimate import evaluation_operator
-from fisher_reg.forward import evaluation_behaviour
+from fisher_reg.evaluation import deployed
 from recipes.models import ImageSpec, Normalize
 
 Weights = Mapping[str, Any]
@@ -63,14 +63,14 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
     Raises:
         ValueError: If the image does not fit, or the output is not one finite logit for each class.
     """
-    with torch.no_grad(), evaluation_behaviour(network):
-        try:
-            network(image)
-        except Exception as error:  # whatever the user's forward raises
-            raise ValueError(
-                f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
-                f"{error} Give images of its size (+data.image_size=…, +data.num_channels=3) or build it for these."
-            ) from error
+    try:
+        with torch.no_grad():
+            deployed(network, image)(image)
+    except Exception as error:  # whatever the user's forward raises
+        raise ValueError(
+            f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
+            f"{error} Give images of its size (+data.image_size=…, +data.num_channels=3) or build it for these."
+        ) from error
     with evaluation_operator(network, image, Categorical()) as fisher:
         num_outputs = fisher.logits.shape[1]
     if num_outputs != num_classes:

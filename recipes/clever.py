@@ -19,7 +19,7 @@ from scipy.special import xlogy
 from scipy.stats import kstwo
 from torch import Tensor, nn
 
-from fisher_reg.forward import evaluation_behaviour
+from fisher_reg.evaluation import deployed
 from fisher_reg.sampling import fixed_generator, normal, uniform
 from recipes.baselines import class_gradients
 
@@ -137,8 +137,8 @@ class Clever:
             ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
         """
         generator = generator or fixed_generator(images.device)
-        with torch.no_grad(), evaluation_behaviour(network):
-            logits = network(images)
+        with torch.no_grad():
+            logits = deployed(network, images)(images)
         maxima = [self._maxima(network, *pair, generator) for pair in zip(images, logits.argmax(1), strict=True)]
         return self.scores(logits, torch.stack(maxima))
 

@@ -27,7 +27,7 @@ from fisher_reg import (
     fisher_trace,
     local_fisher_bound,
 )
-from fisher_reg.forward import evaluation_behaviour
+from fisher_reg.evaluation import deployed
 from recipes.baselines import input_gradient_norm, linearised_distance, local_lipschitz, margin
 from recipes.clever import Clever
 
@@ -171,8 +171,8 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor, effort: Effort) 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor) -> Tensor:
     """Return the logits ``(B, K)`` of the deployed function."""
-    with evaluation_behaviour(network):
-        return torch.cat([network(part) for part in images.split(_CHUNK)])
+    function = deployed(network, images)
+    return torch.cat([function(part) for part in images.split(_CHUNK)])
 
 
 class _Confident(nn.Module):

@@ -59,10 +59,17 @@ class MatrixOperator:
         units = torch.eye(self.start.shape[1], dtype=self.start.dtype).expand(len(self.start), -1, -1)
         return torch.cat([self.start[:, None], units], 1)[:, : min(count, self.start.shape[1])]
 
-    def apply(self, v, exact=False):
+    def slope_along(self, u, row):
+        return row.norm(dim=1)
+
+    def apply(self, v, exact=False, slope=None):
         self.counter.append(len(v))
         image = (self.matrix @ v[:, :, None]).squeeze(2)
-        return image if exact else image + self.noise * image.norm(dim=1, keepdim=True) * torch.randn_like(image)
+        return (
+            image
+            if exact or slope is None
+            else image + self.noise * image.norm(dim=1, keepdim=True) * torch.randn_like(image)
+        )
 
     def adjoint(self, u):
         self.counter.append(len(u))

@@ -195,7 +195,7 @@ def test_an_apply_that_is_far_off_is_taken_exactly_where_it_is():
     matrix = with_singular_values([3.0, 2.0, 1.0], 6, 20, batch=4)
 
     class FarOff(MatrixOperator):
-        def apply(self, v, exact=False):
+        def apply(self, v, exact=False, slope=None):
             image = super().apply(v, exact=True)
             return image if exact or len(v) == 1 else image * torch.tensor([1.0, 1.0, 2.0, 1.0])[: len(v), None]
 
@@ -209,7 +209,7 @@ def test_an_apply_that_is_far_off_is_taken_exactly_where_it_is():
 
 def test_maps_that_are_no_transposes_are_refused():
     class Unrelated(MatrixOperator):
-        def apply(self, v, exact=False):
+        def apply(self, v, exact=False, slope=None):
             return torch.ones(len(v), 5, dtype=v.dtype)
 
         def restrict(self, keep):

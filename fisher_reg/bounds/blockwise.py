@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.bound import BoundTerm, UpperBound, traced_model
 from fisher_reg.bounds.trace import Trace, asks_for_shape, where
-from fisher_reg.forward import as_function, check_input_std, differentiable, evaluation_behaviour, twice_differentiable
+from fisher_reg.evaluation import check_input_std, differentiable, twice_differentiable
 from fisher_reg.likelihood import Categorical, Gaussian, Likelihood
 from fisher_reg.operator import InputFisher, double_backward
 from fisher_reg.solvers import Lanczos
@@ -64,12 +64,11 @@ def blockwise_fisher_bound(
     traced = traced_model(model, inputs, likelihood)
     segments = _grouped(_segments(traced), num_segments)
     logs, names = [], []
-    with evaluation_behaviour(model):
-        for segment in segments:
-            is_last = segment is segments[-1]
-            std = input_std if segment is segments[0] else None
-            logs.append(_log10_norm(segment, likelihood if is_last else Gaussian(), std))
-            names.append(segment.name)
+    for segment in segments:
+        is_last = segment is segments[-1]
+        std = input_std if segment is segments[0] else None
+        logs.append(_log10_norm(segment, likelihood if is_last else Gaussian(), std))
+        names.append(segment.name)
     terms = tuple(
         BoundTerm(name, "segment", float((0.5 * value).median().mul(math.log(10)).exp()), float(value.mean()))
         for name, value in zip(names, logs, strict=True)
@@ -92,7 +91,7 @@ class _Segment:
         return where(self.nodes[0])
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        values: dict[fx.Node, Any] = {self.start: hidden}
+        values: dict[fx.Node, Any] = {self.start: hidden.clone()}  # a layer in place may not change a leaf
 
         def fetch(argument: Any) -> Any:
             return fx.map_arg(argument, lambda node: values.get(node, self.trace.values[node]))
@@ -175,5 +174,5 @@ def _grouped(segments: list[_Segment], num_segments: int | None) -> list[_Segmen
 
 def _log10_norm(segment: _Segment, likelihood: Likelihood, input_std: Tensor | None) -> Tensor:
     with differentiable(segment.trace.values[segment.start]) as hidden, twice_differentiable():
-        operator = InputFisher(as_function(segment), hidden, likelihood, input_std, double_backward)
+        operator = InputFisher(segment, hidden, likelihood, input_std, double_backward)
         return _SOLVER.solve(operator).eigenvalue.detach().double().log10()

@@ -17,7 +17,7 @@ from fisher_reg.bounds.conv import linear_norm
 from fisher_reg.bounds.graph import Composition, compose
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.trace import Trace, trace
-from fisher_reg.forward import check_input_std, check_inputs, evaluation_behaviour
+from fisher_reg.evaluation import check_input_std, check_inputs, deployed_module, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood, check_logits
 
 
@@ -212,7 +212,7 @@ def log_fisher_bound(
 ) -> Tensor:
     """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
     traced = traced_model(model, inputs[:1], likelihood)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_behaviour(model):
+    with torch.inference_mode(False), torch.enable_grad():
         composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
         log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
     return log_value if input_std is None else log_value - 2 * input_std.min().log()
@@ -254,7 +254,7 @@ def certified_radius(
     if input_std is not None:
         check_input_std(input_std)
     traced = traced_model(model, inputs, Categorical())
-    with torch.inference_mode(False), torch.no_grad(), evaluation_behaviour(model):
+    with torch.inference_mode(False), torch.no_grad():
         radii = [_radii(item, traced.result.double()) for item in _compositions(traced, Categorical(), tightening)]
     best = torch.stack(radii).amax(0)
     return best if input_std is None else best * input_std.min().double()
@@ -288,7 +288,7 @@ def _bound(
     if input_std is not None:
         check_input_std(input_std)
     traced = traced_model(model, inputs, likelihood)
-    with torch.inference_mode(False), torch.enable_grad(), evaluation_behaviour(model):
+    with torch.inference_mode(False), torch.enable_grad():
         composition, log_value = _tightest(traced, likelihood, tightening, head, power, is_local)
         terms = _shares(composition, log_value, head(composition.head, traced.result), power)
     shift = 0.0 if input_std is None else power * math.log10(float(input_std.min()))
@@ -325,8 +325,10 @@ def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Tr
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    with torch.inference_mode(False), torch.no_grad(), evaluation_behaviour(model):
-        traced = trace(model, inputs.clone())
+    with differentiable(inputs) as safe_inputs:
+        module = deployed_module(model)
+        with torch.no_grad():
+            traced = trace(module, safe_inputs)
     check_logits(traced.result, len(inputs), likelihood)
     return traced
 

@@ -19,6 +19,7 @@ from fisher_reg.bounds.normalizations import diagonal_gain, group_norm_gain, lay
 from fisher_reg.bounds.poolings import interpolation_gain
 from fisher_reg.bounds.registry import Ball, Gain, ScaledGain, find_rule
 from fisher_reg.errors import NoBoundError
+from fisher_reg.evaluation.batch_norm import scale_and_shift
 
 
 def activation_module(target: Any) -> nn.Module | None:
@@ -48,12 +49,11 @@ def _convolution(call: Call) -> Gain:
 
 
 def _batch_norm(call: Call) -> Gain:
-    variance = call.argument("running_var")
-    if call.argument("training", False) or variance is None:
+    mean, variance, weight = (call.argument(name) for name in ("running_mean", "running_var", "weight"))
+    if call.argument("training", False) or mean is None or variance is None:
         raise NoBoundError(f"{call.name} normalises with the statistics of the batch, which couples the examples.")
-    factor = (variance.double() + call.argument("eps", 1e-5)).rsqrt()
-    if call.argument("weight") is not None:
-        factor = factor * call.argument("weight").double()
+    weight = None if weight is None else weight.double()
+    factor, _ = scale_and_shift(mean.double(), variance.double(), weight, None, call.argument("eps", 1e-5))
     shape = (1, -1, *[1] * (call.value.ndim - 2))
     return diagonal_gain(factor.view(shape), layer_of(call))
 

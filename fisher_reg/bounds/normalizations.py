@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fisher_reg.batch_statistics import replayed_variance
 from fisher_reg.bounds.attention import layer_norm_tokens
 from fisher_reg.bounds.registry import Layer, ScaledGain, register_bound_rule
 from fisher_reg.errors import NoBoundError
+from fisher_reg.evaluation.batch_norm import scale_and_shift
 
 _SMALLEST = 1e-12
 """A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
@@ -47,13 +47,12 @@ def batch_norm_rule(module: _BatchNorm, layer: Layer) -> ScaledGain:
 
 def batch_norm_scale(module: _BatchNorm) -> Tensor:
     """Return what an evaluating batch norm multiplies each channel by, ``(C,)``."""
-    variance = replayed_variance(module)
-    if variance is None:
-        variance = module.running_var
-    if variance is None:
+    if module.running_var is None or module.running_mean is None:
         raise NoBoundError(f"{module} keeps no running statistics and is not a fixed map in evaluation.")
-    scale = (variance.double() + module.eps).rsqrt()
-    return scale if module.weight is None else scale * module.weight.double()
+    statistics = module.running_mean.double(), module.running_var.double()
+    weight = None if module.weight is None else module.weight.double()
+    scale, _ = scale_and_shift(*statistics, weight, None, module.eps)
+    return scale
 
 
 @register_bound_rule(nn.LayerNorm)

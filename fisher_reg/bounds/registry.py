@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fisher_reg.batch_statistics import replayed_variance
 from fisher_reg.bounds.conv import Geometry
 from fisher_reg.errors import NoBoundError
 
@@ -167,12 +166,11 @@ def find_rule(module: nn.Module) -> Rule | None:
     """Return the rule of the module's class, or of the nearest base class, if it computes what that class computes.
 
     A forward that is overridden or replaced on the instance, or a hook that may change the input or the output, makes
-    it another function. The hooks of torch's own weight and spectral normalisation only set the weight, and a batch
-    norm that replays the statistics of a batch is still one.
+    it another function. The hooks of torch's own weight and spectral normalisation only set the weight.
     """
     kind = type(module)
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    replaced = "forward" in vars(module) and replayed_variance(module) is None
+    replaced = "forward" in vars(module)
     if replaced or not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
         return None
     return next((_RULES[base] for base in kind.__mro__ if base in _RULES and _same_forward(kind, base)), None)

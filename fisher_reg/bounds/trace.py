@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.registry import find_rule
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
+
+_TRACING = threading.RLock()  # the tracers of torch work on the whole process
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,25 @@ class _Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """A module with a rule of its own is one layer."""
+    """A module with a rule of its own is one layer.
+
+    ``torch.fx`` patches the calls of all modules in the process while it traces; those of other threads go on as they
+    are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
@@ -129,10 +151,12 @@ class _Tracer(fx.Tracer):
 def _graph_module(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     root = _Root(model)
     try:
-        return fx.GraphModule(root, _Tracer().trace(root))
+        with _TRACING:
+            graph = _Tracer().trace(root)
+        return fx.GraphModule(root, graph)
     except Exception as error:  # the user's own forward meets placeholders here and may raise anything
         try:
-            with warnings.catch_warnings():
+            with _TRACING, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(root, (inputs,), strict=False).module()
         except Exception as second:

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from fisher_reg.forward import LogitsOf
+from fisher_reg.check import check_model
+from fisher_reg.evaluation import LogitsOf, SideInputs
+from fisher_reg.likelihood import Likelihood
 
 InputsFn = Callable[[Any], Tensor]
 LabelsFn = Callable[[Any], Tensor]
-LogitsFn = Callable[[Any, Tensor], Tensor]
+LogitsFn = Callable[..., Tensor]
+SideInputsFn = Callable[[Any], SideInputs]
+
+
+def no_side_inputs(batch: Any) -> SideInputs:
+    """Return that the model takes the inputs alone."""
+    return None
 
 
 def logits_model(module: nn.Module, logits_fn: LogitsFn | None) -> nn.Module:
     """Return the module whose forward gives the logits."""
     return module if logits_fn is None else LogitsOf(module, logits_fn)
+
+
+def report_check(
+    owner: object, model: nn.Module, inputs: Tensor, side_inputs: SideInputs, likelihood: Likelihood, is_training: bool
+) -> None:
+    """Verify that a model is the function that is meant; warn of what is not so, with the remedy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says it all
+        check = check_model(model, inputs, likelihood=likelihood, side_inputs=side_inputs, is_training=is_training)
+    has_logits = check.findings[0].passed
+    if has_logits and not check.passed:  # without logits the measurement itself fails, and says how
+        rank_zero_warn(f"{type(owner).__name__} cannot vouch for its numbers. check_model found:\n{check}")
 
 
 def find_inputs(batch: Any) -> Tensor:

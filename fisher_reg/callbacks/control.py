@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.evaluation import SideInputs, select
 from fisher_reg.penalty import Penalty
 
 
@@ -37,11 +38,16 @@ class LambdaControl:
     max_factor: float = 1e3
 
     def __post_init__(self) -> None:
-        self._measured_at = -1
-        self._warned = False
         if not 0 < self.target < math.inf:
             raise ValueError(f"target_lambda must be positive and finite; got {self.target}.")
         self.begin = self.weight
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what an earlier training has measured."""
+        self.weight = self.begin
+        self._measured_at = -1
+        self._warned = False
 
     @property
     def is_at_limit(self) -> bool:
@@ -57,7 +63,13 @@ class LambdaControl:
             self.weight = self.begin * math.exp(min(max(log_factor, -limit), limit))
 
     def measure(
-        self, module: pl.LightningModule, model: nn.Module, inputs: Tensor, penalty: Penalty, step: int
+        self,
+        module: pl.LightningModule,
+        model: nn.Module,
+        inputs: Tensor,
+        side_inputs: SideInputs,
+        penalty: Penalty,
+        step: int,
     ) -> None:
         """Measure the mean over the processes, once at an optimiser step, log it, and move the weight.
 
@@ -69,6 +81,7 @@ class LambdaControl:
         own = {name: getattr(penalty, name) for name in ("likelihood", "input_std") if hasattr(penalty, name)}
         sums = torch.zeros(2, device=inputs.device)
         with suppress(NonFiniteError):
+            own["side_inputs"] = select(side_inputs, slice(_NUM_PROBES), len(inputs))
             values = fisher_spectral_norm(model, inputs[:_NUM_PROBES], **own).eigenvalue.float()
             sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
         total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").tolist()

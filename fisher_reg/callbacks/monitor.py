@@ -12,16 +12,28 @@ from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import SumMetric
 
 from fisher_reg.bounds import UpperBound, fisher_bound
-from fisher_reg.callbacks.batch import InputsFn, LogitsFn, check_at_least_one, find_inputs, logits_model
+from fisher_reg.callbacks.batch import (
+    InputsFn,
+    LogitsFn,
+    SideInputsFn,
+    check_at_least_one,
+    find_inputs,
+    logits_model,
+    no_side_inputs,
+    report_check,
+)
 from fisher_reg.eigen import Solver
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.evaluation import SideInputs, select
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
@@ -77,6 +89,8 @@ class FisherMonitor(pl.Callback):
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
             tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping.
         logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, where ``pl_module(inputs)`` does not.
+        side_inputs_fn: ``side_inputs_fn(batch)`` returns more arguments of the model (a mask, a class embedding): a
+            tuple for ``pl_module(inputs, *side_inputs)``, or a mapping for keywords; ``logits_fn`` gets them likewise.
         probe: Inputs to measure on instead of validation data; needed without a validation loop.
 
     Attributes:
@@ -97,6 +111,7 @@ class FisherMonitor(pl.Callback):
         input_std: Tensor | None = None,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
+        side_inputs_fn: SideInputsFn = no_side_inputs,
         probe: Tensor | None = None,
     ) -> None:
         check_at_least_one(self, every_n_epochs=every_n_epochs, num_samples=num_samples)
@@ -108,15 +123,20 @@ class FisherMonitor(pl.Callback):
         self.input_std = input_std
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
+        self.side_inputs_fn = side_inputs_fn
         self.history: list[dict[str, float]] = []
-        self._probe: list[Tensor] = [] if probe is None else [probe]
+        self._probe: list[tuple[Tensor, SideInputs]] = [] if probe is None else [(probe, None)]
         self._probe_is_given = probe is not None
         self._warned: set[str] = set()
         self._without_bound: set[Bound] = set()
+        self._is_checked = False
+        self._takes_parts = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
         self._without_bound = set()
+        self._is_checked = False
+        self._takes_parts = True
         if not self._probe_is_given:
             self._probe = []
         if stage == "fit" and trainer.current_epoch == 0:
@@ -140,15 +160,16 @@ class FisherMonitor(pl.Callback):
 
         In the sanity check one input is tried and not kept, so that a setting that cannot work fails before training.
         """
-        missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs in self._probe)
+        missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs, _ in self._probe)
         if self._probe_is_given or missing <= 0 or dataloader_idx > 0:
             return
+        inputs, side_inputs = self.inputs_fn(batch), self.side_inputs_fn(batch)
         if trainer.sanity_checking:
-            with suppress(NonFiniteError):
-                self._try(logits_model(pl_module, self.logits_fn), self.inputs_fn(batch)[:1])
+            self._try(pl_module, inputs, side_inputs)
         elif self._is_due(trainer):
             with torch.inference_mode(False):
-                self._probe.append(self.inputs_fn(batch)[:missing].detach().cpu().clone())
+                index = slice(missing) if self._takes_parts else slice(None)
+                self._probe.append(_own(inputs, side_inputs, index))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
@@ -177,9 +198,14 @@ class FisherMonitor(pl.Callback):
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
-        eigenvalues, logged = self._estimate(model, self._probe, pl_module.device)
-        for bound in [bound for bound in self.bounds if bound not in self._without_bound]:
-            logged |= self._bound(bound, model, pl_module.device, eigenvalues)
+        probe = move_data_to_device(self._probe, pl_module.device)
+        if self._probe_is_given:
+            probe = trainer.precision_plugin.convert_input(probe)  # as every batch
+        if probe:
+            self._check(model, *probe[0])
+        eigenvalues, logged = self._estimate(model, probe, pl_module.device)
+        for bound in self._bounds_of(probe):
+            logged |= self._bound(bound, model, torch.cat([inputs for inputs, _ in probe]), eigenvalues)
         logged["fisher/seconds"] = time.perf_counter() - begin
         pl_module.log_dict(logged, sync_dist=True, batch_size=1)
         if trainer.state.fn == "validate":
@@ -189,19 +215,45 @@ class FisherMonitor(pl.Callback):
             for logger in trainer.loggers:
                 self._draw(getattr(logger, "experiment", None), eigenvalues, trainer.global_step)
 
-    def _try(self, model: nn.Module, inputs: Tensor) -> None:
-        fisher_spectral_norm(model, inputs, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
+    def _bounds_of(self, probe: list[tuple[Tensor, SideInputs]]) -> list[Bound]:
+        """Return the bounds that this network has, as far as is known."""
+        if self.bounds and any(side_inputs is not None for _, side_inputs in probe):
+            self._warn_once("side inputs", "FisherMonitor leaves out the bounds: no bound is known with side inputs.")
+            return []
+        return [bound for bound in self.bounds if bound not in self._without_bound]
 
-    def _estimate(self, model: nn.Module, probe: list[Tensor], device: torch.device) -> tuple[Tensor, dict[str, float]]:
+    def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
+        """Measure one input, or the batch where the model takes nothing less, and check the model once."""
+        model = logits_model(pl_module, self.logits_fn)
+        options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
+        one = select(side_inputs, slice(1), len(inputs))
+        with suppress(NonFiniteError):
+            try:
+                fisher_spectral_norm(model, inputs[:1], side_inputs=one, **options)
+            except NonFiniteError:
+                raise
+            except Exception:  # whatever the user's forward raises for a batch of one
+                fisher_spectral_norm(model, inputs, side_inputs=side_inputs, **options)
+                self._takes_parts = False
+        self._check(model, inputs, side_inputs)
+
+    def _check(self, model: nn.Module, inputs: Tensor, side_inputs: SideInputs) -> None:
+        if not self._is_checked:
+            self._is_checked = True
+            report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
+
+    def _estimate(
+        self, model: nn.Module, probe: list[tuple[Tensor, SideInputs]], device: torch.device
+    ) -> tuple[Tensor, dict[str, float]]:
         metric = FisherSpectralNorm(None, solver=self.solver, likelihood=self.likelihood, input_std=self.input_std)
         trace = FisherTrace(estimator=_TRACE, likelihood=self.likelihood, input_std=self.input_std)
         unconverged = SumMetric()
         for item in (metric, trace, unconverged):
             item.to(device)
         try:
-            for inputs in probe:
-                metric.update(model, inputs.to(device))
-                trace.update(model, inputs.to(device))
+            for inputs, side_inputs in probe:
+                metric.update(model, inputs, side_inputs)
+                trace.update(model, inputs, side_inputs)
             unconverged.update(metric.unconverged)
         except NonFiniteError as error:
             metric.reset()
@@ -217,9 +269,8 @@ class FisherMonitor(pl.Callback):
         logged["fisher/unconverged"] = float(count)
         return eigenvalues, logged
 
-    def _bound(self, bound: Bound, model: nn.Module, device: torch.device, eigenvalues: Tensor) -> dict[str, float]:
+    def _bound(self, bound: Bound, model: nn.Module, inputs: Tensor, eigenvalues: Tensor) -> dict[str, float]:
         begin = time.perf_counter()
-        inputs = torch.cat(self._probe).to(device)
         try:
             upper = bound(model, inputs, likelihood=self.likelihood, input_std=self.input_std)
         except NoBoundError as error:
@@ -264,6 +315,13 @@ class FisherMonitor(pl.Callback):
         if what not in self._warned:
             self._warned.add(what)
             rank_zero_warn(message)
+
+
+def _own(inputs: Tensor, side_inputs: SideInputs, index: slice) -> tuple[Tensor, SideInputs]:
+    """Return copies on the CPU of some of the examples."""
+    chosen = inputs[index], select(side_inputs, index, len(inputs))
+    own: tuple[Tensor, SideInputs] = apply_to_collection(chosen, Tensor, lambda tensor: tensor.detach().cpu().clone())
+    return own
 
 
 def _log10(value: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,39 +12,50 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from fisher_reg.batch_statistics import is_clear, of_step, refuse_synchronised, replay, training_batch_norms, untracked
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LabelsFn,
     LogitsFn,
+    SideInputsFn,
     check_at_least_one,
     find_inputs,
     find_labels,
     logits_model,
+    no_side_inputs,
+    report_check,
 )
 from fisher_reg.callbacks.control import LambdaControl, check_control
 from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
 from fisher_reg.callbacks.step import Due, Observation, PenalisedStep
 from fisher_reg.callbacks.tap import standing_obstacle
 from fisher_reg.errors import NonFiniteError
-from fisher_reg.forward import as_function, differentiable, evaluation_behaviour, with_noise_of
+from fisher_reg.evaluation import (
+    EvaluatedModel,
+    Noise,
+    SideInputs,
+    UnrecordedError,
+    WithSideInputs,
+    deployed_with_gradient,
+    differentiable,
+    has_training_batch_norm,
+    is_sharded,
+    refuse_unseen_batch_norm,
+    select,
+)
+from fisher_reg.likelihood import Categorical
 from fisher_reg.penalty import BoundPenalty, KLPenalty, Penalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
-
-_SHARDED: tuple[type, ...] = ()
-if torch.distributed.is_available():
-    from torch.distributed import fsdp
-
-    _SHARDED = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
 
 
 class FisherRegularizer(pl.Callback):
     """Add ``weight * penalty`` to the loss of an unmodified LightningModule.
 
-    ``training_step`` is wrapped on the instance for the time of ``fit`` and given back afterwards, also after an
-    exception. The penalty is part of the one loss that Lightning divides, scales, clips and synchronises, so it
-    is right under gradient accumulation, mixed precision and DDP. In manual optimisation it is added to what the first
-    ``manual_backward`` of a step gets.
+    The module is only read. The trainer's own call of ``training_step`` is wrapped, on its strategy, for the time of
+    ``fit`` and also given back after an exception: a module that is copied or pickled meanwhile knows nothing of it,
+    and a ``validation_step`` that calls ``training_step`` is not penalised. The penalty is part of the one loss that
+    Lightning divides, scales, clips and synchronises, so it is right under gradient accumulation, mixed precision and
+    DDP. In manual optimisation it is added to what ``self.manual_backward`` gets; where a step calls that several
+    times, ``backward_pass`` must say which call is meant.
 
     It sees the function being trained: batch norm uses the statistics of the step's own forward. That forward is reused
     where it is sure to be that of the inputs: where the step gives the batch's own inputs once to ``forward`` or to a
@@ -53,8 +63,8 @@ class FisherRegularizer(pl.Callback):
     training). Otherwise the penalty runs a forward of its own, and says so once.
 
     A penalty that is NaN or infinite is left out of the loss, with a warning that counts (with sharded weights it stops
-    the training, since no process can leave it out alone). Activation checkpointing works with ``use_reentrant=False``
-    inside ``forward``, around parts without batch norm; elsewhere torch raises a CheckpointError.
+    the training, since no process can leave it out alone). Activation checkpointing with ``use_reentrant=False`` works;
+    a forward of the penalty's own with second derivatives or batch statistics keeps its activations all the same.
 
     Where inputs are mixed or augmented inside the step, the penalty is taken at the inputs of the batch; do it in
     ``on_after_batch_transfer`` to have it at those that are trained on.
@@ -77,8 +87,11 @@ class FisherRegularizer(pl.Callback):
             with a schedule or a warm-up.
         use_running_statistics: Penalises the deployed function (running statistics of batch norm, no dropout) instead
             of the one being trained.
+        backward_pass: In manual optimisation, which ``self.manual_backward`` of a training step gets the penalty,
+            counted from 0. Needed where there are several.
         inputs_fn: As in :class:`FisherMonitor`.
         logits_fn: As in :class:`FisherMonitor`.
+        side_inputs_fn: As in :class:`FisherMonitor`.
         labels_fn: From a batch to class indices ``(B,)``, for a penalty of labels. By default the second part.
 
     Example:
@@ -96,8 +109,10 @@ class FisherRegularizer(pl.Callback):
         schedule: Schedule = ConstantSchedule(),
         target_lambda: float | None = None,
         use_running_statistics: bool = False,
+        backward_pass: int | None = None,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
+        side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
     ) -> None:
         if not 0 <= weight < math.inf:
@@ -106,6 +121,8 @@ class FisherRegularizer(pl.Callback):
             raise ValueError(f"FisherRegularizer needs 0 < batch_fraction <= 1; got {batch_fraction}.")
         if warmup_steps < 0:
             raise ValueError(f"FisherRegularizer needs warmup_steps >= 0; got {warmup_steps}.")
+        if backward_pass is not None and backward_pass < 0:
+            raise ValueError(f"FisherRegularizer counts backward_pass from 0; got {backward_pass}.")
         check_at_least_one(self, every_n_steps=every_n_steps)
         if schedule.num_steps is not None and schedule.num_steps <= warmup_steps:
             raise ValueError(
@@ -122,21 +139,25 @@ class FisherRegularizer(pl.Callback):
         self.schedule = schedule
         self.control = None if target_lambda is None else LambdaControl(target_lambda, weight)
         self.use_running_statistics = use_running_statistics
+        self.backward_pass = backward_pass
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
+        self.side_inputs_fn = side_inputs_fn
         self.labels_fn = labels_fn or find_labels
         self.num_skipped = 0
         self._num_schedule_steps = math.inf
-        self._told = False
+        self._told = self._checked = False
         self._step: PenalisedStep | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wrap the training step."""
+        """Wrap the training step of the trainer, and begin anew with what is adapted."""
         if stage != "fit" or self.weight == 0:
             return
-        refuse_synchronised(pl_module)
-        self._told = False
-        self._step = PenalisedStep.of(pl_module)
+        refuse_unseen_batch_norm(pl_module)
+        self._told = self._checked = False
+        if self.control is not None:
+            self.control.begin_anew()
+        self._step = PenalisedStep.of(trainer, pl_module)
         self._step.regularizers.append(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,32 +225,46 @@ class FisherRegularizer(pl.Callback):
         """Whether the step must run on kernels with second derivatives for its forward to be reused."""
         return isinstance(self.penalty, PointPenalty) and self.penalty.differentiates_twice
 
-    def can_reuse_forward(self, module: pl.LightningModule) -> bool:
+    def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
         """Whether the penalty can be taken where the step's forward has been."""
         if not isinstance(self.penalty, PointPenalty) or self.batch_fraction < 1 or self.use_running_statistics:
             return False
-        if self.penalty.differentiates_twice and training_batch_norms(module):
+        if self.penalty.differentiates_twice and has_training_batch_norm(module):
             return False
-        obstacle = standing_obstacle(module)
+        obstacle = standing_obstacle(module) if side_inputs is None else "the model takes side inputs"
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None
+
+    def check(self, module: pl.LightningModule, due: Due) -> None:
+        """Run :func:`fisher_reg.check_model` once, before the first penalised step."""
+        if self._checked or is_sharded(module):  # processes must not differ in their number of forwards
+            return
+        self._checked = True
+        report_check(
+            self,
+            logits_model(module, self.logits_fn),
+            due.inputs,
+            due.side_inputs,
+            likelihood=getattr(self.penalty, "likelihood", Categorical()),
+            is_training=not self.use_running_statistics,
+        )
 
     def penalise(
         self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
     ) -> Tensor | None:
         """Return the penalty with the batch statistics of the step that was seen; None if it is not finite."""
-        model = logits_model(module, self.logits_fn)
         options: dict[str, Any] = {"generator": generator}
         if isinstance(self.penalty, PointPenalty) and self.penalty.needs_labels:
             options["labels"] = self.labels_fn(batch)
         step = _optimiser_step(module.trainer)
         if self.control is not None and step % (_CONTROL_EVERY * self.every_n_steps) == 0:
-            self.control.measure(module, model, due.inputs, self.penalty, step)
+            model = logits_model(module, self.logits_fn)
+            self.control.measure(module, model, due.inputs, due.side_inputs, self.penalty, step)
         try:
-            penalty = self._value(module, model, due, seen, options)
+            penalty = self._value(module, due, seen, options)
         except NonFiniteError as error:
-            if _is_sharded(module):
+            if is_sharded(module):
                 raise  # the other processes wait for this one in the forward that it would skip
             self._skip(str(error))
             return None
@@ -238,50 +273,61 @@ class FisherRegularizer(pl.Callback):
             return None
         return penalty
 
-    def _value(
-        self, module: pl.LightningModule, model: nn.Module, due: Due, seen: Observation, options: dict[str, Any]
-    ) -> Tensor:
-        if self._reuses(module, model, due, seen):
-            return self._at_the_step(model, seen, options)
+    def _value(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
         if self.use_running_statistics:
-            with evaluation_behaviour(model):
-                return self._of_a_part(model, due.inputs, options)
-        with of_step(model, seen.recording, model, due.inputs):
-            return self._of_a_part(model, due.inputs, options)
+            with differentiable(due.inputs) as inputs:
+                model = deployed_with_gradient(logits_model(module, self.logits_fn), inputs)
+            return self._of_a_part(model, due, options)
+        recording = seen.recording if seen.recording.is_clear else None
+        try:
+            if self._reuses(module, due, seen):
+                return self._at_the_step(due, seen, options)
+            if recording is not None:
+                model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False, recording=recording)
+                return self._of_a_part(model, due, options)
+        except UnrecordedError:
+            self._tell("batch norms ran unseen in the training step")
+        with differentiable(due.inputs) as inputs:
+            model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False)
+            if has_training_batch_norm(due.model.model):
+                WithSideInputs(model, due.side_inputs, len(inputs))(inputs)  # which fixes the batch statistics
+        return self._of_a_part(model, due, options)
 
-    def _reuses(self, module: pl.LightningModule, model: nn.Module, due: Due, seen: Observation) -> bool:
+    def _reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:
         flow = seen.flow
         if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
             return False
-        if self.differentiates_twice() > flow.differentiates_twice or not self.can_reuse_forward(module):
+        if self.differentiates_twice() > flow.differentiates_twice or not self.can_reuse_forward(module, None):
             return False
         obstacle = flow.obstacle
-        if obstacle is None and not is_clear(model, seen.recording):
-            obstacle = "batch norms ran more than once, or unseen, in the training step"
+        if obstacle is None and not seen.recording.is_clear:
+            obstacle = "batch norms ran more than once in the training step"
+        if obstacle is None and self.differentiates_twice() and seen.recording.calls:
+            obstacle = "second derivatives would go through the batch statistics of the training step"
         if obstacle is not None:
             self._tell(obstacle)
         return obstacle is None
 
-    def _at_the_step(self, model: nn.Module, seen: Observation, options: dict[str, Any]) -> Tensor:
+    def _at_the_step(self, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
         assert isinstance(self.penalty, PointPenalty)
         flow = seen.flow
         assert flow is not None
-        assert flow.state is not None
-        function = with_noise_of(flow.state, as_function(model))
-        point = TrainingPoint(function, flow.inputs, flow.outputs[0])
-        with ExitStack() as stack:
-            stack.enter_context(differentiable(flow.source))
-            stack.enter_context(kernels(self.penalty.differentiates_twice))
-            stack.enter_context(untracked(model))
-            stack.enter_context(replay(seen.recording))
+        noise = Noise(due.inputs.device, flow.state)
+        model = EvaluatedModel(due.model, noise, is_deployed=False, recording=seen.recording)
+        point = TrainingPoint(model, flow.inputs, flow.outputs[0])
+        with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
             return self.penalty.at(point, **options)
 
-    def _of_a_part(self, model: nn.Module, inputs: Tensor, options: dict[str, Any]) -> Tensor:
+    def _of_a_part(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
+        inputs, side_inputs = due.inputs, due.side_inputs
         if self.batch_fraction < 1:
             count = max(1, round(self.batch_fraction * len(inputs)))
             chosen = torch.randperm(len(inputs), generator=options["generator"])[:count].to(inputs.device)
+            side_inputs = select(side_inputs, chosen, len(inputs))
             inputs = inputs[chosen]
             options = options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
+        if side_inputs is not None:
+            options = options | {"side_inputs": side_inputs}
         return self.penalty(model, inputs, **options)
 
     def _skip(self, reason: str) -> None:
@@ -313,12 +359,8 @@ def _optimiser_step(trainer: pl.Trainer) -> int:
     return trainer.global_step // max(1, len(trainer.optimizers))
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(part, _SHARDED) for part in module.modules())
-
-
 def _refuse_sharded(regularizer: FisherRegularizer, module: nn.Module) -> None:
-    if not _is_sharded(module):
+    if not is_sharded(module):
         return
     if regularizer.differentiates_twice() or isinstance(regularizer.penalty, BoundPenalty):
         raise MisconfigurationException(

@@ -1,4 +1,9 @@
-"""The training step of a module that knows nothing of penalties, with their terms in its loss."""
+"""The training step that a Trainer runs, with penalties in its loss.
+
+The wrapper stands on the trainer's strategy, between the loop and the user's module, for the time of ``fit``. The
+module itself is untouched: a copy of it, or what it pickles to, knows nothing of a penalty, and a ``training_step``
+that is called by anybody but the loop is not penalised.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,9 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from fisher_reg.batch_statistics import Recording, record
-from fisher_reg.callbacks.batch import InputsFn, LogitsFn, logits_model
-from fisher_reg.callbacks.tap import Flow, Tap
-from fisher_reg.forward import check_inputs
+from fisher_reg.callbacks.batch import InputsFn, LogitsFn, SideInputsFn, logits_model
+from fisher_reg.callbacks.tap import Flow, Tap, recorded
+from fisher_reg.evaluation import Recording, SideInputs, Source, check_inputs, source_of
 
 
 @dataclass
@@ -29,13 +33,8 @@ class Observation:
         flow: The inputs and logits, where a tap was open.
     """
 
-    recording: Recording = field(default_factory=dict)
+    recording: Recording = field(default_factory=Recording)
     flow: Flow | None = None
-    stack: ExitStack = field(default_factory=ExitStack)
-
-    def close(self) -> None:
-        """Remove the hooks, so that the penalty's own forwards are not observed."""
-        self.stack.close()
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,26 @@ class Due:
         regularizer: What penalises.
         source: The inputs in the batch.
         inputs: A copy of them from before the step, which may change them in place.
+        side_inputs: More arguments of the model.
+        model: The model as it was before the step, as a copy that shares the parameters.
     """
 
     number: int
     regularizer: Term
     source: Tensor
     inputs: Tensor
+    side_inputs: SideInputs
+    model: Source
 
 
 class Term(Protocol):
     """What a training step asks of a regularizer."""
 
     every_n_steps: int
+    backward_pass: int | None
     inputs_fn: InputsFn
     logits_fn: LogitsFn | None
+    side_inputs_fn: SideInputsFn
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Whether this step is penalised."""
@@ -69,10 +74,13 @@ class Term(Protocol):
         """Return the weight, without the factor for the steps between."""
 
     def differentiates_twice(self) -> bool:
-        """Whether the step must run on kernels with second derivatives for its forward to be reused."""
+        """Whether the penalty needs a forward on kernels with second derivatives."""
 
-    def can_reuse_forward(self, module: pl.LightningModule) -> bool:
-        """Whether a tap is worth opening."""
+    def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
+        """Whether the penalty can be taken where the step's own forward has been."""
+
+    def check(self, module: pl.LightningModule, due: Due) -> None:
+        """Check once that the model is the function that the penalty is meant for."""
 
     def penalise(
         self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
@@ -81,112 +89,139 @@ class Term(Protocol):
 
 
 class PenalisedStep:
-    """The wrapper of one module's training step, shared by all the regularizers of a fit."""
+    """The wrapper of a strategy's training step, shared by all the regularizers of a fit."""
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.strategy = trainer.strategy
         self.module = module
         self.regularizers: list[Term] = []
         self.taps: dict[object, Tap] = {}
-        self.pending: functools.partial[Tensor] | None = None
-        self.told = False
-        self.original = module.training_step
-        self.replaced = {name: vars(module)[name] for name in _WRAPPED if name in vars(module)}
-        manual_backward = module.manual_backward
-
-        @functools.wraps(self.original)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            return self.run(*args, **kwargs)
-
-        @functools.wraps(manual_backward)
-        def penalised_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            manual_backward(self.take(loss), *args, **kwargs)
-
-        training_step.penalised = self  # type: ignore[attr-defined]
-        module.training_step = training_step  # type: ignore[method-assign]
-        if not module.automatic_optimization:
-            module.manual_backward = penalised_backward  # type: ignore[method-assign]
+        self.pending: list[functools.partial[Tensor]] = []
+        self.num_backward = 0
+        self.step_before: int | None = None
+        self.told: set[str] = set()
+        self.training_step = self.strategy.training_step
+        self.backward = self.strategy.backward
+        self.strategy.training_step = self.run  # type: ignore[method-assign]
+        self.strategy.backward = self.run_backward  # type: ignore[method-assign, assignment]
 
     @classmethod
-    def of(cls, module: pl.LightningModule) -> PenalisedStep:
-        """Return the wrapper of a module that has one, else a new one."""
-        return getattr(module.training_step, "penalised", None) or cls(module)
+    def of(cls, trainer: pl.Trainer, module: pl.LightningModule) -> PenalisedStep:
+        """Return the wrapper of a trainer that has one, else a new one."""
+        owner = getattr(trainer.strategy.training_step, "__self__", None)
+        return owner if isinstance(owner, cls) else cls(trainer, module)
 
     def remove(self, regularizer: Term) -> None:
-        """Take a regularizer out; give the methods back with the last one."""
+        """Take a regularizer out; give the strategy its methods back with the last one."""
         self.regularizers.remove(regularizer)
-        current = vars(self.module).get("training_step")
-        if not self.regularizers and getattr(current, "penalised", None) is self:
-            for name in _WRAPPED:
-                vars(self.module).pop(name, None)
-            vars(self.module).update(self.replaced)
+        if not self.regularizers:
+            for name in ("training_step", "backward"):
+                vars(self.strategy).pop(name, None)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step and add the penalties that are due."""
         numbered = [(number, one) for number, one in enumerate(self.regularizers) if one.is_due(self.module.trainer)]
         if not numbered:
-            return self.original(*args, **kwargs)
+            return self.training_step(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]
-        due = []
-        for number, regularizer in numbered:
-            source = regularizer.inputs_fn(batch)
-            check_inputs(source)
-            due.append(Due(number, regularizer, source, source.detach().clone()))
-        seen = self.observe(due)
-        add = functools.partial(self.penalised, due=due, batch=batch, seen=seen)
-        with seen.stack:
-            self.pending = None if self.module.automatic_optimization else add
-            output = self.original(*args, **kwargs)
-        if self.pending is not None and not self.told:
-            self.told = True
-            rank_zero_warn(
-                "The penalty was not added: this module optimises manually, and its training_step did not call "
-                "self.manual_backward(loss)."
-            )
-        self.pending = None
+        due = [self.due(number, regularizer, batch) for number, regularizer in numbered]
+        for one in due:
+            one.regularizer.check(self.module, one)
+        seen = Observation()
+        terms = [functools.partial(self.penalised, due=one, batch=batch, seen=seen) for one in due]
+        is_automatic = self.module.automatic_optimization
+        self.pending, self.num_backward = ([] if is_automatic else terms), 0
+        with self.observed(due, seen):
+            output = self.training_step(*args, **kwargs)
+        if not is_automatic:
+            self.check_manual()
+            return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not self.module.automatic_optimization or not isinstance(loss, Tensor):
+        if not isinstance(loss, Tensor):
             return output  # None skips the step; anything else Lightning refuses itself
-        loss = add(loss)
+        for add in terms:
+            loss = add(loss)
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
-    def take(self, loss: Tensor) -> Tensor:
-        """Add the penalties that are due to what the first ``manual_backward`` of a step differentiates."""
-        add, self.pending = self.pending, None
-        return loss if add is None else add(loss)
+    def due(self, number: int, regularizer: Term, batch: object) -> Due:
+        """Return what a regularizer needs of a batch, as it is before the step."""
+        source, side_inputs = regularizer.inputs_fn(batch), regularizer.side_inputs_fn(batch)
+        check_inputs(source)
+        with torch.inference_mode(False), torch.enable_grad():
+            model = source_of(logits_model(self.module, regularizer.logits_fn), is_deployed=False)
+        return Due(number, regularizer, source, source.detach().clone(), side_inputs, model)
 
-    def observe(self, due: list[Due]) -> Observation:
-        """Open the hooks for a step; one tap, for the first regularizer that can use it."""
-        seen = Observation()
+    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add the penalties to what their backward pass of a step in manual optimisation differentiates."""
+        number, self.num_backward = self.num_backward, self.num_backward + 1
+        for add in list(self.pending):
+            chosen = add.keywords["due"].regularizer.backward_pass
+            if chosen is None and number > 0:
+                raise MisconfigurationException(_SEVERAL)
+            if number == (chosen or 0):
+                if chosen is not None:
+                    self.pending.remove(add)
+                loss = add(loss)
+        return self.backward(loss, *args, **kwargs)
+
+    def check_manual(self) -> None:
+        """Tell of a penalty that the step did not take, or takes more often than the optimizer steps."""
+        missed = [
+            add for add in self.pending if (add.keywords["due"].regularizer.backward_pass or 0) >= self.num_backward
+        ]
+        self.pending = []
+        if missed:
+            self.tell(
+                "missed",
+                "The penalty was not added: this module optimises manually, and its training_step did not call "
+                "self.manual_backward(loss) as often as FisherRegularizer(backward_pass=...) says, but "
+                f"{self.num_backward} times. Call it instead of loss.backward(), and choose one of the calls.",
+            )
+        step = self.module.trainer.global_step
+        if step == self.step_before and not missed:
+            self.tell(
+                "accumulated",
+                "Two batches in a row were penalised without a step of the optimizer between them. If training_step "
+                "divides its loss by k to accumulate gradients over k batches, divide the weight of FisherRegularizer "
+                "by k too: in manual optimisation the division is not seen.",
+            )
+        self.step_before = step
+
+    def tell(self, what: str, message: str) -> None:
+        """Warn once in a fit."""
+        if what not in self.told:
+            self.told.add(what)
+            rank_zero_warn(message)
+
+    def observed(self, due: list[Due], seen: Observation) -> ExitStack:
+        """Open what watches a step; one tap, for the first regularizer that can use it."""
+        stack = ExitStack()
         for one in due:
             regularizer = one.regularizer
-            if seen.flow is None and regularizer.can_reuse_forward(self.module):
+            if seen.flow is None and regularizer.can_reuse_forward(self.module, one.side_inputs):
                 tap = self.taps.get(regularizer.logits_fn)
                 if tap is None:
-                    model = logits_model(self.module, regularizer.logits_fn)
-                    tap = self.taps[regularizer.logits_fn] = Tap.find(self.module, model, one.source)
-                opened = tap.open(one.source, regularizer.logits_fn, regularizer.differentiates_twice())
-                seen.flow = seen.stack.enter_context(opened)
-        seen.recording = seen.stack.enter_context(record(self.module))
-        return seen
+                    tap = self.taps[regularizer.logits_fn] = Tap.find(self.module, one.model, one.source)
+                seen.flow = Flow(one.source, regularizer.logits_fn, regularizer.differentiates_twice())
+                stack.enter_context(tap.open(seen.flow))
+        stack.enter_context(recorded(self.module, seen.recording, seen.flow))
+        return stack
 
-    def penalised(self, loss: Tensor, due: list[Due], batch: object, seen: Observation) -> Tensor:
-        """Return the loss plus the penalties that are finite, and log them."""
-        seen.close()
+    def penalised(self, loss: Tensor, due: Due, batch: object, seen: Observation) -> Tensor:
+        """Return the loss plus a penalty, if that is finite, and log it."""
         if not loss.requires_grad:
             raise MisconfigurationException(
                 "training_step returned a loss that carries no gradient, so there is nothing to add a penalty to. "
                 "Return the loss as it was computed, without .detach() or .item()."
             )
-        trainer = self.module.trainer
-        for one in due:
-            regularizer = one.regularizer
-            generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
-            penalty = regularizer.penalise(self.module, one, batch, seen, generator)
-            weight = regularizer.current_weight(trainer)
-            if penalty is not None:
-                precise = torch.promote_types(loss.dtype, torch.float32)
-                loss = loss + regularizer.every_n_steps * weight * penalty.to(loss.device, precise)
-            self.log(f"_{one.number + 1}" if one.number else "", penalty, weight, len(one.inputs))
+        trainer, regularizer = self.module.trainer, due.regularizer
+        generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
+        penalty = regularizer.penalise(self.module, due, batch, seen, generator)
+        weight = regularizer.current_weight(trainer)
+        if penalty is not None:
+            precise = torch.promote_types(loss.dtype, torch.float32)
+            loss = loss + regularizer.every_n_steps * weight * penalty.to(loss.device, precise)
+        self.log(f"_{due.number + 1}" if due.number else "", penalty, weight, len(due.inputs))
         return loss
 
     def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int) -> None:
@@ -200,4 +235,8 @@ class PenalisedStep:
         self.module.log(f"fisher/penalty_skipped{suffix}", float(penalty is None), reduce_fx="sum", **options)
 
 
-_WRAPPED = ("training_step", "manual_backward")
+_SEVERAL = (
+    "training_step called self.manual_backward more than once, and it is not clear which loss the penalty belongs to. "
+    "Say which call gets it, counting from 0: FisherRegularizer(backward_pass=1) for the second, as in sharpness-aware "
+    "minimisation, whose first pass only looks for a direction."
+)

@@ -1,19 +1,34 @@
-"""Reuse the forward of a training step: where a module takes its inputs in, and where its logits come out."""
+"""Reuse the forward of a training step: where a module takes its inputs in, and where its logits come out.
+
+The step is watched by torch's hooks for all modules and by rules for torch functions, both of this thread and for the
+time of the step. Nothing is attached to the user's module.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from fisher_reg.batch_statistics import untracked
 from fisher_reg.callbacks.batch import LogitsFn
-from fisher_reg.forward import RandomState
-from fisher_reg.penalty.point import kernels
+from fisher_reg.evaluation import (
+    EvaluatedModel,
+    GlobalState,
+    Noise,
+    Recording,
+    Rules,
+    SharedCopy,
+    Source,
+    is_checkpointed,
+    math_attention_rules,
+    recording_rules,
+)
 
 
 class Flow:
@@ -27,6 +42,7 @@ class Flow:
         state: The random numbers when it got them.
         num_forwards: How often it got them.
         outputs: The logits that came out, each tensor once.
+        unusable: Why the forward that was seen is not that of the penalty; None if nothing was seen against it.
     """
 
     def __init__(self, source: Tensor, logits_fn: LogitsFn | None, differentiates_twice: bool) -> None:
@@ -34,9 +50,10 @@ class Flow:
         self.logits_fn = logits_fn
         self.differentiates_twice = differentiates_twice
         self.inputs = source
-        self.state: RandomState | None = None
+        self.state: GlobalState | None = None
         self.num_forwards = 0
         self.outputs: list[Tensor] = []
+        self.unusable: str | None = None
         self._versions: list[int] = []
         self._inlet: nn.Module | None = None
         self._fingerprint: Fingerprint = ()
@@ -45,8 +62,10 @@ class Flow:
         """Return what a module shall get instead of the source."""
         self.num_forwards += 1
         self.inputs = self.source.detach().requires_grad_()
-        self.state = RandomState(self.source.device)
+        self.state = GlobalState.read(self.source.device)
         self._inlet, self._fingerprint = part, _fingerprint(part)
+        if torch.is_autocast_enabled(self.source.device.type):
+            self.unusable = "the training step is under autocast, whose round-off would drown the penalty"
         return self.inputs.clone()  # a leaf may not be changed in place
 
     def add(self, output: Tensor) -> None:
@@ -71,14 +90,14 @@ class Flow:
         assert self._inlet is not None
         if _fingerprint(self._inlet) != self._fingerprint:
             return "the training step ran forward with other weights or modes than it leaves behind"
-        return None
+        return self.unusable
 
 
 class Tap:
     """The modules by which inputs go in, and those by which the logits of these inputs come out.
 
-    Both are found by one forward, and only what belongs to one call is used: a module that gets the inputs and nothing
-    else, and a module inside that call (perhaps itself) that gave the very logits of the whole.
+    Both are found by one forward of a copy, and only what belongs to one call is used: a module that gets the inputs
+    and nothing else, and a module inside that call (perhaps itself) that gave the very logits of the whole.
     """
 
     def __init__(self, inlets: list[nn.Module], outlets: list[nn.Module]) -> None:
@@ -86,78 +105,107 @@ class Tap:
         self.outlets = outlets
 
     @classmethod
-    def find(cls, module: nn.Module, model: nn.Module, inputs: Tensor) -> Tap:
-        """Run ``model`` once, in its own mode, without a trace in batch statistics or random numbers.
+    def find(cls, module: nn.Module, source: Source, inputs: Tensor) -> Tap:
+        """Run a model once, in its own mode.
 
         Args:
             module: The module whose parts may be tapped.
-            model: The one that gives logits; ``module`` itself or a wrapper of it.
+            source: The model that gives logits; a copy of ``module`` itself or of a wrapper of it.
             inputs: ``(B, *S)``.
 
         Returns:
             The tap, without inlets where there is none.
         """
-        probe = inputs.detach().clone()
+        own = set(module.modules())
+        pairs = source.modules if isinstance(source, SharedCopy) else [(part, part) for part in own]
+        original_of = {copied: original for original, copied in pairs if original in own}
+        probe: list[Tensor] = []
         inlets: list[nn.Module] = []
         given: list[tuple[nn.Module, Tensor, int]] = []
 
-        def before(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _gets_only(probe, args, kwargs):
-                inlets.append(part)
+        def before(part: nn.Module, args: tuple[Any, ...]) -> None:
+            if part is source.model:
+                probe.append(args[0])
+            if part in original_of and probe and len(args) == 1 and args[0] is probe[-1]:
+                inlets.append(original_of[part])
 
-        def after(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if isinstance(output, Tensor):
-                given.append((part, output, output._version))
+        def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            if part in original_of and kwargs and original_of[part] in inlets:
+                inlets.remove(original_of[part])
+            if part in original_of and isinstance(output, Tensor):
+                given.append((original_of[part], output, output._version))
 
-        with ExitStack() as stack:
-            for part in module.modules():
-                if isinstance(part, torch.jit.ScriptModule):
-                    continue  # has no hooks
-                stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(part.register_forward_hook(after).remove)
-            stack.enter_context(RandomState(inputs.device).restored())
-            stack.enter_context(untracked(model))
-            stack.enter_context(torch.no_grad())
-            logits = model(probe)
+        with torch.no_grad(), _watching(before, after):
+            logits = EvaluatedModel(source, Noise(inputs.device), is_deployed=False)(inputs.detach())
         if not isinstance(logits, Tensor):
             return cls([], [])
         outlets = [
             part
             for part, output, version in given
-            if output._version == version and output.shape == logits.shape and torch.equal(output, logits)
+            if output._version == version and output.shape == logits.shape and torch.equal(output.to(logits), logits)
         ]
         return cls(list(dict.fromkeys(inlets)), list(dict.fromkeys(outlets)))
 
     @contextmanager
-    def open(
-        self, source: Tensor, logits_fn: LogitsFn | None = None, differentiates_twice: bool = False
-    ) -> Generator[Flow, None, None]:
-        """Watch for ``source`` during the block; the inlets get a copy of it that has a gradient."""
-        flow = Flow(source, logits_fn, differentiates_twice)
+    def open(self, flow: Flow) -> Generator[None, None, None]:
+        """Watch for the source of ``flow`` during the block; the inlets get a copy of it that has a gradient."""
+        inlets, outlets = set(self.inlets), set(self.outlets)
         inside: list[nn.Module] = []
 
-        def before(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if inside or source.requires_grad or not torch.is_grad_enabled() or not _gets_only(source, args, kwargs):
+        def before(part: nn.Module, args: tuple[Any, ...]) -> Any:
+            if part not in inlets or inside or flow.source.requires_grad or not torch.is_grad_enabled():
+                return None
+            if len(args) != 1 or args[0] is not flow.source:
                 return None
             inside.append(part)
-            return (flow.enter(part),), kwargs
+            return (flow.enter(part),)
 
-        def give(part: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if inside:
+        def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            if inside and part in outlets and isinstance(output, Tensor):
                 flow.add(output)
-
-        def leave(part: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if inside and inside[0] is part:
                 inside.pop()
+                if kwargs:
+                    flow.unusable = "the training step called forward with more arguments than the inputs"
 
-        with ExitStack() as stack:
-            stack.enter_context(kernels(differentiates_twice))
-            for part in self.outlets:
-                stack.callback(part.register_forward_hook(give).remove)
-            for part in self.inlets:
-                stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(part.register_forward_hook(leave).remove)
-            yield flow
+        with _watching(before, after):
+            yield
+
+
+def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> AbstractContextManager[object]:
+    """Note the batch statistics of a training step, and run its attention on kernels that ``flow`` can use."""
+    if _is_compiled(module):
+        return nullcontext()  # rules would be compiled into it
+    rules = recording_rules(recording, id, moves_running_statistics=True)
+    if flow is not None and flow.differentiates_twice:
+        for function, by_math in math_attention_rules().items():
+
+            def attention(*args: Any, function: Any = function, by_math: Any = by_math, **kwargs: Any) -> Any:
+                if is_checkpointed():  # the computation in the backward pass would use the other kernel
+                    flow.unusable = "the training step computes its attention again in the backward pass"
+                    return function(*args, **kwargs)
+                return by_math(*args, **kwargs)
+
+            rules[function] = attention
+    return Rules(rules)
+
+
+@contextmanager
+def _watching(before: Any, after: Any) -> Generator[None, None, None]:
+    """Call ``before(module, args)`` and ``after(module, args, kwargs, output)`` around forwards of this thread."""
+    thread = threading.get_ident()
+
+    def pre_hook(part: nn.Module, args: tuple[Any, ...]) -> Any:
+        return before(part, args) if threading.get_ident() == thread else None
+
+    def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        if threading.get_ident() == thread:
+            after(part, args, kwargs, output)
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(pre_hook).remove)
+        stack.callback(register_module_forward_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 Fingerprint = tuple[tuple[int, int] | bool, ...]
@@ -166,21 +214,17 @@ Fingerprint = tuple[tuple[int, int] | bool, ...]
 def _fingerprint(module: nn.Module) -> Fingerprint:
     """Tell weights and modes apart without reading a number."""
     weights = tuple((id(parameter), parameter._version) for parameter in module.parameters())
-    return (*weights, *(part.training for part in module.modules()))
-
-
-def _gets_only(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return len(args) == 1 and args[0] is tensor and not kwargs
+    return (*weights, *(getattr(part, "training", False) for part in module.modules()))
 
 
 def standing_obstacle(module: pl.LightningModule) -> str | None:
     """Why no forward of this module can be reused now, whatever the step does; None if one can."""
-    if torch.is_autocast_enabled(module.device.type):
-        return "the training step is under autocast, whose round-off would drown the penalty"
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
         return "the module computes in half precision, whose round-off would drown the penalty"
+    return "the training step is compiled" if _is_compiled(module) else None
+
+
+def _is_compiled(module: nn.Module) -> bool:
     parts = list(module.modules())
     compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
-    if compiled or getattr(module, "_compiler_ctx", None) is not None:
-        return "the training step is compiled"
-    return None
+    return compiled or getattr(module, "_compiler_ctx", None) is not None

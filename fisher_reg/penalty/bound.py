@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fisher_reg.batch_statistics import frozen
 from fisher_reg.bounds import Tightening, log_fisher_bound
-from fisher_reg.forward import LogitsFunction, as_function, check_inputs, differentiable
+from fisher_reg.evaluation import LogitsFunction, check_inputs, differentiable, trained_module
 from fisher_reg.likelihood import Categorical, Likelihood
 
 
@@ -60,5 +59,6 @@ class BoundPenalty:
         check_inputs(inputs)
         if not isinstance(model, nn.Module):
             raise ValueError(f"BoundPenalty needs the weights of an nn.Module; got {type(model).__name__}.")
-        with differentiable(inputs) as safe_inputs, frozen(model, as_function(model), safe_inputs):
-            return log_fisher_bound(model, safe_inputs, self.likelihood, self.input_std, self.tightening)
+        with differentiable(inputs) as safe_inputs:
+            module = trained_module(model, safe_inputs)
+            return log_fisher_bound(module, safe_inputs, self.likelihood, self.input_std, self.tightening)

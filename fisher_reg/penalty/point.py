@@ -11,15 +11,14 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fisher_reg.batch_statistics import frozen
-from fisher_reg.forward import (
+from fisher_reg.evaluation import (
     LogitsFunction,
-    RandomState,
-    as_function,
+    SideInputs,
+    WithSideInputs,
     check_inputs,
     differentiable,
+    trained,
     twice_differentiable,
-    with_noise_of,
 )
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.operator import InputFisher, Linearization, vjp_only
@@ -71,6 +70,7 @@ class PointPenalty(ABC):
         inputs: Tensor,
         *,
         labels: Tensor | None = None,
+        side_inputs: SideInputs = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the penalty, a scalar, from a forward of its own (two with training batch norm).
@@ -79,6 +79,7 @@ class PointPenalty(ABC):
             model: Maps ``(B, *S)`` to logits ``(B, K)``. Taken as it is found; see :func:`training_point`.
             inputs: ``(B, *S)``, floating point; not modified, and receives no gradient.
             labels: Class indices ``(B,)``, for a penalty of labels.
+            side_inputs: More arguments of the model, as in :func:`fisher_reg.fisher_spectral_norm`.
             generator: Source of what is random; by default torch's global one.
 
         Returns:
@@ -87,7 +88,7 @@ class PointPenalty(ABC):
         Raises:
             ValueError: As in :func:`fisher_reg.fisher_spectral_norm`, and for labels that are missing or do not fit.
         """
-        with training_point(model, inputs, self.differentiates_twice) as point:
+        with training_point(model, inputs, self.differentiates_twice, side_inputs) as point:
             return self.at(point, labels=labels, generator=generator)
 
     @abstractmethod
@@ -99,24 +100,23 @@ class PointPenalty(ABC):
 
 @contextmanager
 def training_point(
-    model: LogitsFunction, inputs: Tensor, differentiates_twice: bool = True
+    model: LogitsFunction, inputs: Tensor, differentiates_twice: bool = True, side_inputs: SideInputs = None
 ) -> Generator[TrainingPoint, None, None]:
     """Open the function that is being trained.
 
-    A module is taken as it is found. In training mode the penalty therefore sees the function that is being trained:
-    batch norm uses the statistics of ``inputs``, constant with respect to the inputs and differentiable with respect to
-    the parameters (see :mod:`fisher_reg.batch_statistics`), and its running statistics do not move.
+    A module is taken in the modes in which it is found, and only read. In training mode the penalty therefore sees the
+    function that is being trained: batch norm uses the statistics of ``inputs``, constant with respect to the inputs
+    and differentiable with respect to the parameters (see :mod:`fisher_reg.evaluation.batch_norm`), and its running
+    statistics do not move.
 
     Raises:
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
     """
     check_inputs(inputs)
     with differentiable(inputs) as safe_inputs, kernels(differentiates_twice):
-        function = as_function(model)
-        with frozen(model, function, safe_inputs):
-            safe_inputs.requires_grad_()
-            state = RandomState(inputs.device)
-            yield TrainingPoint(with_noise_of(state, function), safe_inputs, function(safe_inputs))
+        function = WithSideInputs(trained(model, safe_inputs), side_inputs, len(safe_inputs))
+        safe_inputs.requires_grad_()
+        yield TrainingPoint(function, safe_inputs, function(safe_inputs))
 
 
 @contextmanager

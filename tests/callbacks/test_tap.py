@@ -10,22 +10,33 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_reg import BoundPenalty, FisherRegularizer, KLPenalty, SpectralPenalty, TracePenalty
 from fisher_reg.callbacks.tap import Tap
+from fisher_reg.evaluation import SharedCopy
 from recipes import models
 from tests import cases
 
 _KL = KLPenalty(step=0.3)
 
 
+_CALLS = []  # outside of the module, since a penalty runs a copy of it
+
+
 class _Counting(cases.Plain):
-    """Counts the calls of its network; a step of one's own may be given."""
+    """Counts the calls of its network on whole batches; a step of one's own may be given."""
 
     def __init__(self, network, step=None):
         super().__init__(network)
-        self.step, self.count = step, 0
+        self.step = step
         self.network.register_forward_pre_hook(self._add)
+        _CALLS.clear()
 
-    def _add(self, *_):
-        self.count += 1
+    @staticmethod
+    def _add(part, args):
+        if len(args[0]) == 4:  # the check before the first step takes two examples
+            _CALLS.append(part)
+
+    @property
+    def count(self):
+        return len(_CALLS)
 
     def training_step(self, batch, batch_idx):
         if self.step is None:
@@ -123,7 +134,7 @@ def test_looking_for_the_tap_leaves_no_trace():
     torch.manual_seed(0)
     module = cases.Plain(cases.tiny_network(batch_norm=True, dropout=True)).train()
     x, state, numbers = torch.randn(8, 6), copy.deepcopy(module.state_dict()), torch.get_rng_state()
-    tap = Tap.find(module, module, x)
+    tap = Tap.find(module, SharedCopy(module, is_deployed=False), x)
     assert_close(module.state_dict(), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), numbers)
     assert [type(part).__name__ for part in tap.inlets] == ["Plain", "Sequential", "Linear"]
@@ -217,7 +228,7 @@ def test_a_part_whose_output_is_changed_in_place_is_no_outlet():
             return logits
 
     module = Scaled(cases.tiny_network())
-    tap = Tap.find(module, module, torch.randn(4, 6))
+    tap = Tap.find(module, SharedCopy(module, is_deployed=False), torch.randn(4, 6))
     assert tap.outlets == [module]
 
 

@@ -1,0 +1,66 @@
+"""Which function of a model is meant: a copy that shares the parameters, and is the same function in every call."""
+
+from fisher_reg.evaluation.batch_norm import Recording, UnrecordedError, recording_rules
+from fisher_reg.evaluation.copying import is_sharded
+from fisher_reg.evaluation.evaluated import (
+    EvaluatedModel,
+    Source,
+    deployed,
+    deployed_module,
+    deployed_with_gradient,
+    has_training_batch_norm,
+    refuse_random,
+    refuse_unseen_batch_norm,
+    source_of,
+    trained,
+    trained_module,
+)
+from fisher_reg.evaluation.inputs import (
+    LogitsFunction,
+    SideInputs,
+    WithSideInputs,
+    check_input_std,
+    check_inputs,
+    select,
+)
+from fisher_reg.evaluation.layout import in_fast_layout
+from fisher_reg.evaluation.logits import LogitsOf
+from fisher_reg.evaluation.noise import GlobalState, Noise
+from fisher_reg.evaluation.passes import differentiable, eagerly
+from fisher_reg.evaluation.rules import Rules, is_checkpointed, math_attention_rules, twice_differentiable
+from fisher_reg.evaluation.shared_copy import SharedCopy
+
+__all__ = [
+    "EvaluatedModel",
+    "GlobalState",
+    "LogitsFunction",
+    "LogitsOf",
+    "Noise",
+    "Recording",
+    "Rules",
+    "SharedCopy",
+    "SideInputs",
+    "Source",
+    "UnrecordedError",
+    "WithSideInputs",
+    "check_input_std",
+    "check_inputs",
+    "deployed",
+    "deployed_module",
+    "deployed_with_gradient",
+    "differentiable",
+    "eagerly",
+    "has_training_batch_norm",
+    "in_fast_layout",
+    "is_checkpointed",
+    "is_sharded",
+    "math_attention_rules",
+    "recording_rules",
+    "refuse_random",
+    "refuse_unseen_batch_norm",
+    "select",
+    "source_of",
+    "trained",
+    "trained_module",
+    "twice_differentiable",
+]

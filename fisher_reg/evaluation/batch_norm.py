@@ -1,0 +1,216 @@
+r"""Batch norm as a per-example function, by rules for its calls.
+
+In evaluation batch norm is a fixed scale and shift of each channel. In training it computes
+:math:`(h - \mu(H)) / \sigma(H)` with the statistics of the whole batch of activations :math:`H`: the trained function
+couples the examples, and no per-example Fisher matrix exists. Holding :math:`\mu, \sigma` fixed *with respect to the
+inputs* uncouples them; keeping them differentiable *with respect to the parameters* keeps the gradient of a penalty
+true to the trained function: it cannot lower the penalty by shrinking a weight that the normalisation rescales anyway.
+
+So the calls of a forward are recorded (the training step's own, or one without input gradient) and then replayed.
+Calls are recognised by their weight or running mean, wherever they are made: in a module of torch, a subclass of it, or
+a module that calls the function itself. Running statistics are not moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import batch_norm
+
+from fisher_reg.evaluation.rules import Rule
+
+Statistics = tuple[Tensor, Tensor]
+IdentityOf = Callable[[Tensor], int]
+_Key = tuple[int, int]
+
+
+class UnrecordedError(LookupError):
+    """A batch norm normalises with batch statistics that nobody has recorded."""
+
+
+@dataclass
+class Recording:
+    """The statistics that each batch norm used in training mode, in the order of its calls.
+
+    Means and variances (biased, float32 at least) have shape ``(C,)`` and stay attached to the autograd graph.
+    """
+
+    calls: dict[_Key, list[Statistics]] = field(default_factory=dict)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether each batch norm was called once, so that its statistics are sure to be those of one forward."""
+        return all(len(found) == 1 for found in self.calls.values())
+
+    def add(self, call: _Call, identity_of: IdentityOf) -> Statistics:
+        """Note the statistics of a call."""
+        statistics: Statistics = _Moments.apply(call.hidden.to(torch.promote_types(call.hidden.dtype, torch.float32)))
+        self.calls.setdefault(call.key(identity_of), []).append(statistics)
+        return statistics
+
+    def of(self, weight: Tensor | None, running_mean: Tensor | None, identity_of: IdentityOf) -> Statistics | None:
+        """Return the statistics of the batch norm with these tensors; None if it was not called.
+
+        Raises:
+            ValueError: If it was called several times.
+        """
+        found = self.calls.get(_key(weight, running_mean, identity_of), [])
+        if len(found) > 1:
+            raise ValueError(f"A batch norm was called {len(found)} times and has no one scale.")
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of batch norm with its arguments."""
+
+    hidden: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def key(self, identity_of: IdentityOf) -> _Key:
+        return _key(self.weight, self.running_mean, identity_of)
+
+    def with_statistics(self, mean: Tensor, variance: Tensor) -> Tensor:
+        # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias that take
+        # on the derivatives of what it leaves constant.
+        scale, shift = scale_and_shift(mean, variance, self.weight, self.bias, self.eps)
+        fixed_mean, fixed_variance = mean.detach(), variance.detach()
+        deviation = (fixed_variance + self.eps).sqrt()
+        weight, bias = scale * deviation, shift + scale * fixed_mean
+        return batch_norm(self.hidden, fixed_mean, fixed_variance, weight, bias, training=False, eps=self.eps)
+
+    def as_affine(self) -> Tensor:
+        # One pass over the activations, not three. A scale that needs a gradient would keep its argument in memory.
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        with torch.no_grad():
+            scale, shift = scale_and_shift(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        shape = (1, -1) + (1,) * (self.hidden.ndim - 2)
+        return torch.addcmul(shift.view(shape), self.hidden, scale.view(shape))
+
+
+def scale_and_shift(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the scale and shift ``(C,)`` that batch norm is with the statistics ``(C,)``."""
+    scale = (variance + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def running_rules() -> dict[Any, Rule]:
+    """Rules for the deployed function: batch norm is the scale and shift of its running statistics."""
+
+    def answer(call: _Call, proceed: Callable[[], Tensor]) -> Tensor:
+        if call.training or call.running_mean is None or call.running_var is None:
+            raise ValueError(
+                f"A batch norm over {call.hidden.shape[1]} channels keeps no running statistics, or is in training "
+                "mode, so that each prediction depends on the whole batch and no per-example Fisher matrix exists. Use "
+                "track_running_stats=True and evaluation mode."
+            )
+        return call.as_affine()
+
+    return _rules(answer)
+
+
+def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running_statistics: bool) -> dict[Any, Rule]:
+    """Rules that note the statistics of every batch norm in training mode.
+
+    Args:
+        recording: Where they are noted.
+        identity_of: Tells tensors apart, the same way in a replay.
+        moves_running_statistics: Whether the calls go on as they were made.
+
+    Returns:
+        The rules.
+    """
+
+    def answer(call: _Call, proceed: Callable[[], Tensor]) -> Tensor:
+        if not call.training:
+            return proceed()
+        if moves_running_statistics:
+            if torch.is_grad_enabled():  # other forwards say nothing of the loss
+                recording.add(call, identity_of)
+            return proceed()
+        return call.with_statistics(*recording.add(call, identity_of))
+
+    return _rules(answer)
+
+
+def replaying_rules(recording: Recording | None, identity_of: IdentityOf) -> dict[Any, Rule]:
+    """Rules that answer each batch norm in training mode with its recorded statistics, those of each call in turn.
+
+    Args:
+        recording: The statistics; None where none have been looked for. They are asked for by an exception.
+        identity_of: As in the recording.
+
+    Returns:
+        The rules, for one forward.
+    """
+    counts: dict[_Key, int] = {}
+
+    def answer(call: _Call, proceed: Callable[[], Tensor]) -> Tensor:
+        if not call.training:
+            return proceed()
+        key = call.key(identity_of)
+        if recording is None or key not in recording.calls:
+            raise UnrecordedError("The statistics of a batch norm in training mode have not been recorded.")
+        found = recording.calls[key]
+        counts[key] = counts.get(key, 0) + 1
+        return call.with_statistics(*found[(counts[key] - 1) % len(found)])
+
+    return _rules(answer)
+
+
+def _rules(answer: Callable[[_Call, Callable[[], Tensor]], Tensor]) -> dict[Any, Rule]:
+    def of_functional(*args: Any, **kwargs: Any) -> Tensor:
+        renamed = {"hidden" if name == "input" else name: value for name, value in kwargs.items()}
+        return answer(_Call(*args, **renamed), lambda: batch_norm(*args, **kwargs))
+
+    def of_builtin(hidden: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Tensor:
+        call = _Call(hidden, mean, var, weight, bias, training, *rest[:2])
+        return answer(call, lambda: torch.batch_norm(hidden, weight, bias, mean, var, training, *rest))
+
+    return {batch_norm: of_functional, torch.batch_norm: of_builtin}
+
+
+def _key(weight: Tensor | None, running_mean: Tensor | None, identity_of: IdentityOf) -> _Key:
+    """What tells a batch norm from the others: its weight, else its running mean, else nothing."""
+    for kind, tensor in enumerate((weight, running_mean)):
+        if tensor is not None:
+            return kind, identity_of(tensor)
+    return 2, 0
+
+
+class _Moments(torch.autograd.Function):
+    r"""Mean and biased variance over all axes but the second, with one pass in each direction.
+
+    The gradient is :math:`(\bar\mu + 2 (h - \mu)\,\bar v) / N`, an affine function of each channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Statistics:
+        axes = [axis for axis in range(hidden.ndim) if axis != 1]
+        mean = hidden.mean(axes, keepdim=True)
+        variance = (hidden - mean).square_().mean(axes)  # torch.var_mean takes twenty times as long on a CPU
+        mean = mean.flatten()
+        ctx.save_for_backward(hidden, mean)
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> Tensor:
+        hidden, mean = ctx.saved_tensors
+        count = hidden.numel() // len(mean)
+        slope, shift = 2 / count * variance_gradient, mean_gradient / count
+        return batch_norm(hidden, mean, torch.zeros_like(mean), slope, shift, training=False, eps=1)

@@ -1,0 +1,364 @@
+"""A structural copy of a model that shares its parameters: what a Fisher pass runs instead of the user's module.
+
+The copy has the same classes and the same parameters, so that gradients reach the user's. It has its own flags,
+buffers, containers, hooks and random generators, so that whatever a forward writes is written there. Functions and
+methods that hold a copied module hold its copy instead. What cannot be copied (a lock, an open file, a process group)
+is shared.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import random
+import types
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from fisher_reg.evaluation.precision import at_least_float32
+
+
+class Copier:
+    """Copies a model and everything that it reaches, each object once.
+
+    Args:
+        dtype: Precision of the floating-point tensors of the copy; None keeps theirs, but promotes half precision to
+            float32. A parameter of another precision is replaced by its conversion, through which gradients pass.
+
+    Attributes:
+        modules: Pairs of a module and its copy.
+        generators: Copies of the random generators that the model holds.
+        promoted: Whether a tensor was converted.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.modules: list[tuple[nn.Module, nn.Module]] = []
+        self.generators: list[Any] = []
+        self.promoted = False
+        self._tensors: list[Tensor] = []
+        self._copies: dict[int, Any] = {}
+        self._originals: list[Any] = []  # kept alive, so that no id is used twice
+
+    def __call__(self, value: Any) -> Any:
+        """Return the copy of ``value``, or ``value`` itself where it is shared."""
+        kind: Any = type(value)
+        copy_of_kind = _how(kind)
+        if copy_of_kind is None:
+            return value
+        known = self._copies.get(id(value))
+        if known is not None:
+            return known
+        return self._remember(value, copy_of_kind(self, value))
+
+    def root(self, model: Any) -> Any:
+        """Return the copy of a model; a callable that holds no module is its own copy."""
+        return self._reached(model)
+
+    def copy_of(self, value: Any) -> Any:
+        """Return the copy that was made of ``value``; None if none was made."""
+        return self._copies.get(id(value))
+
+    def origins(self) -> dict[int, int]:
+        """Return the identity of the original of each copied tensor, by the identity of the copy."""
+        return {id(self._copies[id(original)]): id(original) for original in self._tensors}
+
+    def _remember(self, value: Any, copied: Any) -> Any:
+        self._copies[id(value)] = copied
+        self._originals.append(value)
+        return copied
+
+    # Tensors
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise ValueError(
+                "The model has lazy layers whose weights do not exist yet. Call it on a batch first: model(inputs)."
+            )
+        is_shared = isinstance(tensor, nn.Parameter) or tensor.requires_grad
+        self._tensors.append(tensor)
+        copied = self._converted(tensor)
+        if copied is tensor and (not is_shared or tensor.is_inference()):
+            copied = tensor.clone()
+        return copied
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        dtype = at_least_float32(tensor.dtype) if self.dtype is None else self.dtype
+        if dtype == tensor.dtype:
+            return tensor
+        self.promoted = True
+        return tensor.to(dtype)
+
+    def _generator(self, generator: Any) -> Any:
+        if isinstance(generator, torch.Generator):
+            copied = torch.Generator(generator.device)
+            copied.set_state(generator.get_state())
+        else:
+            copied = copy.deepcopy(generator)
+        self.generators.append(copied)
+        return copied
+
+    # Modules
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return self._script(module)
+        if (name := _wrapped_name(module)) is not None:
+            inner: nn.Module = vars(module)["_modules"][name]
+            return _Unwrapped(name, self(inner))
+        copied: nn.Module = object.__new__(type(module))
+        self._remember(module, copied)
+        self.modules.append((module, copied))
+        state = vars(copied)
+        for name, value in vars(module).items():
+            is_bare = name in _OWN and not value  # most of a module's dictionaries of hooks are empty
+            state[name] = type(value)() if is_bare else self(value)
+        if state.get("_compiled_call_impl") is not None:
+            state["_compiled_call_impl"] = None
+        return copied
+
+    def _script(self, module: nn.Module) -> nn.Module:
+        try:
+            copied = copy.deepcopy(module)  # its weights exist twice until the next lines
+        except RuntimeError:
+            return module  # frozen and optimised: it has nothing that a forward could change
+        for original, part in zip(module.modules(), copied.modules(), strict=True):
+            for name, parameter in original._parameters.items():
+                part._parameters[name] = self(parameter)
+            for name, buffer in original._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = self(buffer)
+            self.modules.append((original, part))
+        return copied
+
+    # Containers and objects
+
+    def _dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return at_least_float32(dtype) if self.dtype is None else dtype
+
+    def _reference(self, reference: weakref.ref[Any]) -> weakref.ref[Any]:
+        return weakref.ref(self(reference())) if isinstance(reference(), nn.Module) else reference
+
+    def _container(self, value: Any) -> Any:
+        kind = type(value)
+        if issubclass(kind, dict):
+            copied = defaultdict(value.default_factory) if kind is defaultdict else kind()
+            self._remember(value, copied)
+            for key, item in value.items():
+                copied[self(key)] = self(item)
+            return copied
+        if issubclass(kind, list | deque):
+            copied = self._remember(value, deque(maxlen=value.maxlen) if kind is deque else [])
+            copied.extend(self(item) for item in value)
+            return copied
+        return kind(self(item) for item in value)
+
+    def _object(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, tuple):  # a named tuple
+            return kind._make(self(item) for item in value) if hasattr(kind, "_make") else value
+        try:
+            make, arguments, state, items, pairs = (*value.__reduce_ex__(4), None, None, None)[:5]
+            if make is not _NEW or len(arguments) != 1 or not isinstance(state, dict | None):
+                return self._by_its_own_means(value)
+            copied = _NEW(kind)
+            self._remember(value, copied)
+            state = None if state is None else {key: self(item) for key, item in state.items()}
+            if hasattr(copied, "__setstate__"):
+                copied.__setstate__(state)
+            elif state is not None:
+                vars(copied).update(state)
+            for item in items or ():
+                copied.append(self(item))
+            for key, item in pairs or ():
+                copied[self(key)] = self(item)
+            return copied
+        except Exception:  # whatever an object of the user's raises: it does not let itself be copied
+            return self._remember(value, value)
+
+    def _by_its_own_means(self, value: Any) -> Any:
+        for item in _items(value):
+            self(item)
+        return copy.deepcopy(value, dict(self._copies))
+
+    # Functions
+
+    def _callable(self, value: Any) -> Any:
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self(value.__func__), self._reached(value.__self__))
+        if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+            owner = value.__self__
+            is_bound = owner is not None and type(owner) in _CONTAINERS and id(owner) in self._copies
+            return getattr(self(owner), value.__name__) if is_bound else value
+        if isinstance(value, functools.partial):
+            arguments, keywords = map(self._reached, value.args), value.keywords.items()
+            return functools.partial(
+                self(value.func), *arguments, **{key: self._reached(item) for key, item in keywords}
+            )
+        compiled_from = vars(value).get("_torchdynamo_orig_callable")
+        return self._function(value) if compiled_from is None else self(compiled_from)
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        self._remember(function, function)  # it may hold itself
+        cells = function.__closure__ or ()
+        held = [_content(cell) for cell in cells]
+        copies = [self._reached(item) for item in held]
+        named = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
+        replaced = {name: self._reached(item) for name, item in named.items() if _is_reached(item, function)}
+        replaced = {name: item for name, item in replaced.items() if item is not named[name]}
+        defaults = tuple(self._reached(item) for item in function.__defaults__ or ())
+        old, new = (*held, *(function.__defaults__ or ())), (*copies, *defaults)
+        if not replaced and all(one is other for one, other in zip(old, new, strict=True)):
+            return function
+        closure = tuple(
+            cell if new is old else types.CellType(new) for cell, new, old in zip(cells, copies, held, strict=True)
+        )
+        namespace = function.__globals__ | replaced if replaced else function.__globals__
+        copied = types.FunctionType(function.__code__, namespace, function.__name__, defaults or None, closure)
+        copied.__kwdefaults__ = function.__kwdefaults__
+        copied.__dict__.update(function.__dict__)
+        return copied
+
+    def _reached(self, value: Any) -> Any:
+        """Return the copy of what a function holds, if that is or has a module; else the thing itself."""
+        if isinstance(value, _REACHED) or type(value) in _CALLABLES:
+            return self(value)
+        inside = _items(value) if type(value) in _CONTAINERS else getattr(value, "__dict__", {}).values()
+        if not isinstance(value, type) and any(isinstance(item, _REACHED) for item in inside):
+            return self(value)
+        return self._copies.get(id(value), value)
+
+
+class _Unwrapped(nn.Module):
+    """Stands for a wrapper around a module whose forward does nothing but call it."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self._name = name
+        self.add_module(name, inner)
+        self.training = getattr(inner, "training", False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self._name](*args, **kwargs)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = vars(self)["_modules"].get(vars(self)["_name"])
+            return getattr(inner, name)
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    """Return under which name a wrapper of one process's module has it; None for any other module."""
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "module"
+    return "_orig_mod" if "_orig_mod" in vars(module).get("_modules", ()) else None
+
+
+def is_sharded(model: object) -> bool:
+    """Whether the weights of a part are divided among processes by FSDP, whose hooks work on that very module."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(part, _SHARDED_BY) for part in modules)
+
+
+@functools.lru_cache(maxsize=4096)
+def _how(kind: Any) -> Callable[[Copier, Any], Any] | None:
+    """Return the method that copies objects of a type; None where they are shared."""
+    if kind in _IMMUTABLE or issubclass(kind, _SHARED_TYPES):
+        return None
+    if issubclass(kind, nn.Module):
+        return Copier._module
+    if any(base.__module__.partition(".")[0] in _TRAINER_PACKAGES for base in kind.__mro__):
+        return None
+    for types_, method in _METHODS:
+        if kind in types_ if isinstance(types_, frozenset) else issubclass(kind, types_):
+            return method
+    return Copier._object
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        return iter((*value.keys(), *value.values()))
+    return iter(value) if isinstance(value, list | tuple | set | frozenset | deque) else iter(())
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty until the variable is assigned
+        return None
+
+
+def _is_reached(value: Any, function: types.FunctionType) -> bool:
+    if isinstance(value, types.FunctionType):
+        return value.__globals__ is function.__globals__
+    return isinstance(value, _REACHED)
+
+
+@functools.lru_cache(maxsize=1024)
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that a function and those inside it look up, attributes among them."""
+    inner: Iterable[str] = (
+        name for item in code.co_consts if isinstance(item, types.CodeType) for name in _global_names(item)
+    )
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
+
+
+_SHARDED_BY: tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed import fsdp
+
+    _SHARDED_BY = tuple(
+        getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name)
+    )
+
+_NEW: Any = object().__reduce_ex__(4)[0]
+"""What a plain object says that it is made anew by; one with means of its own says something else."""
+
+_TRAINER_PACKAGES = frozenset({"accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"})
+"""Their objects (a trainer, a data module, a logger) stand around a model and are no part of its function."""
+
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque})
+_CALLABLES = frozenset(
+    {types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.MethodWrapperType, functools.partial}
+)
+_REACHED = (nn.Module, torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_IMMUTABLE = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, range, slice, types.ModuleType, torch.Size, torch.device}
+    | {torch.layout, torch.memory_format, torch.finfo, torch.iinfo, types.CodeType, types.CellType}
+)
+_SHARED_TYPES = (
+    type,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.utils.data.Dataset,
+    torch.utils.data.DataLoader,
+    torch.utils.data.Sampler,
+    torch.fx.Graph,
+    torch.fx.Node,
+    logging.Logger,
+    weakref.ProxyType,
+    weakref.CallableProxyType,
+)
+
+_OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+
+_METHODS: tuple[tuple[Any, Callable[[Copier, Any], Any]], ...] = (
+    (Tensor, Copier._tensor),
+    (torch.dtype, Copier._dtype),
+    (_CONTAINERS, Copier._container),
+    ((torch.Generator, random.Random, np.random.Generator, np.random.RandomState), Copier._generator),
+    (_CALLABLES, Copier._callable),
+    (weakref.ref, Copier._reference),
+)

@@ -1,0 +1,280 @@
+"""Which function of a model is meant, as a value: the deployed one, or the one that is being trained.
+
+The rooms above see only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable, gives the same
+logits in each call, and never changes the user's model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fisher_reg.evaluation.batch_norm import (
+    Recording,
+    UnrecordedError,
+    recording_rules,
+    replaying_rules,
+    running_rules,
+)
+from fisher_reg.evaluation.copying import is_sharded
+from fisher_reg.evaluation.inputs import LogitsFunction
+from fisher_reg.evaluation.noise import GlobalState, Noise
+from fisher_reg.evaluation.precision import FullPrecision
+from fisher_reg.evaluation.rules import Rule
+from fisher_reg.evaluation.shared_copy import SharedCopy
+from fisher_reg.evaluation.switching import Switched
+
+
+class Source(Protocol):
+    """What is run in place of a user's model.
+
+    Attributes:
+        model: What is called.
+        is_promoted: Whether its weights are in full precision.
+    """
+
+    model: Any
+    is_promoted: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call has drawn from a random generator that the model holds."""
+
+    def identity_of(self, tensor: Tensor) -> int:
+        """Return what tells a tensor of the user's model apart, given it or its copy."""
+
+    def opened(self) -> AbstractContextManager[None]:
+        """Open a context in which the model is ready for one call."""
+
+    def with_other_noise(self) -> AbstractContextManager[None]:
+        """Open a context in which the generators that the model holds give other numbers."""
+
+
+class EvaluatedModel(nn.Module):
+    """One function of a model: called with inputs ``(B, *S)`` it gives logits ``(B, K)`` of the same precision.
+
+    Every call draws the same random numbers, works on a copy of the inputs, and leaves no trace.
+
+    Args:
+        source: What is run.
+        noise: What is drawn.
+        is_deployed: Whether batch norm uses its running statistics; otherwise those of a recording.
+        recording: Batch statistics, for a function that is being trained; by default those of the inputs of the first
+            call, at the cost of one more forward if there is any batch norm in training mode.
+
+    Attributes:
+        saw_half_precision: Whether a call computed in half precision.
+    """
+
+    def __init__(self, source: Source, noise: Noise, is_deployed: bool, recording: Recording | None = None) -> None:
+        super().__init__()
+        self.training = False
+        self.source = source
+        self.model = source.model
+        self.recording = recording
+        self.saw_half_precision = False
+        self._noise = noise
+        self._is_deployed = is_deployed
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call has drawn random numbers."""
+        return self._noise.has_drawn or self.source.draws
+
+    @contextmanager
+    def with_other_noise(self) -> Generator[None, None, None]:
+        """Draw other random numbers during the block."""
+        noise, self._noise = self._noise, Noise(self._noise.state.device, GlobalState.other(self._noise.state.device))
+        try:
+            with self.source.with_other_noise():
+                yield
+        finally:
+            self._noise = noise
+
+    def forward(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Tensor:
+        """Return the logits ``(B, K)``."""
+        if self._is_deployed:
+            return self._run(running_rules(), False, inputs, side_inputs, named_side_inputs)
+        if self.recording is None and not has_training_batch_norm(self.model):
+            try:
+                return self._replay(inputs, side_inputs, named_side_inputs)
+            except UnrecordedError:  # it normalises by a function and not by a module
+                pass
+        if self.recording is None:
+            self.recording = self.record(inputs, *side_inputs, **named_side_inputs)
+        return self._replay(inputs, side_inputs, named_side_inputs)
+
+    def record(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Recording:
+        """Return the statistics that batch norms in training mode have at ``inputs``: one forward."""
+        recording = Recording()
+        rules = recording_rules(recording, self.source.identity_of, moves_running_statistics=False)
+        self._run(rules, True, inputs.detach(), side_inputs, named_side_inputs)
+        return recording
+
+    def _replay(self, inputs: Tensor, side_inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        rules = replaying_rules(self.recording, self.source.identity_of)
+        return self._run(rules, self.recording is not None, inputs, side_inputs, named)
+
+    def _run(
+        self, rules: dict[Any, Rule], needs_graph: bool, inputs: Tensor, side: tuple[Any, ...], named: dict[str, Any]
+    ) -> Tensor:
+        full = self.source.is_promoted
+        precision = FullPrecision(rules, needs_graph, device_type=inputs.device.type, undoes_casts=full)
+        with self._noise.replayed(), self.source.opened(), precision:
+            logits: Tensor = self.model(inputs.clone(), *side, **named)
+        if precision.saw_half and not self.saw_half_precision:
+            self.saw_half_precision = True
+            warnings.warn(_HALF_INSIDE, stacklevel=2)
+        is_real = isinstance(logits, Tensor) and logits.is_floating_point()
+        return logits.to(inputs.dtype) if is_real else logits
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up in the copy what a user's own penalty asks of its model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self).get("_modules", {}).get("model"), name)
+
+
+_HALF_INSIDE = (
+    "The model computes in half precision inside, and derivatives of rounded values are noise. Pass the nn.Module "
+    "itself instead of a function around it, so that it can be promoted to float32, or convert it with model.float()."
+)
+
+
+def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
+    """Return the deployed function of a model: running statistics of batch norm, no dropout.
+
+    A callable that is no module is taken as it is found. The weights of batch norm get no gradient from it; see
+    :func:`deployed_with_gradient`.
+    """
+    return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), is_deployed=True)
+
+
+def deployed_with_gradient(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
+    """Return :func:`deployed`, with gradients to the weights of batch norm too."""
+    return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), is_deployed=False)
+
+
+def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
+    """Return the function that is being trained: the modes of the model, constant batch statistics, constant noise.
+
+    Args:
+        model: The model, taken as it is found.
+        inputs: The inputs; their device matters.
+
+    Returns:
+        The function; ``model`` itself where it is one already.
+    """
+    if isinstance(model, EvaluatedModel):
+        return model
+    refuse_unseen_batch_norm(model)
+    return EvaluatedModel(source_of(model, is_deployed=False), Noise(inputs.device), is_deployed=False)
+
+
+def deployed_module(model: nn.Module) -> nn.Module:
+    """Return a copy of a module in evaluation mode that shares its parameters, for a bound to read.
+
+    Raises:
+        ValueError: For weights that are divided among processes.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} has weights that FSDP divides among processes, and a bound needs them whole. "
+            "Bound a model that has loaded its state_dict."
+        )
+    module: nn.Module = SharedCopy(_underlying(model), is_deployed=True).model
+    return module
+
+
+def trained_module(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy of a module in evaluation mode, whose batch norms in training have the statistics of ``inputs``.
+
+    They are differentiable with respect to the parameters. Cost: one forward, none without such a batch norm.
+
+    Raises:
+        ValueError: For a batch norm that is called several times.
+    """
+    function = trained(model, inputs)
+    copied = SharedCopy(function.model, is_deployed=True)
+    in_training = [
+        (original, part) for original, part in copied.modules if isinstance(original, _BatchNorm) and original.training
+    ]
+    if in_training:
+        recording = function.recording or function.record(inputs)
+        for original, part in in_training:
+            found = recording.of(original.weight, original.running_mean, function.source.identity_of)
+            if found is not None:
+                part._buffers["running_mean"], part._buffers["running_var"] = found
+    module: nn.Module = copied.model
+    return module
+
+
+def refuse_random(function: EvaluatedModel, logits: Tensor, call: Callable[[], Tensor]) -> None:
+    """Refuse a deployed function whose logits depend on random numbers. One forward where it draws any, else none.
+
+    Args:
+        function: The function.
+        logits: What it gave.
+        call: Calls it again.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    if not function.draws:
+        return
+    with torch.no_grad(), function.with_other_noise():
+        again = call()
+    if not torch.allclose(again, logits.detach(), rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            "The forward of the model is random, also in evaluation mode, so that there is no one prediction to "
+            "measure. Draw random numbers only if self.training; to measure one network of an ensemble fix its noise."
+        )
+
+
+def has_training_batch_norm(model: object) -> bool:
+    """Whether a module of torch in the model would normalise with the statistics of the batch."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(part, _BatchNorm) and part.training for part in modules)
+
+
+def refuse_unseen_batch_norm(model: object) -> None:
+    """Refuse batch norm in training mode whose statistics cannot be held fixed.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    in_training = [part for part in modules if getattr(part, "training", False)]
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and any(isinstance(part, nn.SyncBatchNorm) for part in in_training):
+        raise ValueError(
+            "The penalty cannot differentiate SyncBatchNorm in training mode. Use BatchNorm (each process its own "
+            "statistics: Trainer(sync_batchnorm=False)) or a normalisation without batch statistics, such as GroupNorm."
+        )
+    for part in in_training:
+        name = str(getattr(part, "original_name", ""))
+        if isinstance(part, torch.jit.ScriptModule) and name.startswith("BatchNorm"):
+            raise ValueError(
+                f"The penalty cannot hold the batch statistics of {name} fixed inside a TorchScript module. Script the "
+                "model after training, or put it in evaluation mode with model.eval()."
+            )
+
+
+def source_of(model: LogitsFunction, is_deployed: bool) -> Source:
+    """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be."""
+    model = _underlying(model)
+    if is_sharded(model):
+        assert isinstance(model, nn.Module)
+        return Switched(model, is_deployed)
+    return SharedCopy(model, is_deployed)
+
+
+def _underlying(model: Any) -> Any:
+    return model.model if isinstance(model, EvaluatedModel) else model

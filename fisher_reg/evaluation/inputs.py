@@ -1,0 +1,90 @@
+"""What a model is called with: a batch of examples, and what else belongs to each example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LogitsFunction = Callable[..., Tensor]
+"""From inputs ``(B, *S)``, and perhaps side inputs, to logits ``(B, K)``."""
+
+SideInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
+"""More arguments of a model: one tensor, positional ones, or keywords."""
+
+Index = Tensor | slice
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Refuse anything but a non-empty floating-point batch.
+
+    Raises:
+        ValueError: With what was given and what to do.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ValueError(
+            f"inputs must be a floating-point tensor, since they are differentiated; got {given}. "
+            "Convert images with inputs.float() / 255; for token ids pass the embeddings."
+        )
+    if inputs.ndim < 2 or inputs.numel() == 0:
+        raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.")
+
+
+def check_input_std(input_std: Tensor) -> None:
+    """Refuse a standard deviation that cannot have been divided by.
+
+    Raises:
+        ValueError: With the smallest value.
+    """
+    if not bool((input_std > 0).all()):
+        raise ValueError(f"input_std must be positive; its smallest value is {float(input_std.min())}.")
+
+
+@dataclass(frozen=True)
+class WithSideInputs:
+    """A model with its side inputs for a batch: a function of the inputs alone.
+
+    Attributes:
+        model: Called as ``model(inputs, *side_inputs)``, or with keywords where they are a mapping.
+        side_inputs: One tensor, a tuple or a mapping. A tensor in them whose first axis has the length of the batch
+            belongs to the examples; everything else is passed on as it is.
+        batch_size: Length of the batch.
+    """
+
+    model: LogitsFunction
+    side_inputs: SideInputs
+    batch_size: int
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the logits ``(B, K)``."""
+        if isinstance(self.side_inputs, Mapping):
+            return self.model(inputs, **self.side_inputs)
+        side_inputs = (self.side_inputs,) if isinstance(self.side_inputs, Tensor) else self.side_inputs or ()
+        return self.model(inputs, *side_inputs)
+
+    def part(self, index: Index) -> WithSideInputs:
+        """Return the function of some of the examples."""
+        chosen = select(self.side_inputs, index, self.batch_size)
+        count = len(torch.arange(self.batch_size)[index.cpu() if isinstance(index, Tensor) else index])
+        return WithSideInputs(self.model, chosen, count)
+
+
+def select(side_inputs: Any, index: Index, batch_size: int) -> Any:
+    """Return the side inputs of some of the examples.
+
+    Example:
+        >>> import torch
+        >>> select((torch.tensor([5, 6, 7]), "mean"), slice(1, 3), 3)
+        (tensor([6, 7]), 'mean')
+    """
+    if isinstance(side_inputs, Tensor):
+        return side_inputs[index] if side_inputs.shape[:1] == (batch_size,) else side_inputs
+    if isinstance(side_inputs, Mapping):
+        return {name: select(value, index, batch_size) for name, value in side_inputs.items()}
+    if isinstance(side_inputs, list | tuple):
+        return type(side_inputs)(select(value, index, batch_size) for value in side_inputs)
+    return side_inputs

@@ -1,0 +1,33 @@
+"""A module that returns something else than logits, made into one that returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LogitsOf(nn.Module):
+    """A module whose forward returns the logits of another one that returns something else.
+
+    Args:
+        module: The network; its parameters, modes and batch norms stay visible to the Fisher pass.
+        logits_fn: ``logits_fn(module, inputs)`` returns logits ``(B, K)``. Side inputs follow ``inputs``. Use the
+            argument ``module``: a Fisher pass gives a copy of it.
+
+    Example:
+        >>> wrapped = LogitsOf(nn.Linear(2, 3), lambda module, inputs: {"logits": module(inputs)}["logits"])
+        >>> wrapped(torch.zeros(4, 2)).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(self, module: nn.Module, logits_fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.logits_fn = logits_fn
+        self.training = getattr(module, "training", False)  # a frozen TorchScript module has no modes
+
+    def forward(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Tensor:
+        """Return the logits ``(B, K)`` of ``inputs`` ``(B, *S)``."""
+        return self.logits_fn(self.module, inputs, *side_inputs, **named_side_inputs)

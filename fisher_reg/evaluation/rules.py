@@ -1,0 +1,99 @@
+"""What a Fisher pass computes otherwise than the user's forward, by rules for torch functions.
+
+A rule answers calls of one torch function. The rules act on the calls of the current thread alone and change no module
+and no setting of torch: batch norm, attention and precision are all handled in this way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+Rule = Callable[..., Any]
+
+
+class Rules(TorchFunctionMode):
+    """Answers calls of some torch functions in a ``with`` block.
+
+    Args:
+        rules: From a torch function to what is called instead, with the same arguments.
+        needs_graph: Whether a graph that is made in the block must hold what it needs. Activation checkpointing would
+            compute it again after the block, without the rules, so that inside the block it keeps everything.
+    """
+
+    def __init__(self, rules: dict[Any, Rule], needs_graph: bool = False) -> None:
+        super().__init__()
+        self.rules = rules
+        self.needs_graph = needs_graph
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer one call."""
+        chosen = self.rules.get(function, function)
+        if self.needs_graph and is_checkpointed():
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+                return chosen(*args, **(kwargs or {}))
+        return chosen(*args, **(kwargs or {}))
+
+
+def is_checkpointed() -> bool:
+    """Whether saved tensors are replaced now, as ``torch.utils.checkpoint`` does."""
+    return _top_hooks is not None and _top_hooks(True) is not None
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def attention_by_math(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention from elementary operations, which have second derivatives and a forward mode."""
+    output, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    result: Tensor = output
+    return result
+
+
+def multi_head_attention_by_math(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Multi-head attention with its weights, which torch computes from elementary operations then."""
+    bound = _MULTI_HEAD.bind(*args, **kwargs)
+    asked = bound.arguments.get("need_weights", True)
+    bound.arguments["need_weights"] = True
+    output, weights = multi_head_attention_forward(*bound.args, **bound.kwargs)
+    return output, weights if asked else None
+
+
+_MULTI_HEAD = inspect.signature(multi_head_attention_forward)
+
+
+def math_attention_rules() -> dict[Any, Rule]:
+    """Rules for attention that has second derivatives and a forward mode, which the fused kernels lack."""
+    return {
+        multi_head_attention_forward: multi_head_attention_by_math,
+        scaled_dot_product_attention: attention_by_math,
+        torch.ops.aten.scaled_dot_product_attention.default: attention_by_math,
+    }
+
+
+def twice_differentiable() -> Rules:
+    """Open a forward with :func:`math_attention_rules`."""
+    return Rules(math_attention_rules(), needs_graph=True)

@@ -1,0 +1,87 @@
+"""What the copy costs that an estimate runs instead of the user's module: ``python -m recipes.copy_cost``.
+
+In each round a network of torchvision is copied and its default estimate is taken, one after the other. ``share`` is the
+median of the quotients of the two times. ``copied_mb`` are the tensors of the copy that it does not share with the
+network.
+
+Leaves ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) in Hydra's run folder.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import hydra
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor, nn
+
+from fisher_reg import fisher_spectral_norm
+from fisher_reg.evaluation import deployed
+from recipes.benchmark import environment, timed
+from recipes.networks import chosen_device
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="copy_cost")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    copy_cost(config)
+
+
+def copy_cost(config: DictConfig) -> pd.DataFrame:
+    """Measure every network, write the files, and return the rows of ``copy_cost.csv``."""
+    folder, device = Path(config.output_dir), chosen_device(config.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = pd.DataFrame([measure(name, network, config, device) for name, network in config.networks.items()])
+    rows.to_csv(folder / "copy_cost.csv", index=False, float_format="%.4g")
+    settings = OmegaConf.to_container(config, resolve=True)
+    result = {"environment": environment(device), "config": settings, "rows": rows.to_dict("records")}
+    (folder / "copy_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(rows.to_string(index=False), f"\nFiles: {folder}", soft_wrap=True)
+    return rows
+
+
+def measure(name: str, network: DictConfig, config: DictConfig, device: torch.device) -> dict[str, str | float]:
+    """Return the row of one network, with the weights that it begins with."""
+    torch.manual_seed(config.seed)
+    model: nn.Module = instantiate(network).to(device).eval()
+    images = torch.rand(config.num_images, 3, config.image_size, config.image_size, device=device)
+    copies, estimates = [], []
+    for number in range(config.num_rounds + 1):
+        copied, of_copy = timed(partial(deployed, model, images), device)
+        _, of_estimate = timed(partial(fisher_spectral_norm, model, images), device)
+        if number > 0:
+            copies.append(of_copy)
+            estimates.append(of_estimate)
+    shares = pd.Series(copies) / pd.Series(estimates)
+    return {
+        "network": name,
+        "num_images": config.num_images,
+        "copy_ms": 1e3 * pd.Series(copies).median(),
+        "estimate_seconds": pd.Series(estimates).median(),
+        "share": shares.median(),
+        "copied_mb": _own_bytes(copied, model) / 2**20,
+        "model_mb": sum(map(_bytes, _tensors(model))) / 2**20,
+    }
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _own_bytes(copied: nn.Module, model: nn.Module) -> int:
+    shared = {tensor.data_ptr() for tensor in _tensors(model)}
+    return sum(_bytes(tensor) for tensor in _tensors(copied) if tensor.data_ptr() not in shared)
+
+
+if __name__ == "__main__":
+    main()
