@@ -195,8 +195,9 @@ def blackbox_spectral_norm(
     source, noise = SharedCopy(predict, is_deployed=False), Noise(points.device)
 
     def roots(question: Tensor) -> Tensor:
+        own = question.clone()  # predict may change it in place
         with torch.no_grad(), noise.replayed(), source.opened():
-            answer = torch.as_tensor(source.model(question.numpy() if is_numpy else question))
+            answer = torch.as_tensor(source.model(own.numpy() if is_numpy else own))
         _check_probabilities(answer, len(points))
         return 2 * answer.to(points).clamp_min(0).sqrt()
 

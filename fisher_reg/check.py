@@ -211,9 +211,13 @@ class _Check:
         )
 
     def _error_of_the_derivative(self) -> float | None:
-        """Compare ``<w, J v>`` with a central difference quotient for random ``v`` and ``w``; the better precision counts.
+        """Compare ``<w, J v>`` with a central difference quotient, for random ``v`` and ``w``.
 
-        A forward may round to float32 inside, which leaves the quotient in double precision nothing but noise.
+        A forward may round to float32 inside, which leaves the quotient in double precision nothing but noise, so that
+        the better of two precisions counts.
+
+        Returns:
+            The relative error; None if no quotient can be taken.
         """
         errors = []
         for dtype, step in ((torch.float64, 1e-6), (self.inputs.dtype, 1e-3)):

@@ -2,6 +2,7 @@ r"""The input-space Fisher matrix as an operator: :math:`F = A^\top A` per examp
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,9 @@ Jvp = Callable[[Tensor], Tensor]
 Linearization = Callable[[LogitsFunction, Tensor, Tensor], Jvp]
 
 
+_FORWARD_MODE = threading.RLock()  # torch has one level of dual numbers for the whole process
+
+
 def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
     """Jacobian-vector products by dual numbers: three to six forwards each on a CPU, nothing stored.
 
@@ -26,7 +30,7 @@ def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jv
     """
 
     def push(tangent: Tensor) -> Tensor:
-        with torch.no_grad(), twice_differentiable(), forward_ad.dual_level():
+        with _FORWARD_MODE, torch.no_grad(), twice_differentiable(), forward_ad.dual_level():
             dual = forward_ad.make_dual(inputs.detach(), tangent)
             pushed = forward_ad.unpack_dual(function(dual)).tangent
         return torch.zeros_like(logits) if pushed is None else pushed

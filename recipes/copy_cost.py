@@ -1,7 +1,7 @@
 """What the copy costs that an estimate runs instead of the user's module: ``python -m recipes.copy_cost``.
 
-In each round a network of torchvision is copied and its default estimate is taken, one after the other. ``share`` is the
-median of the quotients of the two times. ``copied_mb`` are the tensors of the copy that it does not share with the
+In each round a network of torchvision is copied and its default estimate is taken, one after the other. ``share`` is
+the median of the quotients of the two times. ``copied_mb`` are the tensors of the copy that it does not share with the
 network.
 
 Leaves ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) in Hydra's run folder.

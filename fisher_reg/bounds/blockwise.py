@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.bound import BoundTerm, UpperBound, traced_model
 from fisher_reg.bounds.trace import Trace, asks_for_shape, where
-from fisher_reg.evaluation import check_input_std, differentiable, twice_differentiable
+from fisher_reg.evaluation import Noise, check_input_std, differentiable, twice_differentiable
 from fisher_reg.likelihood import Categorical, Gaussian, Likelihood
 from fisher_reg.operator import InputFisher, double_backward
 from fisher_reg.solvers import Lanczos
@@ -67,7 +67,8 @@ def blockwise_fisher_bound(
     for segment in segments:
         is_last = segment is segments[-1]
         std = input_std if segment is segments[0] else None
-        logs.append(_log10_norm(segment, likelihood if is_last else Gaussian(), std))
+        with Noise(inputs.device).replayed():
+            logs.append(_log10_norm(segment, likelihood if is_last else Gaussian(), std))
         names.append(segment.name)
     terms = tuple(
         BoundTerm(name, "segment", float((0.5 * value).median().mul(math.log(10)).exp()), float(value.mean()))

@@ -17,7 +17,7 @@ from fisher_reg.bounds.conv import linear_norm
 from fisher_reg.bounds.graph import Composition, compose
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.trace import Trace, trace
-from fisher_reg.evaluation import check_input_std, check_inputs, deployed_module, differentiable
+from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed_module, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood, check_logits
 
 
@@ -327,7 +327,7 @@ def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Tr
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
     with differentiable(inputs) as safe_inputs:
         module = deployed_module(model)
-        with torch.no_grad():
+        with torch.no_grad(), Noise(inputs.device).replayed():
             traced = trace(module, safe_inputs)
     check_logits(traced.result, len(inputs), likelihood)
     return traced

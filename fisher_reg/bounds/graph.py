@@ -193,7 +193,8 @@ class _Composer:
         varying = [item for item in operands.values() if not self.reaches[item].is_constant]
         single = self.reaches[varying[0]] if len(set(varying)) == 1 else None
         if single is not None and self._is_head(node, value) and find_rule(module) is linear_rule:
-            return self._head_reach(node, module.get_parameter("weight"), single, self._fetch(varying[0]))
+            weight: Any = module.weight
+            return self._head_reach(node, weight, single, self._fetch(varying[0]))
         with torch.set_grad_enabled(self.differentiable):
             gain = _gain(module, self._layer(node, module, operands, single, value), where(node))
         if single is not None and (len(varying) == 1 or gain.of_one_input):

@@ -98,7 +98,6 @@ class PenalisedStep:
         self.taps: dict[object, Tap] = {}
         self.pending: list[functools.partial[Tensor]] = []
         self.num_backward = 0
-        self.step_before: int | None = None
         self.told: set[str] = set()
         self.training_step = self.strategy.training_step
         self.backward = self.strategy.backward
@@ -129,12 +128,12 @@ class PenalisedStep:
             one.regularizer.check(self.module, one)
         seen = Observation()
         terms = [functools.partial(self.penalised, due=one, batch=batch, seen=seen) for one in due]
-        is_automatic = self.module.automatic_optimization
+        is_automatic, step = self.module.automatic_optimization, self.module.trainer.global_step
         self.pending, self.num_backward = ([] if is_automatic else terms), 0
         with self.observed(due, seen):
             output = self.training_step(*args, **kwargs)
         if not is_automatic:
-            self.check_manual()
+            self.check_manual(step)
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -161,11 +160,16 @@ class PenalisedStep:
             if number == (chosen or 0):
                 if chosen is not None:
                     self.pending.remove(add)
-                loss = add(loss)
+                # the graph of what was seen is gone with an earlier backward pass
+                loss = add(loss) if number == 0 else add(loss, seen=Observation())
         return self.backward(loss, *args, **kwargs)
 
-    def check_manual(self) -> None:
-        """Tell of a penalty that the step did not take, or takes more often than the optimizer steps."""
+    def check_manual(self, step: int) -> None:
+        """Tell of a penalty that the step did not take, or takes more often than the optimizer steps.
+
+        Args:
+            step: The number of optimizer steps before this training step.
+        """
         missed = [
             add for add in self.pending if (add.keywords["due"].regularizer.backward_pass or 0) >= self.num_backward
         ]
@@ -177,15 +181,13 @@ class PenalisedStep:
                 "self.manual_backward(loss) as often as FisherRegularizer(backward_pass=...) says, but "
                 f"{self.num_backward} times. Call it instead of loss.backward(), and choose one of the calls.",
             )
-        step = self.module.trainer.global_step
-        if step == self.step_before and not missed:
+        elif self.module.trainer.global_step == step:
             self.tell(
                 "accumulated",
-                "Two batches in a row were penalised without a step of the optimizer between them. If training_step "
+                "A batch was penalised without a step of the optimizer after it. If training_step "
                 "divides its loss by k to accumulate gradients over k batches, divide the weight of FisherRegularizer "
                 "by k too: in manual optimisation the division is not seen.",
             )
-        self.step_before = step
 
     def tell(self, what: str, message: str) -> None:
         """Warn once in a fit."""

@@ -204,7 +204,10 @@ def _watching(before: Any, after: Any) -> Generator[None, None, None]:
 
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(pre_hook).remove)
-        stack.callback(register_module_forward_hook(hook, with_kwargs=True).remove)
+        handle = register_module_forward_hook(hook, with_kwargs=True)
+        # torch leaves this entry behind when the handle is removed
+        stack.callback(torch.nn.modules.module._global_forward_hooks_with_kwargs.pop, handle.id, None)
+        stack.callback(handle.remove)
         yield
 
 

@@ -46,6 +46,8 @@ class Copier:
         self.promoted = False
         self._tensors: list[Tensor] = []
         self._copies: dict[int, Any] = {}
+        self._cells: dict[int, types.CellType] = {}
+        self._num_open_modules = 0
         self._originals: list[Any] = []  # kept alive, so that no id is used twice
 
     def __call__(self, value: Any) -> Any:
@@ -120,9 +122,11 @@ class Copier:
         self._remember(module, copied)
         self.modules.append((module, copied))
         state = vars(copied)
+        self._num_open_modules += 1
         for name, value in vars(module).items():
             is_bare = name in _OWN and not value  # most of a module's dictionaries of hooks are empty
             state[name] = type(value)() if is_bare else self(value)
+        self._num_open_modules -= 1
         if state.get("_compiled_call_impl") is not None:
             state["_compiled_call_impl"] = None
         return copied
@@ -209,24 +213,31 @@ class Copier:
         return self._function(value) if compiled_from is None else self(compiled_from)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        self._remember(function, function)  # it may hold itself
-        cells = function.__closure__ or ()
-        held = [_content(cell) for cell in cells]
-        copies = [self._reached(item) for item in held]
+        """Copy a function with what it holds and names.
+
+        One that a module holds (a hook) has its own variables in the copy; of another, which is a model itself, only
+        the modules are copied.
+
+        Returns:
+            The copy; the function itself where it holds nothing.
+        """
+        copy_of = self if self._num_open_modules else self._reached
         named = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
-        replaced = {name: self._reached(item) for name, item in named.items() if _is_reached(item, function)}
-        replaced = {name: item for name, item in replaced.items() if item is not named[name]}
-        defaults = tuple(self._reached(item) for item in function.__defaults__ or ())
-        old, new = (*held, *(function.__defaults__ or ())), (*copies, *defaults)
-        if not replaced and all(one is other for one, other in zip(old, new, strict=True)):
+        named = {name: item for name, item in named.items() if _is_reached(item, function)}
+        cells, defaults = function.__closure__ or (), function.__defaults__ or ()
+        if not (cells or named or defaults):
             return function
-        closure = tuple(
-            cell if new is old else types.CellType(new) for cell, new, old in zip(cells, copies, held, strict=True)
-        )
-        namespace = function.__globals__ | replaced if replaced else function.__globals__
-        copied = types.FunctionType(function.__code__, namespace, function.__name__, defaults or None, closure)
+        namespace = dict(function.__globals__) if named else function.__globals__
+        closure = tuple(self._cells.setdefault(id(cell), types.CellType()) for cell in cells)
+        copied = types.FunctionType(function.__code__, namespace, function.__name__, None, closure)
+        self._remember(function, copied)  # it may hold itself
+        copied.__defaults__ = tuple(map(copy_of, defaults)) or None
         copied.__kwdefaults__ = function.__kwdefaults__
         copied.__dict__.update(function.__dict__)
+        namespace.update({name: self._reached(item) for name, item in named.items()})
+        for cell, new in zip(cells, closure, strict=True):
+            if _is_filled(cell) and not _is_filled(new):
+                new.cell_contents = copy_of(cell.cell_contents)
         return copied
 
     def _reached(self, value: Any) -> Any:
@@ -293,11 +304,11 @@ def _items(value: Any) -> Iterator[Any]:
     return iter(value) if isinstance(value, list | tuple | set | frozenset | deque) else iter(())
 
 
-def _content(cell: types.CellType) -> Any:
+def _is_filled(cell: types.CellType) -> bool:
     try:
-        return cell.cell_contents
-    except ValueError:  # it is empty until the variable is assigned
-        return None
+        return cell.cell_contents is not cell
+    except ValueError:  # the variable is not assigned yet
+        return False
 
 
 def _is_reached(value: Any, function: types.FunctionType) -> bool:

@@ -100,7 +100,7 @@ class EvaluatedModel(nn.Module):
     def forward(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Tensor:
         """Return the logits ``(B, K)``."""
         if self._is_deployed:
-            return self._run(running_rules(), False, inputs, side_inputs, named_side_inputs)
+            return self._run(running_rules(), True, inputs, side_inputs, named_side_inputs)
         if self.recording is None and not has_training_batch_norm(self.model):
             try:
                 return self._replay(inputs, side_inputs, named_side_inputs)

@@ -80,7 +80,8 @@ class Noise:
     """
 
     def __init__(self, device: torch.device, state: GlobalState | None = None) -> None:
-        self.state = GlobalState.read(device) if state is None else state
+        with _LOCK:  # a replay in another thread may be under way
+            self.state = GlobalState.read(device) if state is None else state
         self._may_draw = True
         self._has_drawn = False
 
