@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -205,7 +206,11 @@ class _Check:
         return Finding(
             "derivative",
             passed,
-            "" if error is None else f"off from the difference quotient by {error:.1%}",
+            ""
+            if error is None
+            else f"off from the difference quotient by {error:.1%}"
+            if isfinite(error)
+            else "not finite",
             "Look for a part under no_grad or detach, a quantised or straight-through part, or a custom "
             "autograd.Function whose backward is not its derivative.",
         )

@@ -129,13 +129,13 @@ class FisherMonitor(pl.Callback):
         self._probe_is_given = probe is not None
         self._warned: set[str] = set()
         self._without_bound: set[Bound] = set()
-        self._is_checked = False
+        self._is_tried = self._is_checked = False
         self._takes_parts = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
         self._without_bound = set()
-        self._is_checked = False
+        self._is_tried = self._is_checked = False
         self._takes_parts = True
         if not self._probe_is_given:
             self._probe = []
@@ -158,15 +158,18 @@ class FisherMonitor(pl.Callback):
     ) -> None:
         """Take the first inputs of the first due validation as the probe.
 
-        In the sanity check one input is tried and not kept, so that a setting that cannot work fails before training.
+        One input of the first batch is tried, in the sanity check where there is one, so that a setting that cannot
+        work fails before training.
         """
         missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs, _ in self._probe)
         if self._probe_is_given or missing <= 0 or dataloader_idx > 0:
             return
         inputs, side_inputs = self.inputs_fn(batch), self.side_inputs_fn(batch)
-        if trainer.sanity_checking:
+        is_due = self._is_due(trainer)
+        if (trainer.sanity_checking or is_due) and not self._is_tried:
+            self._is_tried = True
             self._try(pl_module, inputs, side_inputs)
-        elif self._is_due(trainer):
+        if is_due:
             with torch.inference_mode(False):
                 index = slice(missing) if self._takes_parts else slice(None)
                 self._probe.append(_own(inputs, side_inputs, index))

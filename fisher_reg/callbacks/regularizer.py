@@ -289,8 +289,7 @@ class FisherRegularizer(pl.Callback):
             self._tell("batch norms ran unseen in the training step")
         with differentiable(due.inputs) as inputs:
             model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False)
-            if has_training_batch_norm(due.model.model):
-                WithSideInputs(model, due.side_inputs, len(inputs))(inputs)  # which fixes the batch statistics
+            model.recording = WithSideInputs(model.record, due.side_inputs, len(inputs))(inputs)
         return self._of_a_part(model, due, options)
 
     def _reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:

@@ -65,10 +65,6 @@ class Copier:
         """Return the copy of a model; a callable that holds no module is its own copy."""
         return self._reached(model)
 
-    def copy_of(self, value: Any) -> Any:
-        """Return the copy that was made of ``value``; None if none was made."""
-        return self._copies.get(id(value))
-
     def origins(self) -> dict[int, int]:
         """Return the identity of the original of each copied tensor, by the identity of the copy."""
         return {id(self._copies[id(original)]): id(original) for original in self._tensors}

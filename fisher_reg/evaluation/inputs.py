@@ -55,12 +55,12 @@ class WithSideInputs:
         batch_size: Length of the batch.
     """
 
-    model: LogitsFunction
+    model: Callable[..., Any]
     side_inputs: SideInputs
     batch_size: int
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the logits ``(B, K)``."""
+    def __call__(self, inputs: Tensor) -> Any:
+        """Return what the model does: the logits ``(B, K)``."""
         if isinstance(self.side_inputs, Mapping):
             return self.model(inputs, **self.side_inputs)
         side_inputs = (self.side_inputs,) if isinstance(self.side_inputs, Tensor) else self.side_inputs or ()

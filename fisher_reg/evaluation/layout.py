@@ -44,7 +44,8 @@ class ChannelsLast:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(B, K)``."""
-        return self.function(inputs.contiguous(**_LAST))
+        logits: Tensor = self.function(inputs.contiguous(**_LAST))
+        return logits
 
     def part(self, index: Tensor | slice) -> ChannelsLast:
         """Return the function of some of the examples."""

@@ -99,7 +99,9 @@ def test_bounds_at_the_inputs_are_logged_by_their_means_over_the_probe(tmp_path)
 def test_the_probe_is_fixed_over_the_epochs_even_when_validation_is_shuffled(tmp_path):
     monitor, module = FisherMonitor(num_samples=4), _module()
     probes = []
-    monitor.on_validation_end = lambda trainer, pl_module: probes.append(torch.cat(monitor._probe).clone())
+    monitor.on_validation_end = lambda trainer, pl_module: probes.append(
+        torch.cat([inputs for inputs, _ in monitor._probe]).clone()
+    )
     shuffled = torch.utils.data.DataLoader(cases.tiny_batches(count=10).dataset, batch_size=4, shuffle=True)
     trainer = cases.trainer(tmp_path, callbacks=[monitor], max_epochs=3, num_sanity_val_steps=0)
     trainer.fit(module, cases.tiny_batches(), shuffled)
@@ -153,7 +155,7 @@ def test_the_probe_is_of_the_first_loader(tmp_path):
 
     loaders = [cases.tiny_batches(count=8, seed=1), cases.tiny_batches(count=8, seed=2)]
     trainer.fit(Two(cases.tiny_network()), cases.tiny_batches(), loaders)
-    assert_close(torch.cat(monitor._probe), torch.cat([x for x, _ in loaders[0]]))
+    assert_close(torch.cat([inputs for inputs, _ in monitor._probe]), torch.cat([x for x, _ in loaders[0]]))
 
 
 def test_infinite_derivatives_are_warned_of_and_training_goes_on(tmp_path):
