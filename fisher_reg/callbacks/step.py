@@ -99,6 +99,7 @@ class PenalisedStep:
         self.pending: list[functools.partial[Tensor]] = []
         self.num_backward = 0
         self.told: set[str] = set()
+        self.replaced = {name: vars(self.strategy)[name] for name in _WRAPPED if name in vars(self.strategy)}
         self.training_step = self.strategy.training_step
         self.backward = self.strategy.backward
         self.strategy.training_step = self.run  # type: ignore[method-assign]
@@ -114,8 +115,9 @@ class PenalisedStep:
         """Take a regularizer out; give the strategy its methods back with the last one."""
         self.regularizers.remove(regularizer)
         if not self.regularizers:
-            for name in ("training_step", "backward"):
+            for name in _WRAPPED:
                 vars(self.strategy).pop(name, None)
+            vars(self.strategy).update(self.replaced)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's step and add the penalties that are due."""
@@ -236,6 +238,8 @@ class PenalisedStep:
         self.module.log(f"fisher/penalty_weight{suffix}", weight, **options)
         self.module.log(f"fisher/penalty_skipped{suffix}", float(penalty is None), reduce_fx="sum", **options)
 
+
+_WRAPPED = ("training_step", "backward")
 
 _SEVERAL = (
     "training_step called self.manual_backward more than once, and it is not clear which loss the penalty belongs to. "

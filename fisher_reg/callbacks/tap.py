@@ -120,12 +120,14 @@ class Tap:
         pairs = source.modules if isinstance(source, SharedCopy) else [(part, part) for part in own]
         original_of = {copied: original for original, copied in pairs if original in own}
         probe: list[Tensor] = []
+        versions: list[int] = []
         inlets: list[nn.Module] = []
         given: list[tuple[nn.Module, Tensor, int]] = []
 
         def before(part: nn.Module, args: tuple[Any, ...]) -> None:
             if part is source.model:
                 probe.append(args[0])
+                versions.append(args[0]._version)
             if part in original_of and probe and len(args) == 1 and args[0] is probe[-1]:
                 inlets.append(original_of[part])
 
@@ -137,8 +139,8 @@ class Tap:
 
         with torch.no_grad(), _watching(before, after):
             logits = EvaluatedModel(source, Noise(inputs.device), is_deployed=False)(inputs.detach())
-        if not isinstance(logits, Tensor):
-            return cls([], [])
+        if not isinstance(logits, Tensor) or [tensor._version for tensor in probe] != versions:
+            return cls([], [])  # a step may go on with inputs that its forward has changed in place
         outlets = [
             part
             for part, output, version in given
@@ -181,13 +183,29 @@ def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> Abst
         for function, by_math in math_attention_rules().items():
 
             def attention(*args: Any, function: Any = function, by_math: Any = by_math, **kwargs: Any) -> Any:
-                if is_checkpointed():  # the computation in the backward pass would use the other kernel
-                    flow.unusable = "the training step computes its attention again in the backward pass"
-                    return function(*args, **kwargs)
-                return by_math(*args, **kwargs)
+                # what a checkpoint computes again in the backward pass would use the other kernel
+                return (function if is_checkpointed() else by_math)(*args, **kwargs)
 
             rules[function] = attention
-    return Rules(rules)
+    return _OfAStep(rules, flow)
+
+
+class _OfAStep(Rules):
+    """Rules for a user's own training step, which notice activation checkpointing.
+
+    A backward pass for the penalty would run the checkpointed parts of the user's forward once more.
+    """
+
+    def __init__(self, rules: dict[Any, Any], flow: Flow | None) -> None:
+        super().__init__(rules)
+        self.flow = flow
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.flow is not None and self.flow.unusable is None and is_checkpointed():
+            self.flow.unusable = "the training step computes a part of its forward again in the backward pass"
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 @contextmanager
@@ -196,10 +214,12 @@ def _watching(before: Any, after: Any) -> Generator[None, None, None]:
     thread = threading.get_ident()
 
     def pre_hook(part: nn.Module, args: tuple[Any, ...]) -> Any:
-        return before(part, args) if threading.get_ident() == thread else None
+        if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            return None
+        return before(part, args)
 
     def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        if threading.get_ident() == thread:
+        if not torch.compiler.is_compiling() and threading.get_ident() == thread:
             after(part, args, kwargs, output)
 
     with ExitStack() as stack:

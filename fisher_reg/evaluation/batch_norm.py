@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from fisher_reg.evaluation.rules import Rule
+from fisher_reg.evaluation.rules import Rule, itself
 
 Statistics = tuple[Tensor, Tensor]
 IdentityOf = Callable[[Tensor], int]
 _Key = tuple[int, int]
 
 
-class UnrecordedError(LookupError):
+class UnrecordedError(ValueError):
     """A batch norm normalises with batch statistics that nobody has recorded."""
 
 
@@ -48,7 +48,9 @@ class Recording:
 
     def add(self, call: _Call, identity_of: IdentityOf) -> Statistics:
         """Note the statistics of a call."""
-        statistics: Statistics = _Moments.apply(call.hidden.to(torch.promote_types(call.hidden.dtype, torch.float32)))
+        hidden = call.hidden.to(torch.promote_types(call.hidden.dtype, torch.float32))
+        with torch.autograd.graph.saved_tensors_hooks(itself, itself):  # not again in the backward pass of a checkpoint
+            statistics: Statistics = _Moments.apply(hidden)
         self.calls.setdefault(call.key(identity_of), []).append(statistics)
         return statistics
 
@@ -165,7 +167,10 @@ def replaying_rules(recording: Recording | None, identity_of: IdentityOf) -> dic
             return proceed()
         key = call.key(identity_of)
         if recording is None or key not in recording.calls:
-            raise UnrecordedError("The statistics of a batch norm in training mode have not been recorded.")
+            raise UnrecordedError(
+                f"A batch norm over {call.hidden.shape[1]} channels normalises with the statistics of the batch, of "
+                "which none were recorded: it keeps no running statistics. Use track_running_stats=True."
+            )
         found = recording.calls[key]
         counts[key] = counts.get(key, 0) + 1
         return call.with_statistics(*found[(counts[key] - 1) % len(found)])
@@ -182,12 +187,13 @@ def _rules(answer: Callable[[_Call, Callable[[], Tensor]], Tensor]) -> dict[Any,
         call = _Call(hidden, mean, var, weight, bias, training, *rest[:2])
         return answer(call, lambda: torch.batch_norm(hidden, weight, bias, mean, var, training, *rest))
 
-    return {batch_norm: of_functional, torch.batch_norm: of_builtin}
+    exported = torch.ops.aten.batch_norm.default
+    return {batch_norm: of_functional, torch.batch_norm: of_builtin, exported: of_builtin}
 
 
 def _key(weight: Tensor | None, running_mean: Tensor | None, identity_of: IdentityOf) -> _Key:
-    """What tells a batch norm from the others: its weight, else its running mean, else nothing."""
-    for kind, tensor in enumerate((weight, running_mean)):
+    """What tells a batch norm from the others: its running mean, else its weight, else nothing."""
+    for kind, tensor in enumerate((running_mean, weight)):
         if tensor is not None:
             return kind, identity_of(tensor)
     return 2, 0

@@ -2,14 +2,18 @@
 
 The copy has the same classes and the same parameters, so that gradients reach the user's. It has its own flags,
 buffers, containers, hooks and random generators, so that whatever a forward writes is written there. Functions and
-methods that hold a copied module hold its copy instead. What cannot be copied (a lock, an open file, a process group)
-is shared.
+methods that hold a copied module hold its copy instead.
+
+Shared are, beside the parameters: what cannot be copied (a lock, an open file, a process group), what cleans up after
+itself (``__del__``), large NumPy arrays, data sets, optimizers and the trainer. A forward that writes to these, or to a
+parameter, writes to the user's.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import logging
 import random
 import types
@@ -46,6 +50,7 @@ class Copier:
         self.promoted = False
         self._tensors: list[Tensor] = []
         self._copies: dict[int, Any] = {}
+        self._methods: dict[type, Callable[[Copier, Any], Any] | None] = {}
         self._cells: dict[int, types.CellType] = {}
         self._num_open_modules = 0
         self._originals: list[Any] = []  # kept alive, so that no id is used twice
@@ -53,7 +58,9 @@ class Copier:
     def __call__(self, value: Any) -> Any:
         """Return the copy of ``value``, or ``value`` itself where it is shared."""
         kind: Any = type(value)
-        copy_of_kind = _how(kind)
+        if kind not in self._methods:
+            self._methods[kind] = _method_for(kind)
+        copy_of_kind = self._methods[kind]
         if copy_of_kind is None:
             return value
         known = self._copies.get(id(value))
@@ -122,7 +129,13 @@ class Copier:
         for name, value in vars(module).items():
             is_bare = name in _OWN and not value  # most of a module's dictionaries of hooks are empty
             state[name] = type(value)() if is_bare else self(value)
+        for base in type(module).__mro__:
+            for name in vars(base).get("__slots__", ()):
+                if name not in ("__dict__", "__weakref__") and hasattr(module, name):
+                    setattr(copied, name, self(getattr(module, name)))
         self._num_open_modules -= 1
+        if _is_of_a_trainer(type(module)):
+            state["log"] = state["log_dict"] = _log_nothing
         if state.get("_compiled_call_impl") is not None:
             state["_compiled_call_impl"] = None
         return copied
@@ -167,17 +180,18 @@ class Copier:
         kind = type(value)
         if isinstance(value, tuple):  # a named tuple
             return kind._make(self(item) for item in value) if hasattr(kind, "_make") else value
+        if isinstance(value, np.ndarray) and value.nbytes > _LARGE:
+            return value
         try:
             make, arguments, state, items, pairs = (*value.__reduce_ex__(4), None, None, None)[:5]
-            if make is not _NEW or len(arguments) != 1 or not isinstance(state, dict | None):
+            has_means = hasattr(kind, "__setstate__") or hasattr(kind, "__deepcopy__") or hasattr(kind, "__copy__")
+            if make is not _NEW or len(arguments) != 1 or has_means:
                 return self._by_its_own_means(value)
             copied = _NEW(kind)
             self._remember(value, copied)
-            state = None if state is None else {key: self(item) for key, item in state.items()}
-            if hasattr(copied, "__setstate__"):
-                copied.__setstate__(state)
-            elif state is not None:
-                vars(copied).update(state)
+            named, slots = state if isinstance(state, tuple) else (state, None)
+            for key, item in {**(named or {}), **(slots or {})}.items():
+                object.__setattr__(copied, key, self(item))
             for item in items or ():
                 copied.append(self(item))
             for key, item in pairs or ():
@@ -187,15 +201,16 @@ class Copier:
             return self._remember(value, value)
 
     def _by_its_own_means(self, value: Any) -> Any:
-        for item in _items(value):
-            self(item)
+        for item in (*_items(value), *getattr(value, "__dict__", {}).values()):
+            self(item)  # so that a module or parameter in it is not copied again
         return copy.deepcopy(value, dict(self._copies))
 
     # Functions
 
     def _callable(self, value: Any) -> Any:
         if isinstance(value, types.MethodType):
-            return types.MethodType(self(value.__func__), self._reached(value.__self__))
+            copy_of = self if self._num_open_modules else self._reached
+            return types.MethodType(self(value.__func__), copy_of(value.__self__))
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
             owner = value.__self__
             is_bound = owner is not None and type(owner) in _CONTAINERS and id(owner) in self._copies
@@ -219,7 +234,12 @@ class Copier:
         """
         copy_of = self if self._num_open_modules else self._reached
         named = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
-        named = {name: item for name, item in named.items() if _is_reached(item, function)}
+        is_open = self._num_open_modules > 0
+        named = {
+            name: item
+            for name, item in named.items()
+            if _is_of_the_file(item, function) or _reaches(item) or (is_open and type(item) in _CONTAINERS)
+        }
         cells, defaults = function.__closure__ or (), function.__defaults__ or ()
         if not (cells or named or defaults):
             return function
@@ -230,7 +250,7 @@ class Copier:
         copied.__defaults__ = tuple(map(copy_of, defaults)) or None
         copied.__kwdefaults__ = function.__kwdefaults__
         copied.__dict__.update(function.__dict__)
-        namespace.update({name: self._reached(item) for name, item in named.items()})
+        namespace.update({name: copy_of(item) for name, item in named.items()})
         for cell, new in zip(cells, closure, strict=True):
             if _is_filled(cell) and not _is_filled(new):
                 new.cell_contents = copy_of(cell.cell_contents)
@@ -238,10 +258,7 @@ class Copier:
 
     def _reached(self, value: Any) -> Any:
         """Return the copy of what a function holds, if that is or has a module; else the thing itself."""
-        if isinstance(value, _REACHED) or type(value) in _CALLABLES:
-            return self(value)
-        inside = _items(value) if type(value) in _CONTAINERS else getattr(value, "__dict__", {}).values()
-        if not isinstance(value, type) and any(isinstance(item, _REACHED) for item in inside):
+        if type(value) in _CALLABLES or _reaches(value):
             return self(value)
         return self._copies.get(id(value), value)
 
@@ -279,19 +296,22 @@ def is_sharded(model: object) -> bool:
     return any(isinstance(part, _SHARDED_BY) for part in modules)
 
 
-@functools.lru_cache(maxsize=4096)
-def _how(kind: Any) -> Callable[[Copier, Any], Any] | None:
+def _method_for(kind: Any) -> Callable[[Copier, Any], Any] | None:
     """Return the method that copies objects of a type; None where they are shared."""
     if kind in _IMMUTABLE or issubclass(kind, _SHARED_TYPES):
         return None
     if issubclass(kind, nn.Module):
         return Copier._module
-    if any(base.__module__.partition(".")[0] in _TRAINER_PACKAGES for base in kind.__mro__):
+    if _is_of_a_trainer(kind) or hasattr(kind, "__del__"):  # a copy would clean up what is not its own
         return None
     for types_, method in _METHODS:
         if kind in types_ if isinstance(types_, frozenset) else issubclass(kind, types_):
             return method
     return Copier._object
+
+
+def _is_of_a_trainer(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] in _TRAINER_PACKAGES for base in kind.__mro__)
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -307,10 +327,22 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def _is_reached(value: Any, function: types.FunctionType) -> bool:
-    if isinstance(value, types.FunctionType):
-        return value.__globals__ is function.__globals__
-    return isinstance(value, _REACHED)
+def _reaches(value: Any, depth: int = 3) -> bool:
+    """Whether a thing is a module or a random generator, or has one in it, at most ``depth`` levels down."""
+    if isinstance(value, _REACHED):
+        return True
+    if depth == 0 or isinstance(value, type | types.ModuleType | types.FunctionType | Tensor):
+        return False
+    inside = _items(value) if type(value) in _CONTAINERS else iter(getattr(value, "__dict__", {}).values())
+    return any(_reaches(item, depth - 1) for item in itertools.islice(inside, 1000))
+
+
+def _is_of_the_file(value: Any, function: types.FunctionType) -> bool:
+    return isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand for the logging of a module that a trainer runs: a measurement is no step of it."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -332,6 +364,8 @@ if torch.distributed.is_available():
 
 _NEW: Any = object().__reduce_ex__(4)[0]
 """What a plain object says that it is made anew by; one with means of its own says something else."""
+
+_LARGE = 2**20  # bytes of an array that is taken for data, which no forward writes to
 
 _TRAINER_PACKAGES = frozenset({"accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"})
 """Their objects (a trainer, a data module, a logger) stand around a model and are no part of its function."""
@@ -357,6 +391,7 @@ _SHARED_TYPES = (
     logging.Logger,
     weakref.ProxyType,
     weakref.CallableProxyType,
+    random.SystemRandom,
 )
 
 _OWN = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))

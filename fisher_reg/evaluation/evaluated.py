@@ -1,7 +1,7 @@
 """Which function of a model is meant, as a value: the deployed one, or the one that is being trained.
 
 The rooms above see only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable, gives the same
-logits in each call, and never changes the user's model.
+logits in each call, and only reads the user's model (see :mod:`fisher_reg.evaluation.copying` for what is shared).
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class EvaluatedModel(nn.Module):
         super().__init__()
         self.training = False
         self.source = source
-        self.model = source.model
+        vars(self)["model"] = source.model
+        if isinstance(source.model, nn.Module) and not isinstance(source.model, torch.jit.ScriptModule):
+            for name in ("_modules", "_parameters", "_buffers"):  # with the names that they have in the model
+                vars(self)[name] = vars(source.model)[name]
         self.recording = recording
         self.saw_half_precision = False
         self._noise = noise
@@ -139,7 +142,9 @@ class EvaluatedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(vars(self).get("_modules", {}).get("model"), name)
+            if "model" not in vars(self):
+                raise
+            return getattr(vars(self)["model"], name)
 
 
 _HALF_INSIDE = (
@@ -159,7 +164,7 @@ def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
 
 def deployed_with_gradient(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return :func:`deployed`, with gradients to the weights of batch norm too."""
-    return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), is_deployed=False)
+    return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), False, Recording())
 
 
 def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:

@@ -31,7 +31,7 @@ class GlobalState:
     @classmethod
     def read(cls, device: torch.device) -> GlobalState:
         """Take the snapshot; nothing is drawn."""
-        of_device = None if device.type == "cpu" else _backend(device).get_rng_state(device)
+        of_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_index(device))
         of_numpy = np.random.get_state(legacy=True)
         return cls(device, torch.get_rng_state(), of_device, random.getstate(), tuple(of_numpy))
 
@@ -52,7 +52,7 @@ class GlobalState:
         """Set the generators to this state."""
         torch.set_rng_state(self.of_cpu)
         if self.of_device is not None:
-            _backend(self.device).set_rng_state(self.of_device, self.device)
+            torch.get_device_module(self.device).set_rng_state(self.of_device, *_index(self.device))
         random.setstate(self.of_python)
         np.random.set_state(self.of_numpy)
 
@@ -103,7 +103,7 @@ class Noise:
             try:
                 yield
                 self._has_drawn |= GlobalState.read(self.state.device) != self.state
-                self._may_draw = self._has_drawn
+                self._may_draw = self._has_drawn or not torch.is_grad_enabled()  # a forward may draw for a gradient
             finally:
                 if self._has_drawn or before != self.state or GlobalState.read(self.state.device) != before:
                     before.write()
@@ -131,5 +131,6 @@ def set_state(generator: Any, state: Any) -> None:
     generator.bit_generator.state = state
 
 
-def _backend(device: torch.device) -> Any:
-    return torch.get_device_module(device)
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """Return the arguments that choose a device among its kind: there is but one of Apple's."""
+    return () if device.type == "mps" else (device,)

@@ -7,6 +7,7 @@ and no setting of torch: batch norm, attention and precision are all handled in 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,20 +39,27 @@ class Rules(TorchFunctionMode):
         """Answer one call."""
         chosen = self.rules.get(function, function)
         if self.needs_graph and is_checkpointed():
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            with torch.autograd.graph.saved_tensors_hooks(itself, itself):
                 return chosen(*args, **(kwargs or {}))
         return chosen(*args, **(kwargs or {}))
 
 
 def is_checkpointed() -> bool:
     """Whether saved tensors are replaced now, as ``torch.utils.checkpoint`` does."""
-    return _top_hooks is not None and _top_hooks(True) is not None
+    if _top_hooks is not None:
+        return _top_hooks(True) is not None
+    frame = inspect.currentframe()  # torch before 2.8 does not tell
+    while frame is not None and not frame.f_code.co_filename.endswith(_CHECKPOINT_FILE):
+        frame = frame.f_back
+    return frame is not None
 
 
+_CHECKPOINT_FILE = os.path.join("torch", "utils", "checkpoint.py")
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def itself(tensor: Tensor) -> Tensor:
+    """Save a tensor as it is."""
     return tensor
 
 
@@ -66,6 +74,8 @@ def attention_by_math(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention from elementary operations, which have second derivatives and a forward mode."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     output, _ = torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -51,6 +51,8 @@ class SharedCopy:
             for part in self.model.modules():
                 if hasattr(part, "training"):  # a frozen TorchScript module has none
                     part.training = False
+        plain = [part for _, part in copier.modules if not isinstance(part, torch.jit.ScriptModule)]
+        self._states = [(vars(part), dict(vars(part))) for part in plain]
 
     def identity_of(self, tensor: Tensor) -> int:
         """Return the identity of the tensor of which ``tensor`` is a copy; its own if it is none."""
@@ -58,8 +60,11 @@ class SharedCopy:
 
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
-        """Have the buffers and the generators as they were copied during the block."""
+        """Have the attributes, the buffers and the generators as they were copied during the block."""
         with self._lock:
+            for state, kept in self._states:
+                state.clear()
+                state.update(kept)
             for buffer in self._buffers:
                 if buffer.has_changed:
                     self._origins[id(buffer.renewed())] = buffer.identity

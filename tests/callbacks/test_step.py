@@ -9,6 +9,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fisher_reg import FisherMonitor, FisherRegularizer, KLPenalty, fisher_spectral_norm
@@ -291,3 +292,43 @@ def test_a_model_that_is_not_the_function_meant_is_told_once_with_the_remedy(tmp
     told = [str(one.message) for one in warned if "cannot vouch" in str(one.message)]
     assert len(told) == 1
     assert "independence       FAILED" in told[0]
+
+
+def test_a_strategy_that_was_wrapped_by_somebody_else_stays_so(tmp_path):
+    class Wraps(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            original = trainer.strategy.training_step
+            self.wrapper = trainer.strategy.training_step = lambda *args: original(*args)
+
+    wraps = Wraps()
+    trainer = _fit(tmp_path, _module(), [wraps, _regularizer()])
+    assert trainer.strategy.training_step is wraps.wrapper
+
+
+def test_checkpointed_batch_norm_trains_as_without_checkpoints(tmp_path):
+    class Checkpointed(cases.Plain):
+        on = True
+
+        def forward(self, x):
+            return checkpoint(self.network, x, use_reentrant=False) if self.on else self.network(x)
+
+    found = []
+    for on, fraction in ((False, 0.999), (True, 1.0)):  # all examples, by a forward of the penalty's own
+        module = _module(Checkpointed, batch_norm=True)
+        module.on = on
+        _fit(tmp_path, module, [_regularizer(batch_fraction=fraction)])
+        found.append(module.state_dict())
+    plain = _module(Checkpointed, batch_norm=True)
+    _fit(tmp_path, plain, [])
+    moved = [state.pop("network.1.num_batches_tracked") for state in (*found, plain.state_dict())]
+    assert moved[1] == moved[2] == 2 * moved[0]  # torch itself moves them twice
+    for state in found:
+        del state["network.1.running_mean"], state["network.1.running_var"]
+    assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_running_statistics_that_are_not_kept_are_refused(tmp_path):
+    module = _module()
+    module.network[1] = nn.BatchNorm1d(5, track_running_stats=False)
+    with pytest.raises(ValueError, match="over 5 channels.*track_running_stats=True"):
+        _fit(tmp_path, module, [_regularizer(use_running_statistics=True)])

@@ -28,6 +28,14 @@ class _Builtin(_Functional):
         return torch.batch_norm(x, None, None, self.mean, self.variance, self.training, 0.1, 1e-5, False)
 
 
+class _Computed(nn.BatchNorm1d):
+    """As networks whose scale is one plus a parameter."""
+
+    def forward(self, x):
+        mean, variance = self.running_mean, self.running_var
+        return nn.functional.batch_norm(x, mean, variance, 1 + 0.5 * self.weight, self.bias, self.training)
+
+
 class _WithActivation(nn.BatchNorm1d):
     """As timm's BatchNormAct2d."""
 
@@ -48,6 +56,7 @@ _NORMS = {
     "builtin": lambda: _Builtin(5),
     "subclass": lambda: _WithActivation(5),
     "by keyword": lambda: _Named(5),
+    "computed weight": lambda: _Computed(5),
     "synchronised, in one process": lambda: nn.SyncBatchNorm(5),
 }
 
@@ -138,17 +147,24 @@ def test_the_bound_penalty_has_the_scale_of_the_batch():
     assert abs((slope * model[0].weight).sum()) < 1e-2  # a weight that is rescaled anyway brings nothing by shrinking
 
 
-_CALLS = []  # a hook of the copy has a list of its own where it holds one
+class _Calls:
+    """Is no container: a hook of the copy has a list of its own where it names or holds one."""
+
+    def __init__(self):
+        self.sizes = []
+
+
+_CALLS = _Calls()
 
 
 def test_no_forward_is_added_without_batch_norm_in_training():
     model = cases.tiny_network(batch_norm=True).eval()
-    model.register_forward_pre_hook(lambda part, args: _CALLS.append(len(args[0])))
+    model.register_forward_pre_hook(lambda part, args: _CALLS.sizes.append(len(args[0])))
     KLPenalty()(model, torch.randn(8, 6))
-    assert _CALLS == [8, 8]
-    _CALLS.clear()
+    assert _CALLS.sizes == [8, 8]
+    _CALLS.sizes.clear()
     KLPenalty()(model.train(), torch.randn(8, 6))
-    assert _CALLS == [8, 8, 8]  # one more for the statistics
+    assert _CALLS.sizes == [8, 8, 8]  # one more for the statistics
 
 
 def test_checkpointed_batch_norm_gives_the_same_gradient():

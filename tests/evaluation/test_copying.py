@@ -1,7 +1,11 @@
 """The copy that runs instead of a user's module: what it shares, and what it owns."""
 
+import dataclasses
 import functools
+import gc
+import os
 import random
+import tempfile
 import threading
 import weakref
 
@@ -12,7 +16,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg import Exact, KLPenalty, LogitsOf, fisher_spectral_norm
+from fisher_reg import Exact, FisherMonitor, FisherRegularizer, KLPenalty, LogitsOf, fisher_spectral_norm
 from fisher_reg.evaluation import SharedCopy
 from tests import cases
 
@@ -162,3 +166,137 @@ def test_a_frozen_script_gives_the_numbers_of_the_network():
     penalty = KLPenalty()(scripted, x)
     gradients = torch.autograd.grad(penalty, list(scripted.parameters()))  # which reach the user's own
     assert_close(gradients, torch.autograd.grad(KLPenalty()(model, x), list(model.parameters())))
+
+
+@dataclasses.dataclass(slots=True)
+class _Slots:
+    net: nn.Module
+
+
+class _InSlots(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.holder = _Slots(nn.Linear(6, 4))
+        self.net = self.holder.net
+
+    def forward(self, x):
+        return self.holder.net(x)
+
+
+def test_a_module_in_slots_is_copied_once_and_gets_its_gradient():
+    model = _InSlots()
+    copied = _copied(model)
+    assert copied.holder.net is copied.net is not model.net
+    (gradient,) = torch.autograd.grad(KLPenalty()(model, torch.randn(4, 6)), [model.net.weight])
+    assert gradient.abs().sum() > 0
+
+
+class _CleansUp:
+    closed = 0
+
+    def __del__(self):
+        type(self).closed += 1
+
+
+def test_what_cleans_up_after_itself_is_shared():
+    model = nn.Sequential(nn.Linear(6, 4))
+    model.resource = _CleansUp()
+    model.file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+    fisher_spectral_norm(model, torch.randn(2, 6))
+    gc.collect()
+    assert _CleansUp.closed == 0
+    assert os.path.exists(model.file.name)
+
+
+_SEEN = {}
+
+
+class _Recorder:
+    def __init__(self):
+        self.seen = []
+
+    def hook(self, part, args, output):
+        self.seen.append(output)
+
+
+def test_hooks_write_to_what_the_copy_holds():
+    def hook(part, args, output):
+        _SEEN["logits"] = output
+
+    model, recorder = nn.Sequential(nn.Linear(6, 4)), _Recorder()
+    model[0].register_forward_hook(hook)
+    model[0].register_forward_hook(recorder.hook)
+    fisher_spectral_norm(model, torch.randn(2, 6))
+    KLPenalty()(model, torch.randn(2, 6))
+    assert _SEEN == {}
+    assert recorder.seen == []
+
+
+class _Ensemble:
+    """No module, and holds some deep inside."""
+
+    def __init__(self, nets):
+        self.members = {"nets": nets}
+
+    def __call__(self, x):
+        return sum(net(x) for net in self.members["nets"])
+
+
+def test_a_callable_object_runs_copies_of_the_modules_in_it():
+    nets = [cases.tiny_network(batch_norm=True).train() for _ in range(2)]
+    ensemble, x = _Ensemble(nets), torch.randn(8, 6)
+    for model in (ensemble, ensemble.__call__, functools.partial(ensemble), lambda x: ensemble(x)):
+        KLPenalty()(model, x)
+    assert all(net[1].num_batches_tracked == 0 for net in nets)
+
+
+class _Logs(cases.Plain):
+    def forward(self, x):
+        self.log("calls", 1.0, on_epoch=True, on_step=False, reduce_fx="sum")
+        return super().forward(x)
+
+
+def test_a_measurement_logs_nothing_of_the_module(tmp_path):
+    found = []
+    for callbacks in ([], [FisherRegularizer(0.1, every_n_steps=1), FisherMonitor(bounds=())]):
+        trainer = cases.trainer(tmp_path, callbacks=callbacks)
+        trainer.fit(_Logs(cases.tiny_network()), cases.tiny_batches(), cases.tiny_batches())
+        found.append(trainer.callback_metrics["calls"].item())
+    assert found[0] == found[1] > 0
+
+
+def test_each_call_finds_the_attributes_as_they_were_copied():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.last = nn.Linear(6, 4), None
+
+        def forward(self, x):
+            hidden = self.net(x) + (0 if self.last is None else self.last)
+            self.last = hidden.detach()
+            return hidden
+
+    model, x = Remembers(), torch.randn(4, 6)
+    assert_close(KLPenalty(step=1e-2)(model, x), KLPenalty(step=1e-2)(model.net, x))
+    assert model.last is None
+
+
+def test_a_penalty_of_the_users_finds_the_names_of_the_model(tmp_path):
+    names = []
+
+    def penalty(model, inputs, generator=None):
+        names.append(sorted(dict(model.named_parameters())))
+        return dict(model.named_parameters())["network.0.weight"].square().sum() + model(inputs).square().mean()
+
+    module = cases.Plain(cases.tiny_network())
+    cases.trainer(tmp_path, callbacks=[FisherRegularizer(0.1, penalty)]).fit(module, cases.tiny_batches())
+    assert names[0] == sorted(dict(module.named_parameters()))
+
+
+def test_modules_with_slots_are_copied():
+    class Slotted(nn.Linear):
+        __slots__ = ("scale",)
+
+    model = Slotted(6, 4)
+    model.scale = 2.0
+    assert _copied(model).scale == 2.0

@@ -22,7 +22,7 @@ from fisher_reg import (
     fisher_spectral_norm,
     fisher_trace,
 )
-from fisher_reg.evaluation import WithSideInputs, deployed, in_fast_layout
+from fisher_reg.evaluation import WithSideInputs, deployed, in_fast_layout, twice_differentiable
 from fisher_reg.evaluation.layout import ChannelsLast
 from fisher_reg.operator import InputFisher
 from tests import cases
@@ -184,6 +184,18 @@ def test_two_evaluations_that_are_compared_see_the_same_noise(kind):
     assert values[1] == pytest.approx(values[0], rel=0.05)  # other noise would leave a divergence over 1e-6
     with torch.no_grad():
         assert not torch.equal(model(_X.double()), model(_X.double()))
+
+
+@pytest.mark.parametrize("mask", ["tril", "padding"])
+def test_attention_by_math_masks_as_the_fused_kernel_does(mask):
+    query = torch.randn(2, 2, 5, 4)
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril()
+    if mask == "padding":
+        allowed = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)[:, None, None]
+    expected = nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=allowed)
+    with twice_differentiable():
+        got = nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=allowed)
+    assert_close(got, expected)
 
 
 def test_spectral_norm_in_training_has_the_weights_of_one_forward():
