@@ -74,8 +74,9 @@ class FisherMonitor(pl.Callback):
     zero), the figure ``fisher/bound_versus_empirical`` (needs matplotlib), and charts of the log10 curves and of the
     gaps.
 
-    A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer is warned
-    of once and left out. Neither stops a training.
+    Before the first measurement :func:`fisher_reg.check_model` is run on two inputs; what fails is warned of, with the
+    remedy. A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer
+    is warned of once and left out. None of these stops a training.
 
     Args:
         every_n_epochs: Measures at the first validation, then at the first one n epochs or more after the last that was

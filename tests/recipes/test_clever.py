@@ -53,13 +53,29 @@ def _toolbox_score(monkeypatch, network, image, clever, generator):
 def test_scores_are_those_of_the_toolbox_on_the_same_points(monkeypatch, trained, digits, norm, radius):
     images = cases.test_images(digits, 4)
     clever = Clever(radius, num_batches=20, batch_size=16, pool_factor=5, norm=norm, fit=ToolboxFit())
-    scores = clever(trained, images, _generator(3))
+    scores, is_stable = _scores(monkeypatch, clever, trained, images)
     generator = _generator(3)
     with monkeypatch.context() as patch:
         expected = [_toolbox_score(patch, trained, image, clever, generator) for image in images]
     assert (scores < radius).sum() >= 3
-    # where the toolbox's fit diverges, to ends of 1e6 and more, they differ by as much as the last bits of the norms
-    assert_close(scores, torch.tensor(expected).float(), rtol=1e-4, atol=1e-6)
+    # the toolbox's fit may end elsewhere for other last bits of the norms, which depend on the processor
+    assert is_stable.sum() >= 2
+    assert_close(scores[is_stable], torch.tensor(expected).float()[is_stable], rtol=1e-4, atol=1e-6)
+
+
+def _scores(monkeypatch, clever, network, images):
+    """The scores, and whether each stays where the norms that it is fitted to change in their last bits."""
+    fitted = []
+    fit = Clever.scores
+    with monkeypatch.context() as patch:
+        patch.setattr(Clever, "scores", lambda self, *arguments: (fitted.append(arguments), fit(self, *arguments))[1])
+        scores = clever(network, images, _generator(3))
+    ((logits, maxima),) = fitted
+    draw, is_stable = np.random.default_rng(0), torch.ones(len(images), dtype=torch.bool)
+    for _ in range(8):
+        noise = torch.from_numpy(draw.uniform(-3e-7, 3e-7, maxima.shape)).to(maxima)
+        is_stable &= torch.isclose(fit(clever, logits, maxima * (1 + noise)), scores, rtol=1e-4, atol=1e-6)
+    return scores, is_stable
 
 
 @pytest.mark.parametrize("seed", range(3))
