@@ -17,6 +17,7 @@ class LogitsOf(nn.Module):
             argument ``module``: a Fisher pass gives a copy of it.
 
     Example:
+        >>> import torch
         >>> wrapped = LogitsOf(nn.Linear(2, 3), lambda module, inputs: {"logits": module(inputs)}["logits"])
         >>> wrapped(torch.zeros(4, 2)).shape
         torch.Size([4, 3])

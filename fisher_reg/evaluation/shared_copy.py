@@ -34,18 +34,20 @@ class SharedCopy:
 
     def __init__(self, model: LogitsFunction, is_deployed: bool, dtype: torch.dtype | None = None) -> None:
         copier = Copier(dtype)
-        self.model: Any = copier.root(model)
+        with _versioned():
+            self.model: Any = copier.root(model)
         self.modules = copier.modules
         self.is_promoted = isinstance(self.model, nn.Module) or copier.promoted
         self.draws = False
         self._origins = copier.origins()
         self._generators = [(generator, state_of(generator)) for generator in copier.generators]
-        self._buffers = [
-            _Buffer(part._buffers, name, buffer, self.identity_of(buffer))
-            for _, part in copier.modules
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
+        with _versioned():
+            self._buffers = [
+                _Buffer(part._buffers, name, buffer, self.identity_of(buffer))
+                for _, part in copier.modules
+                for name, buffer in part._buffers.items()
+                if buffer is not None
+            ]
         self._lock = threading.RLock()
         if is_deployed and isinstance(self.model, nn.Module):
             for part in self.model.modules():
@@ -105,9 +107,18 @@ class _Buffer:
 
     def renewed(self) -> Tensor:
         """Put a fresh tensor in its place: in place it would change what a graph has saved."""
-        self.tensor = self.slots[self.name] = self.kept.clone()
+        with _versioned():
+            self.tensor = self.slots[self.name] = self.kept.clone()
         self.version = self.tensor._version
         return self.tensor
+
+
+@contextmanager
+def _versioned() -> Generator[None, None, None]:
+    """Make tensors that count their changes, which those of inference mode do not; the grad mode stays as it is."""
+    is_enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(is_enabled):
+        yield
 
 
 def _draw_from(generator: Any, count: int) -> None:
