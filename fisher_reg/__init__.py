@@ -19,7 +19,6 @@ from fisher_reg.callbacks import (
     LinearSchedule,
 )
 from fisher_reg.check import Finding, ModelCheck, check_model
-from fisher_reg.eigen import EigenResult
 from fisher_reg.errors import (
     NoBoundError,
     NonFiniteError,
@@ -40,9 +39,10 @@ from fisher_reg.penalty import (
     TracePenalty,
     mean_log1p,
 )
-from fisher_reg.solvers import Exact, HutchinsonMax, Lanczos, PowerIteration
+from fisher_reg.probes import Rademacher, SampledLabels, StandardNormal
+from fisher_reg.solvers import EigenResult, Exact, HutchinsonMax, Interval, Lanczos, PowerIteration
 from fisher_reg.tempered import MarginTempered
-from fisher_reg.trace import Hutchinson, Rademacher, SampledLabels, StandardNormal
+from fisher_reg.trace import Hutchinson
 from fisher_reg.universal import universal_spectral_norm
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "Gaussian",
     "Hutchinson",
     "HutchinsonMax",
+    "Interval",
     "KLPenalty",
     "LabelContrastPenalty",
     "Lanczos",

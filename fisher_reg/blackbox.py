@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisher_reg.eigen import unit
 from fisher_reg.evaluation import Noise, SharedCopy, check_input_std, check_inputs
 from fisher_reg.sampling import fixed_generator, normal
+from fisher_reg.solvers import unit
 
 Array = Tensor | np.ndarray[Any, Any]
 Predict = Callable[[Any], Any]

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from fisher_reg.eigen import Solver, TraceEstimator
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
 from fisher_reg.evaluation import LogitsFunction, SideInputs
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.solvers import Solver, TraceEstimator
 
 Reduction = Callable[[Tensor], Any]
 

@@ -28,10 +28,11 @@ def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jv
     Returns:
         The function that applies the Jacobian.
     """
+    point = inputs.detach().clone()  # expanded inputs share memory, which dual numbers refuse
 
     def push(tangent: Tensor) -> Tensor:
         with _FORWARD_MODE, torch.no_grad(), twice_differentiable(), forward_ad.dual_level():
-            dual = forward_ad.make_dual(inputs.detach(), tangent)
+            dual = forward_ad.make_dual(point, tangent)
             pushed = forward_ad.unpack_dual(function(dual)).tangent
         return torch.zeros_like(logits) if pushed is None else pushed
 
@@ -59,7 +60,8 @@ def double_backward(function: LogitsFunction, inputs: Tensor, logits: Tensor) ->
         The function that applies the Jacobian.
 
     Raises:
-        ValueError: If no differentiable path leads from the inputs to the logits.
+        ValueError: If no differentiable path leads from the inputs to the logits, or, when it is applied, if the path
+            has no second derivative.
     """
     cotangent = torch.zeros_like(logits, requires_grad=True)
     (pulled,) = torch.autograd.grad(logits, inputs, cotangent, create_graph=True, allow_unused=True)
@@ -67,10 +69,15 @@ def double_backward(function: LogitsFunction, inputs: Tensor, logits: Tensor) ->
         raise ValueError(_NO_PATH)
 
     def jvp(tangent: Tensor) -> Tensor:
-        if not pulled.requires_grad:
-            return torch.zeros_like(logits)
-        (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True, materialize_grads=True)
-        return pushed
+        pushed = None
+        if pulled.requires_grad:
+            (pushed,) = torch.autograd.grad(pulled, cotangent, tangent, retain_graph=True, allow_unused=True)
+        if pushed is not None:
+            return pushed
+        (slope,) = torch.autograd.grad(logits, inputs, torch.ones_like(logits), retain_graph=True)
+        if bool(slope.any()):
+            raise ValueError(_NO_SECOND_DERIVATIVE)
+        return torch.zeros_like(logits)  # as of a sign: the derivative is zero everywhere
 
     return jvp
 
@@ -201,8 +208,10 @@ class InputFisher:
             At most the norm of :math:`J D`.
         """
         weights = self.likelihood.unwhiten(self.logits.detach(), cotangent)
-        slope: Tensor = row.norm(dim=1) / weights.norm(dim=1).clamp_min(torch.finfo(weights.dtype).tiny)
-        return slope
+        slope: Tensor = row.double().norm(dim=1) / weights.double().norm(dim=1).clamp_min(
+            torch.finfo(weights.dtype).tiny
+        )
+        return slope.to(row.dtype)
 
     def slope(self, cotangent: Tensor) -> Tensor:
         """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, without gradient."""
@@ -265,6 +274,13 @@ _NO_PATH = (
     "that every derivative would be zero. A part of the model runs under torch.no_grad(), detaches, or is quantised. "
     "To freeze weights use requires_grad_(False) on them instead of no_grad() in forward; for a model without "
     "derivatives use blackbox_spectral_norm."
+)
+
+_NO_SECOND_DERIVATIVE = (
+    "The derivative of the logits with respect to the inputs cannot be differentiated again: a custom "
+    "autograd.Function on the way computes its backward without a graph, as with @once_differentiable. Write its "
+    "backward in differentiable operations, or use what needs first derivatives only: solver=Exact() for estimates, "
+    "KLPenalty for training."
 )
 
 

@@ -23,9 +23,12 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return _draw(torch.randn, like, generator)
 
 
-def fixed_generator(device: torch.device) -> torch.Generator:
-    """Return a generator that gives the same numbers each time, which estimates use unless told otherwise."""
-    return torch.Generator(device).manual_seed(0)
+def fixed_generator(device: torch.device, seed: int = 0) -> torch.Generator:
+    """Return a generator that gives the same numbers each time, which estimates use unless told otherwise.
+
+    Numbers that must be independent of each other need different seeds.
+    """
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fisher_reg.eigen import EigenResult, Solver
 from fisher_reg.estimate import evaluation_operator
 from fisher_reg.evaluation import LogitsFunction
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
-from fisher_reg.solvers import Lanczos
+from fisher_reg.solvers import EigenResult, Lanczos, Solver
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
 

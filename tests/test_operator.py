@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from fisher_reg import Categorical
-from fisher_reg.eigen import dense_rows
 from fisher_reg.operator import InputFisher, double_backward, forward_mode, vjp_only
+from fisher_reg.solvers import dense_rows
 from tests import cases, oracles
 
 

@@ -83,7 +83,7 @@ def test_ritz_values_are_below_and_trace_and_residual_above(problem, likelihood,
     slack = 1 + 1e-9
     assert (result.eigenvalue <= exact * slack).all()
     assert (exact <= trace * slack).all()
-    assert (exact <= result.upper_bound(trace) * slack).all()
+    assert (exact <= result.interval(trace=trace).upper).all()
     spectrum = fisher_spectral_norm(function, x, likelihood=likelihood, solver=Exact()).ritz_values
     distance = (spectrum - result.eigenvalue[:, None]).abs().amin(1)
     # round-off of the difference quotients: half the digits

@@ -30,13 +30,13 @@ from fisher_reg.callbacks.batch import (
     no_side_inputs,
     report_check,
 )
-from fisher_reg.eigen import Solver
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.evaluation import SideInputs, select
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace, summarize
+from fisher_reg.solvers import Solver
 from fisher_reg.trace import Hutchinson
 
 _TRACE = Hutchinson(num_samples=4)

@@ -1,0 +1,31 @@
+r"""Largest eigenvalues of :math:`F = A^\top A`, for a batch of operators at once.
+
+The solvers know only ``apply`` (A), ``adjoint`` (its transpose) and start vectors, never a network. Each is an
+immutable value that holds its tolerances.
+"""
+
+from fisher_reg.solvers.exact import Exact
+from fisher_reg.solvers.hutchinson_max import HutchinsonMax
+from fisher_reg.solvers.interval import Interval, RandomProbe
+from fisher_reg.solvers.lanczos import Lanczos
+from fisher_reg.solvers.linalg import dense_rows, unit
+from fisher_reg.solvers.power import PowerIteration
+from fisher_reg.solvers.protocols import FactoredOperator
+from fisher_reg.solvers.result import EigenpairSolver, EigenResult, Solver, TraceEstimator, concatenate
+
+__all__ = [
+    "EigenResult",
+    "EigenpairSolver",
+    "Exact",
+    "FactoredOperator",
+    "HutchinsonMax",
+    "Interval",
+    "Lanczos",
+    "PowerIteration",
+    "RandomProbe",
+    "Solver",
+    "TraceEstimator",
+    "concatenate",
+    "dense_rows",
+    "unit",
+]

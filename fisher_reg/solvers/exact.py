@@ -1,0 +1,76 @@
+"""Every eigenvalue, from the matrix itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_reg.solvers.interval import RandomProbe
+from fisher_reg.solvers.linalg import dense_rows, unit
+from fisher_reg.solvers.protocols import FactoredOperator
+from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.search import Space
+
+
+@dataclass(frozen=True)
+class Exact:
+    r"""Eigenvalues of the ``K x K`` Gram matrix ``A Aᵀ``: ``K + 1`` backward passes, ``K d`` numbers per example.
+
+    Right to round-off, and the cheapest for few classes. The last pass repeats the top eigenvector, which measures the
+    rounding of the passes: where it is not small against the eigenvalue, the example does not count as converged.
+
+    Args:
+        rtol: Residual and rounding, relative to the eigenvalue, up to which a result counts as converged.
+    """
+
+    rtol: float = 1e-3
+
+    def solve(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> EigenResult:
+        """Solve the dense problem; nothing is random."""
+        return leading(self.eigenpairs(operator, 1))
+
+    def eigenpairs(
+        self, operator: FactoredOperator, num_eigenpairs: int, generator: torch.Generator | None = None
+    ) -> EigenResult:
+        """Return the largest eigenpairs, the fields with axes ``(B, num_eigenpairs)``; those beyond the rank are zero.
+
+        A repeated eigenvalue comes as often as it is.
+        """
+        rows = dense_rows(operator)
+        count, num_outputs = len(rows), rows.shape[1]
+        space = Space(torch.eye(num_outputs, dtype=rows.dtype, device=rows.device).expand(count, -1, -1), rows)
+        ritz = space.ritz(num_eigenpairs)
+        again = operator.adjoint(ritz.left[:, 0])
+        eta = (again - ritz.row[:, 0]).double().norm(dim=1)
+        eta = eta + 4 * torch.finfo(rows.dtype).eps * ritz.value[:, 0].sqrt()
+        is_zero = ritz.value <= num_outputs * eta[:, None] ** 2
+        is_zero[:, 0] = ritz.value[:, 0] == 0
+        value = ritz.value.masked_fill(is_zero, 0.0)
+        product = (ritz.left @ rows).double() @ rows.double().mT
+        residual = (product - value[:, :, None] * ritz.left).norm(dim=2)
+        sensible = torch.isfinite(value.to(rows.dtype)) & ((value.to(rows.dtype) > 0) | (value == 0))
+        wide = 2 * eta[:, None] * value.sqrt() <= self.rtol * value
+        return EigenResult(
+            eigenvalue=value.to(rows.dtype),
+            eigenvector=unit(ritz.row).masked_fill(is_zero[:, :, None], 0.0),
+            left_singular_vector=ritz.left,
+            residual=residual.to(rows.dtype),
+            converged=((residual <= self.rtol * value) & wide & sensible) | is_zero,
+            ritz_values=ritz.all_values.to(rows.dtype),
+            couplings=torch.zeros_like(ritz.all_values).to(rows.dtype),
+            num_steps=torch.zeros(count, dtype=torch.long, device=rows.device),
+            num_matvecs=num_outputs + 1,
+            solver=self,
+            residual_is_exact=True,
+            rounding=eta.to(rows.dtype),
+            probe=RandomProbe.nothing_left(eta, num_outputs),
+            search_space=rows.new_zeros(count, 0, num_outputs),
+        )
+
+    def trace(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> Tensor:
+        """Sum the squares of ``A``: ``(B,)``."""
+        rows = dense_rows(operator)
+        total: Tensor = rows.double().square().sum((1, 2)).to(rows)
+        return total

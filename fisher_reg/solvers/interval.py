@@ -1,0 +1,174 @@
+r"""How large the largest eigenvalue can be, from what a search has computed.
+
+Let :math:`W` be the search space, spanned by Ritz vectors :math:`u_i` with Ritz values :math:`\theta_i` of
+:math:`G = A A^\top`, which has the eigenvalues of F. Let :math:`\kappa_i` be the length of the part of :math:`G u_i`
+outside :math:`W`, and :math:`b` a bound of the largest eigenvalue of :math:`G` on the complement of :math:`W`. Then
+
+.. math:: \lambda_\max(G) \le \lambda_\max(M), \qquad
+          M = \begin{pmatrix} \theta_1 & & & \kappa_1 \\ & \ddots & & \vdots \\ & & \theta_m & \kappa_m \\
+                              \kappa_1 & \cdots & \kappa_m & b \end{pmatrix} .
+
+Where :math:`\kappa_i` is not known, :math:`\sqrt{\theta_i b}` takes its place, which holds for every positive
+semidefinite matrix. For a search from a single start all are known from the residual :math:`\rho = \kappa_1`: the space
+is a Krylov space, of which :math:`G` leaves only the last vector, so that :math:`\kappa_i` is proportional to the
+component of :math:`u_i` along it.
+
+Two ways to :math:`b`. The trace of F less all Ritz values is certain. The other takes a few Lanczos steps from a
+uniformly random unit vector :math:`w` of the complement. Let :math:`p_q` be the Lanczos polynomial, so that the vector
+:math:`w_{q+1} = p_q(G) w` has unit length. With the component :math:`\gamma` of :math:`w` along the top eigenvector of
+the complement, :math:`|\gamma\, p_q(\lambda)| \le 1`. Beyond the largest root :math:`p_q` increases, and
+:math:`|\gamma| \ge c` but for a chosen probability, so that :math:`p_q(b) = 1 / c` gives :math:`b`.
+
+References: van Dorsselaer, Hochstenbach, van der Vorst (2000), "Computing probabilistic bounds for extreme eigenvalues
+of symmetric matrices with the Lanczos method"; Hochstenbach (2013), "Probabilistic upper bounds for the matrix
+two-norm"; Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
+random start".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Interval:
+    """``lower <= λ <= upper`` per example, except with probability ``failure_probability``; zero means certain.
+
+    Attributes:
+        lower: ``(B,)``.
+        upper: ``(B,)``; infinite where nothing is known.
+        failure_probability: For each example by itself, over the draw of the random vector.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    failure_probability: float
+
+    @property
+    def relative_width(self) -> Tensor:
+        """``upper / lower - 1``, ``(B,)``: zero where both are zero, infinite where only ``lower`` is."""
+        width = self.upper / self.lower - 1
+        return torch.where(self.upper == 0, 0.0, torch.where(self.lower == 0, torch.inf, width))
+
+
+@dataclass(frozen=True)
+class RandomProbe:
+    r"""Lanczos steps of a random unit vector in the complement of a search space.
+
+    Attributes:
+        roots: ``(B, q)``, the roots of :math:`p_q`, eigenvalues of the tridiagonal matrix; NaN where there are fewer.
+        log_norms: ``(B,)``, :math:`\sum_j \log \beta_j` over the off-diagonals that are known: :math:`p_q(\lambda) =
+            \prod_j (\lambda - r_j) / \beta_j`.
+        open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_q` where the last step was not finished, so that
+            :math:`\beta_q^2 \le \lambda \alpha_q` is all that is known of its off-diagonal; NaN elsewhere.
+        num_outputs: ``K``, at least the dimension of the complement.
+    """
+
+    roots: Tensor
+    log_norms: Tensor
+    open_diagonal: Tensor
+    num_outputs: int
+
+    @classmethod
+    def nothing_left(cls, like: Tensor, num_outputs: int) -> RandomProbe:
+        """Return the probe of an empty complement, whose bound is zero, for a batch like ``like`` ``(B,)``."""
+        return cls(
+            roots=torch.zeros_like(like)[:, None],
+            log_norms=torch.full_like(like, -torch.inf),
+            open_diagonal=torch.full_like(like, torch.nan),
+            num_outputs=num_outputs,
+        )
+
+    def bound(self, failure_probability: float) -> Tensor:
+        """Return :math:`b` ``(B,)`` in double precision; infinite where no step was taken."""
+        present = ~self.roots.isnan()
+        count = present.sum(1)
+        if self.roots.shape[1] == 0:
+            return self.log_norms.new_full(self.log_norms.shape, torch.inf)
+        top = self.roots.masked_fill(~present, -torch.inf).amax(1).clamp_min(0)
+        # log of prod (b - r_j) at which p_q(b) = 1 / c
+        target = self.log_norms - math.log(least_component(failure_probability, self.num_outputs))
+        is_open = ~self.open_diagonal.isnan()
+        log_alpha = self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
+
+        def excess(log_step: Tensor) -> Tensor:
+            b = top + log_step.exp()
+            factors = (b[:, None] - self.roots.nan_to_num(0.0)).clamp_min(_TINY).log()
+            half = torch.where(is_open, 0.5 * (b.clamp_min(_TINY).log() + log_alpha), 0.0)
+            return (factors * present).sum(1) - half - target
+
+        target = target.clamp_min(-1e4)  # an empty complement has beta = 0
+        step = _root(excess, _largest_step(target, count, top, is_open, log_alpha))
+        step = torch.where(step < _NO_STEP, 0.0, step.exp())
+        return torch.where(count == 0, torch.inf, top + step)
+
+
+_TINY = 1e-290
+_NO_STEP = -590.0  # logarithm of a step that stands for none
+
+
+def least_component(failure_probability: float, dimension: int) -> float:
+    r"""Return ``c`` with :math:`P(|\gamma| < c) \le` ``failure_probability`` for a component of a random unit vector.
+
+    The density of :math:`\gamma` is largest at zero, where it is
+    :math:`\Gamma(n/2) / (\sqrt\pi\, \Gamma((n-1)/2))`, from ``n = 3`` dimensions on. With fewer the components are
+    larger.
+    """
+    n = max(dimension, 3)
+    log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
+    return min(1.0, 0.5 * failure_probability / math.exp(log_density))
+
+
+def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:
+    r"""Return :math:`\lambda_\max(M)` ``(B,)`` of the module's formula, in double precision.
+
+    Args:
+        values: :math:`\theta_i`, ``(B, m)``, descending.
+        couplings: :math:`\kappa_i`, ``(B, m)``; infinite where not known.
+        beyond: :math:`b`, ``(B,)``; infinite gives infinity.
+    """
+    theta, kappa, b = values.double(), couplings.double(), beyond.double()
+    is_known = torch.isfinite(b) & torch.isfinite(theta).all(1)
+    scale = torch.maximum(theta[:, 0], b).clamp_min(_TINY)
+    theta, b = torch.where(is_known[:, None], theta / scale[:, None], 0.0), torch.where(is_known, b / scale, 0.0)
+    kappa = torch.minimum(kappa / scale[:, None], (theta * b[:, None]).sqrt())  # G is positive semidefinite
+    size = theta.shape[1]
+    arrow = torch.diag_embed(torch.cat([theta, b[:, None]], 1))
+    arrow[:, :size, size] = arrow[:, size, :size] = kappa
+    top = torch.linalg.eigvalsh(arrow)[:, -1]
+    return torch.where(is_known, torch.maximum(top, theta[:, 0]) * scale, torch.inf)
+
+
+def check_probability(name: str, probability: float) -> None:
+    """Refuse what is not a probability of failure.
+
+    Raises:
+        ValueError: If it does not lie strictly between 0 and 1.
+    """
+    if not 0 < probability < 1:
+        raise ValueError(f"{name} must lie strictly between 0 and 1; got {probability}.")
+
+
+def _largest_step(target: Tensor, count: Tensor, top: Tensor, is_open: Tensor, log_alpha: Tensor) -> Tensor:
+    """Return the logarithm of a step beyond the largest root that is certainly large enough."""
+    num_roots = count.clamp_min(1)
+    # prod (b - r_j) >= step^q; and sqrt(b alpha) <= sqrt(top alpha) + sqrt(step alpha), each at most half of the rest
+    from_top = (target + math.log(2) + 0.5 * (top.clamp_min(_TINY).log() + log_alpha)) / num_roots
+    from_step = (target + math.log(2) + 0.5 * log_alpha) / (num_roots - 0.5)
+    closed = target / num_roots
+    return torch.where(is_open, torch.maximum(from_top, from_step), closed).clamp(-600.0, 600.0)
+
+
+def _root(increasing: Callable[[Tensor], Tensor], upper: Tensor) -> Tensor:
+    """Bisect on the logarithm, from far below ``upper``; what is returned is never below the root."""
+    lower = upper - 80.0
+    for _ in range(60):
+        middle = 0.5 * (lower + upper)
+        is_above = increasing(middle) >= 0
+        lower, upper = torch.where(is_above, lower, middle), torch.where(is_above, middle, upper)
+    return upper

@@ -1,0 +1,103 @@
+"""Dense linear algebra on small batches: orthonormal vectors, Gram matrices and their eigenvalues."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisher_reg.errors import NonFiniteJacobianError
+from fisher_reg.solvers.protocols import FactoredOperator
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Scale ``(..., n)`` to unit length; zero stays zero."""
+    # Division by the largest entry first: the squares of a saturated network's gradients underflow.
+    tiny = torch.finfo(vector.dtype).tiny
+    scaled = vector / vector.abs().amax(-1, keepdim=True).clamp_min(tiny)
+    length: Tensor = scaled.norm(dim=-1, keepdim=True)
+    return scaled / length.clamp_min(tiny)
+
+
+def outside(vector: Tensor, basis: Tensor) -> Tensor:
+    """Return the component of ``vector`` ``(B, n)`` orthogonal to the orthonormal rows of ``basis`` ``(B, m, n)``."""
+    for _ in range(2):  # twice is enough (Giraud, Langou, Rozloznik 2005)
+        vector = vector - ((basis @ vector[:, :, None]).mT @ basis).squeeze(1)
+    return vector
+
+
+def new_direction(vector: Tensor, basis: Tensor) -> Tensor:
+    """Return the unit component of ``vector`` ``(B, n)`` outside ``basis``; zero where only round-off is left."""
+    rest = outside(unit(vector), basis)
+    is_exhausted = rest.norm(dim=1, keepdim=True) <= 100 * torch.finfo(vector.dtype).eps
+    return torch.where(is_exhausted, 0.0, unit(rest))
+
+
+def scaled_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``G`` ``(B, m, m)`` and ``s`` ``(B,)``, in double precision, with ``rows rowsᵀ = s² G``.
+
+    Raises:
+        NonFiniteJacobianError: If a number of ``rows`` ``(B, m, d)`` is not finite.
+    """
+    check_finite(rows)
+    wide = rows.double()
+    scale = wide.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    wide = wide / scale[:, None, None]
+    return wide @ wide.mT, scale
+
+
+def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(B, m)``, ascending, and eigenvectors ``(B, m, m)`` of symmetric matrices, in double precision.
+
+    Returns:
+        Both; where the algorithm does not converge for one matrix, that one alone gets NaN.
+    """
+    wide = matrices.double()
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except _NOT_CONVERGED:
+        pairs = [_one_eigen(matrix) for matrix in wide]
+        values, vectors = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    return values, vectors
+
+
+def dense_rows(operator: FactoredOperator) -> Tensor:
+    """Form ``A`` ``(B, K, d)`` by ``K`` applications of the adjoint."""
+    like = operator.starts(1)[:, 0]
+    identity = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
+    return torch.stack([operator.adjoint(row.expand_as(like)) for row in identity], 1)
+
+
+def check_finite(values: Tensor) -> None:
+    """Refuse NaN and infinite products ``(B, ...)`` of an operator.
+
+    Raises:
+        NonFiniteJacobianError: With the number of examples.
+    """
+    broken = ~torch.isfinite(values).flatten(1).all(1)
+    if bool(broken.any()):
+        raise NonFiniteJacobianError(
+            f"The logits of {int(broken.sum())} of {len(values)} examples are finite, but their derivatives with "
+            "respect to the inputs are not. Look for a norm, root or division at zero, or for overflowing weights."
+        )
+
+
+def check_positive(value: object, **counts: int) -> None:
+    """Refuse counts below one.
+
+    Raises:
+        ValueError: With the name of the class and of the argument.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{type(value).__name__} needs {name} >= 1; got {count}.")
+
+
+def _one_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    except _NOT_CONVERGED:
+        return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+_NOT_CONVERGED: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]

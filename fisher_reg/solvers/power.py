@@ -1,0 +1,73 @@
+"""The paper's white-box method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fisher_reg.solvers.interval import check_probability
+from fisher_reg.solvers.linalg import check_finite, check_positive, unit
+from fisher_reg.solvers.protocols import FactoredOperator
+from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.search import Plan, search
+
+
+@dataclass(frozen=True)
+class PowerIteration:
+    """Repeated multiplication with ``A Aᵀ``; the paper's white-box method without its ``K x K`` matrix, to compare.
+
+    What it converges to is checked as by :class:`Lanczos`, which needs fewer passes: by a random vector outside the
+    result, of at most ``num_probe_steps`` steps.
+
+    Args:
+        max_iterations: Upper limit of the number of multiplications.
+        rtol: Residual, relative to the eigenvalue, at which the iteration stops.
+        tolerance: Relative width of the interval at which an example counts as converged.
+        failure_probability: Of that interval.
+        num_probe_steps: Steps of the random vector.
+    """
+
+    max_iterations: int = 100
+    rtol: float = 5e-2
+    tolerance: float = 0.05
+    failure_probability: float = 0.05
+    num_probe_steps: int = 8
+
+    def __post_init__(self) -> None:
+        check_positive(self, max_iterations=self.max_iterations, num_probe_steps=self.num_probe_steps)
+        check_probability("failure_probability of PowerIteration", self.failure_probability)
+
+    def solve(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> EigenResult:
+        """Iterate until all examples have converged or the limit is reached, then check the result."""
+        vector, num_steps, num_matvecs = self._iterate(operator)
+        plan = Plan(
+            solver=self,
+            num_steps=self.num_probe_steps,
+            rtol=self.rtol,
+            tolerance=self.tolerance,
+            failure_probability=self.failure_probability,
+            grows=False,
+        )
+        result = leading(search(operator, vector[:, None], plan, generator))
+        return replace(result, num_steps=result.num_steps + num_steps, num_matvecs=result.num_matvecs + num_matvecs)
+
+    def _iterate(self, operator: FactoredOperator) -> tuple[Tensor, Tensor, int]:
+        """Return unit vectors ``(B, K)``, the multiplications that each took ``(B,)``, and the passes."""
+        u = unit(operator.starts(1)[:, 0])
+        num_steps, num_matvecs = torch.zeros(len(u), dtype=torch.long, device=u.device), 0
+        is_done = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        for _ in range(self.max_iterations):
+            row = operator.adjoint(u)
+            image = operator.apply(unit(row), slope=operator.slope_along(u, row))
+            check_finite(image)
+            num_matvecs += 2
+            # G u = sqrt(theta) A v, so that the relative residual is |A v / sqrt(theta) - u|
+            root = row.double().norm(dim=1, keepdim=True)
+            is_done = is_done | ((image - root * u).norm(dim=1) <= self.rtol * root.squeeze(1))
+            num_steps = num_steps + ~is_done
+            u = torch.where(is_done[:, None], u, unit(image))
+            if bool(is_done.all()):
+                break
+        return u, num_steps, num_matvecs

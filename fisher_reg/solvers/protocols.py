@@ -1,0 +1,31 @@
+r"""What a solver is given: a batch of matrices :math:`F = A^\top A`, seen through products with ``A`` alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+class FactoredOperator(Protocol):
+    """A batch of linear maps ``A``, each ``(K, d)``."""
+
+    def starts(self, count: int) -> Tensor:
+        """At most ``count`` start vectors ``(B, count, K)``, the most promising one first."""
+
+    def labels(self, generator: torch.Generator | None) -> Tensor:
+        """Random ``(B, K)`` with the identity as second moment, from labels drawn under the model."""
+
+    def apply(self, tangent: Tensor, /, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
+        """``A v``, ``(B, d)`` to ``(B, K)``; with a ``slope`` and not ``exact`` perhaps by a difference quotient."""
+
+    def slope_along(self, cotangent: Tensor, row: Tensor, /) -> Tensor:
+        """How fast the logits move along ``row = Aᵀ u``, ``(B,)``: what sets the step of a difference quotient."""
+
+    def adjoint(self, cotangent: Tensor, /) -> Tensor:
+        """``(B, K)`` to ``(B, d)``, to round-off."""
+
+    def restrict(self, keep: Tensor, /) -> Self | None:
+        """Return the operators where ``keep`` ``(B,)`` is true, or None if only the whole batch can be applied."""

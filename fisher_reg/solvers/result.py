@@ -1,0 +1,228 @@
+r"""What a solver returns: eigenpairs of :math:`F = A^\top A` with residuals, convergence flags and an interval."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fisher_reg.solvers.interval import Interval, RandomProbe, check_probability, majorant
+from fisher_reg.solvers.protocols import FactoredOperator
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    r"""Largest eigenvalue of a batch of matrices :math:`F = A^\top A`, with what is known of its error.
+
+    Of :func:`fisher_reg.fisher_eigenpairs` the first five fields have an axis of eigenpairs after ``B``.
+
+    Attributes:
+        eigenvalue: ``(B,)``. :math:`\theta = \|A^\top u\|^2`, a Rayleigh quotient by backward passes alone: never above
+            the true value beyond round-off.
+        eigenvector: ``(B, *S)``. :math:`v = A^\top u / \sqrt\theta`; zero where the matrix is zero.
+        left_singular_vector: ``(B, K)``. :math:`u`, of unit length: what the outputs do along ``v``.
+        residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`. :math:`A A^\top` has the eigenvalues of F, so that one of
+            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest.
+        converged: ``(B,)``, boolean. Both of these hold: the residual is at most ``rtol`` times the eigenvalue, and no
+            eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
+            ``failure_probability`` (see :meth:`interval`).
+        ritz_values: ``(B, m)``, descending: the Ritz values of the search space, zero where it was smaller.
+        couplings: ``(B, m)``. Length of what :math:`A A^\top` takes each Ritz vector out of the search space by;
+            infinite where it is not known.
+        num_steps: ``(B,)``. Vectors added to the starts for each example.
+        num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch, or what
+            was left of it.
+        solver: The solver that was used.
+        residual_is_exact: Whether the residual and the random probe come from exact derivatives.
+        rounding: ``(B,)``. Estimated norm of the rounding errors of ``A``, in the unit of :math:`\sqrt\lambda`.
+        probe: Lanczos steps of a random vector outside the search space.
+        search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer: the search space and the steps of the
+            probe. Empty where all outputs were used.
+    """
+
+    eigenvalue: Tensor
+    eigenvector: Tensor
+    left_singular_vector: Tensor
+    residual: Tensor
+    converged: Tensor
+    ritz_values: Tensor
+    couplings: Tensor
+    num_steps: Tensor
+    num_matvecs: int
+    solver: Solver
+    residual_is_exact: bool
+    rounding: Tensor
+    probe: RandomProbe
+    search_space: Tensor
+
+    @property
+    def known_trace(self) -> Tensor:
+        """Trace of F on the search space and the probe ``(B,)``: at most the trace, at least the eigenvalue."""
+        return self.ritz_values.sum(1) + self.probe.roots.nansum(1).to(self.ritz_values)
+
+    def interval(self, failure_probability: float | None = None, *, trace: Tensor | None = None) -> Interval:
+        r"""Enclose the largest eigenvalue: ``lower <= λ <= upper`` per example, at no further pass.
+
+        *Certain* is that no Rayleigh quotient exceeds :math:`\lambda`, so that ``lower`` holds; and, given an exact
+        ``trace``, that ``upper`` holds: what the search space leaves of the trace bounds every eigenvalue outside it.
+
+        *With probability* ``1 - failure_probability`` the ``upper`` without a trace holds, for each example by itself.
+        The randomness is that of the random vector that the solver has drawn from its ``generator``, by default a fixed
+        one, the same for all examples of a batch; nothing is assumed of the network or the input. The failures of
+        several examples are therefore not independent. The formulas are in :mod:`fisher_reg.solvers.interval`.
+
+        *Rounding* is added on both sides, as estimated: from the disagreement of forward and backward derivatives in
+        the search space (``rounding``). The numbers of a network in float32 are those of the function that is computed
+        in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below ``lower``.
+
+        Args:
+            failure_probability: Strictly between 0 and 1; that of the solver if nothing is given. A smaller one than
+                the solver's gives a wide interval: solve with it.
+            trace: Trace of F ``(B,)``, as of :func:`fisher_reg.fisher_trace` with ``estimator=Exact()``. Without a
+                ``failure_probability`` the interval is then certain; with one the smaller upper end is taken.
+
+        Returns:
+            Fields ``(B,)`` in the unit of ``eigenvalue``.
+
+        Raises:
+            ValueError: If the failure probability is no such number, if the residual is not an exact derivative and
+                no trace is given, or for the result of :func:`fisher_reg.fisher_eigenpairs`.
+
+        Example:
+            >>> from fisher_reg import Lanczos, fisher_spectral_norm
+            >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+            >>> solver = Lanczos(is_exact=True, failure_probability=1e-6)
+            >>> found = fisher_spectral_norm(lambda x: x @ weight.T, torch.zeros(1, 2), solver=solver).interval()
+            >>> bool(found.lower <= 2 / 3), bool(found.upper >= 2 / 3), bool(found.relative_width < 1e-5)
+            (True, True, True)
+        """
+        if self.eigenvalue.ndim != 1:
+            raise ValueError("An interval is that of the largest eigenvalue alone; take fisher_spectral_norm for it.")
+        if failure_probability is None and trace is None:
+            failure_probability = getattr(self.solver, "failure_probability", 1e-3)
+        if failure_probability is not None:
+            check_probability("failure_probability", failure_probability)
+            self._check_exact(failure_probability)
+        b = torch.full_like(self.eigenvalue, torch.inf).double()
+        if failure_probability is not None:
+            b = self.probe.bound(failure_probability)
+        if trace is not None:
+            b = torch.minimum(b, self._beyond_by_trace(trace))
+        return self._enclose(b, 0.0 if failure_probability is None or self._covers_all() else failure_probability)
+
+    def upper_bound(self, trace: Tensor) -> Tensor:
+        """Deprecated: :meth:`interval` with ``trace`` gives the same upper end, and the lower one.
+
+        Returns:
+            ``(B,)``.
+        """
+        warnings.warn(
+            "EigenResult.upper_bound(trace) is now interval(trace=trace).upper.", DeprecationWarning, stacklevel=2
+        )
+        return self.interval(trace=trace).upper
+
+    def _enclose(self, b: Tensor, failure_probability: float) -> Interval:
+        dtype, eta = self.eigenvalue.dtype, self.rounding.double()
+        kappa = self.couplings if self.residual_is_exact else torch.full_like(self.couplings, torch.inf)
+        lower = self.eigenvalue.double()
+        upper = majorant(self.ritz_values, kappa, b)
+        # |sigma(A + E) - sigma(A)| <= |E| (Weyl)
+        lower, upper = (lower.sqrt() - eta).clamp_min(0).square(), (upper.sqrt() + eta).square()
+        up, down = torch.tensor(torch.inf, dtype=dtype), torch.tensor(0.0, dtype=dtype)
+        return Interval(
+            lower=torch.nextafter(lower.to(dtype), down.to(lower.device)),
+            upper=torch.where(upper == 0, 0.0, torch.nextafter(upper.to(dtype), up.to(upper.device))),
+            failure_probability=failure_probability,
+        )
+
+    def _beyond_by_trace(self, trace: Tensor) -> Tensor:
+        """Bound the eigenvalues outside the search space by the trace that is not known to lie elsewhere."""
+        total = trace.to(self.eigenvalue.device).double()
+        roots = self.probe.roots.double()
+        largest = roots.nan_to_num(0.0).amax(1) if roots.shape[1] else torch.zeros_like(total)
+        known = self.ritz_values.double().sum(1) + roots.nansum(1)
+        rounding = 4 * torch.finfo(trace.dtype).eps * (total + known)
+        return (total - known).clamp_min(0) + largest + rounding
+
+    def _covers_all(self) -> bool:
+        return bool((self.probe.log_norms == -torch.inf).all())
+
+    def _check_exact(self, failure_probability: float) -> None:
+        if not self.residual_is_exact:
+            raise ValueError(
+                "The residual of this result comes from difference quotients, which certify nothing. Solve with "
+                f"solver=Lanczos(is_exact=True, failure_probability={failure_probability:g}) or solver=Exact(), or "
+                "give an exact trace: interval(trace=fisher_trace(model, inputs, estimator=Exact()))."
+            )
+
+
+class Solver(Protocol):
+    """Finds the largest eigenvalue of a batch of operators."""
+
+    def solve(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> EigenResult:
+        """Return one eigenpair per operator of the batch."""
+
+
+class EigenpairSolver(Protocol):
+    """Finds several of the largest eigenvalues."""
+
+    def eigenpairs(
+        self, operator: FactoredOperator, num_eigenpairs: int, generator: torch.Generator | None = None
+    ) -> EigenResult:
+        """Return ``num_eigenpairs`` eigenpairs per operator of the batch, descending."""
+
+
+class TraceEstimator(Protocol):
+    """Estimates the trace of a batch of operators."""
+
+    def trace(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> Tensor:
+        """Return the trace of ``F`` per operator, ``(B,)``."""
+
+
+_PER_PAIR = ("eigenvalue", "eigenvector", "left_singular_vector", "residual", "converged")
+_PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding")
+_PADDED = ("ritz_values", "couplings", "search_space")
+
+
+def leading(result: EigenResult) -> EigenResult:
+    """Keep the first of several eigenpairs and drop their axis."""
+    return replace(result, **{name: getattr(result, name)[:, 0] for name in _PER_PAIR})
+
+
+def part(result: EigenResult, index: Tensor) -> EigenResult:
+    """Select or reorder examples."""
+    chosen = {name: getattr(result, name)[index] for name in (*_PER_EXAMPLE, *_PADDED)}
+    probe = result.probe
+    chosen["probe"] = replace(
+        probe, roots=probe.roots[index], log_norms=probe.log_norms[index], open_diagonal=probe.open_diagonal[index]
+    )
+    return replace(result, **chosen)
+
+
+def concatenate(results: list[EigenResult]) -> EigenResult:
+    """Join the results of parts of one batch; applications are added."""
+    if len(results) == 1:
+        return results[0]
+    joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in results]) for name in _PER_EXAMPLE}
+    joined |= {name: _cat_padded([getattr(one, name) for one in results], 0.0) for name in _PADDED}
+    probes = [result.probe for result in results]
+    joined["probe"] = replace(
+        probes[0],
+        roots=_cat_padded([probe.roots for probe in probes], torch.nan),
+        log_norms=torch.cat([probe.log_norms for probe in probes]),
+        open_diagonal=torch.cat([probe.open_diagonal for probe in probes]),
+    )
+    return replace(results[0], **joined, num_matvecs=sum(result.num_matvecs for result in results))
+
+
+def _cat_padded(tensors: list[Tensor], value: float) -> Tensor:
+    """Join ``(B, m, ...)`` with different ``m``."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    whole = []
+    for tensor in tensors:
+        missing = tensor.new_full((len(tensor), width - tensor.shape[1], *tensor.shape[2:]), value)
+        whole.append(torch.cat([tensor, missing], 1))
+    return torch.cat(whole)
