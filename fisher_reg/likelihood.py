@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fisher_reg.divergence import categorical_divergence
 from fisher_reg.errors import NonFiniteLogitsError
 from fisher_reg.sampling import normal, uniform
 
@@ -109,9 +110,8 @@ class Categorical:
         return direction, log_p.gather(1, pair).sum(1).exp()
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``."""
-        kl_div = torch.nn.functional.kl_div
-        return kl_div(moved.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, right also where it is far smaller than its terms."""
+        return categorical_divergence(logits, moved)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
@@ -164,10 +164,9 @@ class Bernoulli:
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        """Add the divergences of the ``K`` labels, ``(B,)``."""
-        pair = torch.stack([logits, -logits], -1), torch.stack([moved, -moved], -1)
-        log_p, log_q = (torch.nn.functional.logsigmoid(both) for both in pair)
-        return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum((1, 2))
+        """Add the divergences of the ``K`` labels, ``(B,)``, each that of two classes with logits ``z`` and 0."""
+        before, after = (torch.stack([z, torch.zeros_like(z)], -1).flatten(0, 1) for z in (logits, moved))
+        return categorical_divergence(before, after).view_as(logits).sum(1)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` least certain labels."""
