@@ -7,8 +7,6 @@ precision nothing is left of a small one. With :math:`d = \log q - \log p` it is
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,9 +28,9 @@ def categorical_divergence(logits: Tensor, moved: Tensor) -> Tensor:
         leaves out a class that ``logits`` do not.
 
     Example:
-        >>> z = torch.tensor([[20.0, 0.0]])  # p2 t^2 / 2 for a small change t of the second logit
-        >>> round(float(categorical_divergence(z, z + torch.tensor([0.0, 2**-10]))) / (2**-21 * math.exp(-20)), 3)
-        1.0
+        >>> z = torch.tensor([[20.0, 0.0]])
+        >>> categorical_divergence(z, z + torch.tensor([0.0, 2**-10]))  # p2 t^2 / 2 = 2.06e-9 * 4.77e-7
+        tensor([9.8e-16])
     """
     likeliest = logits.argmax(1, keepdim=True)
     log_p = logits.log_softmax(1)

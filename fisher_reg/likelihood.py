@@ -25,10 +25,12 @@ class Likelihood(Protocol):
     Attributes:
         min_outputs: Smallest ``K`` for which the distribution has something to say.
         shift_invariant: Whether adding one number to all logits leaves the distribution as it is.
+        leaves_out: Whether a logit of minus infinity is a class, or a label, with a probability of zero.
     """
 
     min_outputs: ClassVar[int]
     shift_invariant: ClassVar[bool]
+    leaves_out: ClassVar[bool]
 
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         r"""Apply :math:`L`, a factor of :math:`\Sigma = L^\top L`, to ``tangent`` ``(B, K)``."""
@@ -81,6 +83,7 @@ class Categorical:
 
     min_outputs: ClassVar[int] = 2
     shift_invariant: ClassVar[bool] = True
+    leaves_out: ClassVar[bool] = True
 
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply ``L`` to a logit tangent, ``(B, K)`` to ``(B, K)``."""
@@ -100,11 +103,12 @@ class Categorical:
         :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
 
         Returns:
-            Direction ``(B, K)`` and weight ``(B,)``.
+            Direction ``(B, K)``, zero where all classes but one are left out, and weight ``(B,)``.
         """
         first, second = logits.topk(2, dim=1).indices.unbind(1)
         direction = torch.zeros_like(logits)
         direction.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
+        direction = direction * ~logits.gather(1, second[:, None]).isneginf()
         log_p = logits.log_softmax(1)
         pair = torch.stack([first, second], 1)
         return direction, log_p.gather(1, pair).sum(1).exp()
@@ -148,6 +152,7 @@ class Bernoulli:
 
     min_outputs: ClassVar[int] = 1
     shift_invariant: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = True
 
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply ``L``, which is diagonal, to a logit tangent ``(B, K)``."""
@@ -198,6 +203,7 @@ class Gaussian:
     variance: float = 1.0
     min_outputs: ClassVar[int] = 1
     shift_invariant: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.variance > 0:
@@ -252,11 +258,12 @@ def largest_distance(rows: Tensor) -> Tensor:
 
 
 def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> None:
-    """Refuse outputs that are not finite ``(B, K)`` logits.
+    """Refuse outputs that are not ``(B, K)`` logits, finite or minus infinity for classes that are left out.
 
     Raises:
         ValueError: If the shape is not ``(B, K)`` or ``K`` is too small for the likelihood.
-        NonFiniteLogitsError: If any logit is NaN or infinite; the message counts the examples.
+        NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity where the likelihood gives that no
+            meaning, or if a row has no finite logit; the message counts the examples.
     """
     found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
@@ -273,17 +280,29 @@ def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> Non
         )
     if not logits.is_floating_point():
         raise ValueError(f"The model must return floating-point logits; it returned {logits.dtype}.")
-    broken = ~torch.isfinite(logits.detach()).all(1)
-    if broken.any():
-        raise NonFiniteLogitsError(
-            f"The logits of {int(broken.sum())} of {batch_size} examples are NaN or infinite (the first is number "
-            f"{int(broken.int().argmax())}). Check the inputs and the weights for non-finite values."
-        )
+    _refuse_non_finite(logits.detach(), likelihood)
     if looks_like_probabilities(logits.detach(), likelihood):
         warnings.warn(
             "The model returns probabilities and not logits: its rows are non-negative and sum to one, so that every "
             "number comes out far too small. Return the values before softmax (sigmoid for Bernoulli).",
             stacklevel=2,
+        )
+
+
+def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
+    is_left_out = logits.isneginf()
+    broken = (~(logits.isfinite() | is_left_out)).any(1) | is_left_out.all(1)
+    remedy = "Check the inputs and the weights for non-finite values."
+    if bool(is_left_out.any()):
+        if likelihood.leaves_out:
+            remedy += " A logit of -inf leaves its class out; each example needs a finite one."
+        else:
+            broken = broken | is_left_out.any(1)
+            remedy += f" {type(likelihood).__name__} outputs cannot be left out by -inf."
+    if bool(broken.any()):
+        raise NonFiniteLogitsError(
+            f"The logits of {int(broken.sum())} of {len(logits)} examples are NaN or infinite (the first is number "
+            f"{int(broken.int().argmax())}). {remedy}"
         )
 
 

@@ -69,7 +69,7 @@ def test_classes_left_out_add_nothing_and_one_that_is_lost_makes_the_divergence_
     z, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     keep = torch.tensor([True, False, True, True])
     out = torch.tensor(-torch.inf, dtype=torch.float64)
-    for likelihood in (Categorical(), Bernoulli()):
+    for likelihood in (Categorical(), MarginTempered(), Bernoulli()):
         full = [value.where(keep, out).requires_grad_() for value in (z, w)]
         part = [value[:, keep].clone().requires_grad_() for value in (z, w)]
         found, expected = likelihood.divergence(*full), likelihood.divergence(*part)

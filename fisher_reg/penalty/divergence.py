@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.eigen import unit
+from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
 
@@ -59,7 +60,7 @@ class KLPenalty(PointPenalty):
         fisher = point.fisher(self.likelihood, self.input_std)
         logits = fisher.logits.detach()
         contrast, _ = self.likelihood.contrast(logits)
-        towards = torch.where((contrast * logits).sum(1, keepdim=True) < 0, contrast, -contrast)
+        towards = torch.where((contrast * present(logits)).sum(1, keepdim=True) < 0, contrast, -contrast)
         direction = unit(fisher.slope(towards))
         moved = fisher.logits_at(self.step * direction)
         # no slope, no step: another forward may round otherwise than that of the training step
