@@ -24,7 +24,8 @@ from fisher_reg.evaluation import (
     trained,
 )
 from fisher_reg.left_out import change, magnitude
-from fisher_reg.likelihood import Categorical, Likelihood, check_logits, looks_like_probabilities
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.outputs import check_logits, looks_like_probabilities
 from fisher_reg.sampling import fixed_generator, normal
 
 _AGREES = 0.02

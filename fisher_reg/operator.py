@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from fisher_reg.evaluation import LogitsFunction, check_input_std, twice_differentiable
 from fisher_reg.left_out import change, magnitude
-from fisher_reg.likelihood import Likelihood, check_logits
+from fisher_reg.likelihood import Likelihood
+from fisher_reg.outputs import check_logits
 
 Jvp = Callable[[Tensor], Tensor]
 Linearization = Callable[[LogitsFunction, Tensor, Tensor], Jvp]

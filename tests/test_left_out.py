@@ -34,8 +34,8 @@ from fisher_reg import (
     universal_spectral_norm,
 )
 from fisher_reg.left_out import change, magnitude, present
-from fisher_reg.likelihood import check_logits
 from fisher_reg.operator import InputFisher, difference_quotient, double_backward, forward_mode
+from fisher_reg.outputs import check_logits
 from tests import cases
 
 KEEP = torch.tensor([True, False, True, True, False, True, True, True, True])

@@ -17,7 +17,7 @@ from fisher_reg import (
     fisher_bound,
     fisher_spectral_norm,
 )
-from fisher_reg.likelihood import check_logits
+from fisher_reg.outputs import check_logits
 from tests import cases
 
 
