@@ -84,9 +84,6 @@ def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
 
 
 def _looks_like_sigmoid(logits: Tensor) -> bool:
-    """Say whether at least sixteen numbers lie between 0 and 1, none at 0 and not nearly all at one place.
-
-    Exact zeros are the work of a ReLU, and equal numbers that of an untrained head.
-    """
+    # exact zeros are the work of a ReLU, and nearly equal numbers that of an untrained head
     smallest, largest = float(logits.min()), float(logits.max())
     return logits.numel() >= 16 and smallest > 0 and largest <= 1 and largest - smallest > 0.1
