@@ -101,12 +101,11 @@ class Categorical:
         :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
 
         Returns:
-            Direction ``(B, K)``, zero where all classes but one are left out, and weight ``(B,)``.
+            Direction ``(B, K)`` and weight ``(B,)``, zero where all classes but one are left out.
         """
         first, second = logits.topk(2, dim=1).indices.unbind(1)
         direction = torch.zeros_like(logits)
         direction.scatter_(1, first[:, None], 1.0).scatter_(1, second[:, None], -1.0)
-        direction = direction * ~logits.gather(1, second[:, None]).isneginf()
         log_p = logits.log_softmax(1)
         pair = torch.stack([first, second], 1)
         return direction, log_p.gather(1, pair).sum(1).exp()
