@@ -8,7 +8,7 @@ class NonFiniteError(ValueError):
 
 
 class NonFiniteLogitsError(NonFiniteError):
-    """The model returned NaN or infinite logits, for which no Fisher matrix exists."""
+    """The model returned logits for which no Fisher matrix exists: NaN, or infinite (but to leave a class out)."""
 
 
 class NonFiniteJacobianError(NonFiniteError):

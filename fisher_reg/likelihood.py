@@ -7,14 +7,13 @@ Adding a distribution is adding one class with the members of :class:`Likelihood
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from fisher_reg.errors import NonFiniteLogitsError
+from fisher_reg.divergence import categorical_divergence
 from fisher_reg.sampling import normal, uniform
 
 
@@ -24,6 +23,9 @@ class Likelihood(Protocol):
     Attributes:
         min_outputs: Smallest ``K`` for which the distribution has something to say.
         shift_invariant: Whether adding one number to all logits leaves the distribution as it is.
+
+    A class attribute ``leaves_out = True`` says that a logit of minus infinity is a class, or a label, with a
+    probability of zero; without it such a logit is refused.
     """
 
     min_outputs: ClassVar[int]
@@ -80,6 +82,7 @@ class Categorical:
 
     min_outputs: ClassVar[int] = 2
     shift_invariant: ClassVar[bool] = True
+    leaves_out: ClassVar[bool] = True
 
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply ``L`` to a logit tangent, ``(B, K)`` to ``(B, K)``."""
@@ -99,7 +102,7 @@ class Categorical:
         :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
 
         Returns:
-            Direction ``(B, K)`` and weight ``(B,)``.
+            Direction ``(B, K)`` and weight ``(B,)``, zero where all classes but one are left out.
         """
         first, second = logits.topk(2, dim=1).indices.unbind(1)
         direction = torch.zeros_like(logits)
@@ -109,9 +112,8 @@ class Categorical:
         return direction, log_p.gather(1, pair).sum(1).exp()
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``."""
-        kl_div = torch.nn.functional.kl_div
-        return kl_div(moved.log_softmax(1), logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, right also where it is far smaller than its terms."""
+        return categorical_divergence(logits, moved)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
@@ -148,6 +150,7 @@ class Bernoulli:
 
     min_outputs: ClassVar[int] = 1
     shift_invariant: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = True
 
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply ``L``, which is diagonal, to a logit tangent ``(B, K)``."""
@@ -164,10 +167,9 @@ class Bernoulli:
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        """Add the divergences of the ``K`` labels, ``(B,)``."""
-        pair = torch.stack([logits, -logits], -1), torch.stack([moved, -moved], -1)
-        log_p, log_q = (torch.nn.functional.logsigmoid(both) for both in pair)
-        return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum((1, 2))
+        """Add the divergences of the ``K`` labels, ``(B,)``, each that of two classes with logits ``z`` and 0."""
+        before, after = (torch.stack([z, torch.zeros_like(z)], -1).flatten(0, 1) for z in (logits, moved))
+        return categorical_divergence(before, after).view_as(logits).sum(1)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Indicators of the ``count`` least certain labels."""
@@ -250,61 +252,6 @@ def largest_distance(rows: Tensor) -> Tensor:
         second = int(per_row[first].argmax())
     distance: Tensor = torch.linalg.vector_norm(rows[first] - rows[second])
     return distance
-
-
-def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> None:
-    """Refuse outputs that are not finite ``(B, K)`` logits.
-
-    Raises:
-        ValueError: If the shape is not ``(B, K)`` or ``K`` is too small for the likelihood.
-        NonFiniteLogitsError: If any logit is NaN or infinite; the message counts the examples.
-    """
-    found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
-        raise ValueError(
-            f"The model must return logits of shape (B, K) with B = {batch_size}; it returned {found}. "
-            "If the logits are inside that, say how to get them: logits_fn=lambda model, inputs: model(inputs).logits "
-            "in a callback, LogitsOf(model, logits_fn) elsewhere."
-        )
-    num_outputs = logits.shape[1]
-    if num_outputs < likelihood.min_outputs:
-        raise ValueError(
-            f"{type(likelihood).__name__} needs at least {likelihood.min_outputs} outputs; the model returned "
-            f"K = {num_outputs}. A single logit is a yes/no label: pass likelihood=Bernoulli()."
-        )
-    if not logits.is_floating_point():
-        raise ValueError(f"The model must return floating-point logits; it returned {logits.dtype}.")
-    broken = ~torch.isfinite(logits.detach()).all(1)
-    if broken.any():
-        raise NonFiniteLogitsError(
-            f"The logits of {int(broken.sum())} of {batch_size} examples are NaN or infinite (the first is number "
-            f"{int(broken.int().argmax())}). Check the inputs and the weights for non-finite values."
-        )
-    if looks_like_probabilities(logits.detach(), likelihood):
-        warnings.warn(
-            "The model returns probabilities and not logits: its rows are non-negative and sum to one, so that every "
-            "number comes out far too small. Return the values before softmax (sigmoid for Bernoulli).",
-            stacklevel=2,
-        )
-
-
-def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
-    """Say whether what should be logits ``(B, K)`` are probabilities.
-
-    For one label out of K these are non-negative rows that sum to one; for K labels, at least sixteen numbers between
-    0 and 1.
-
-    Args:
-        logits: ``(B, K)``.
-        likelihood: What they parametrise.
-
-    Returns:
-        Whether they do. A numerical accident is very unlikely.
-    """
-    inside = (logits >= 0).all() & (logits <= 1).all()
-    if likelihood.shift_invariant:
-        return bool(inside & ((logits.sum(1) - 1).abs() < 1e-3).all())
-    return isinstance(likelihood, Bernoulli) and logits.numel() >= 16 and bool(inside)
 
 
 def _root_probabilities(logits: Tensor) -> Tensor:

@@ -42,6 +42,22 @@ class _PerExampleMetric(Metric):
         values = dim_zero_cat(self.values) if len(self.values) else torch.zeros(0, device=self.device)
         return values if self.reduction is None else self.reduction(values)
 
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one value or several, as every metric of torchmetrics does; needs matplotlib.
+
+        Args:
+            val: What :meth:`compute` or ``forward`` returned, or a sequence of these over time; by default the result
+                of :meth:`compute`.
+            ax: Axes of matplotlib to draw on; by default a new figure.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ModuleNotFoundError: Without matplotlib.
+        """
+        return self._plot(val, ax)
+
 
 class FisherSpectralNorm(_PerExampleMetric):
     """Largest eigenvalue of the input-space Fisher matrix, reduced over all examples seen.

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fisher_reg.evaluation import LogitsFunction, check_input_std, twice_differentiable
-from fisher_reg.likelihood import Likelihood, check_logits
+from fisher_reg.left_out import change, magnitude
+from fisher_reg.likelihood import Likelihood
+from fisher_reg.outputs import check_logits
 
 Jvp = Callable[[Tensor], Tensor]
 Linearization = Callable[[LogitsFunction, Tensor, Tensor], Jvp]
@@ -106,11 +108,11 @@ def difference_quotient(
     numbers = torch.finfo(logits.dtype)
     rise = slope * tangent.flatten(1).norm(dim=1)
     moves = rise > 0
-    size = 1 + logits.detach().abs().amax(1)
+    size = 1 + magnitude(logits)
     step = torch.where(moves, numbers.eps**0.5 * size / rise, 1.0).clamp_max(numbers.max**0.5)
     with torch.no_grad():
         moved = function(inputs.detach() + step.view(-1, *[1] * (inputs.ndim - 1)) * tangent)
-    return torch.where(moves[:, None], (moved - logits.detach()) / step[:, None], 0.0)
+    return torch.where(moves[:, None], change(logits.detach(), moved) / step[:, None], 0.0)
 
 
 class InputFisher:
@@ -256,7 +258,9 @@ class InputFisher:
             part = InputFisher(function, self.inputs[index], self.likelihood, std, self.linearize, self.quotients)
         except Exception:  # whatever the user's forward raises for a batch of another size
             return None
-        agrees = torch.allclose(part.logits, self.logits[index], rtol=1e-3, atol=1e-3 * _size(self.logits))
+        agrees = torch.allclose(
+            part.logits, self.logits[index], rtol=1e-3, atol=1e-3 * float(magnitude(self.logits).max())
+        )
         return part if agrees else None
 
     def _pull(self, cotangent: Tensor, **options: bool) -> Tensor:
@@ -282,7 +286,3 @@ _NO_SECOND_DERIVATIVE = (
     "backward in differentiable operations, or use what needs first derivatives only: solver=Exact() for estimates, "
     "KLPenalty for training."
 )
-
-
-def _size(logits: Tensor) -> float:
-    return float(logits.detach().abs().max())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.errors import NoBoundError
+from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical
 
 
@@ -23,7 +24,8 @@ class MarginTempered:
     from the linearised boundary, :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
 
     In nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
-    has no margin, and :math:`\tilde\lambda` is as large as the precision allows.
+    has no margin, and :math:`\tilde\lambda` is as large as the precision allows. Classes that a mask rules out, by
+    a large negative logit or by :math:`-\infty`, have no part in it.
 
     Args:
         margin: Difference of the two largest logits over ``T``.
@@ -42,6 +44,7 @@ class MarginTempered:
     margin: float = 1.0
     min_outputs: ClassVar[int] = 2
     shift_invariant: ClassVar[bool] = True
+    leaves_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.margin > 0:
@@ -50,23 +53,26 @@ class MarginTempered:
     def whiten(self, logits: Tensor, tangent: Tensor) -> Tensor:
         """Apply the factor of :class:`Categorical` at the tempered logits to a tempered tangent ``(B, K)``."""
         temperature = self._temperature(logits)
-        return Categorical().whiten(logits / temperature, tangent / temperature)
+        return Categorical().whiten(_tempered(logits, temperature), tangent / temperature)
 
     def unwhiten(self, logits: Tensor, cotangent: Tensor) -> Tensor:
         """Apply the transpose of that factor, ``(B, K)`` to ``(B, K)``."""
         temperature = self._temperature(logits)
-        return Categorical().unwhiten(logits / temperature, cotangent) / temperature
+        return Categorical().unwhiten(_tempered(logits, temperature), cotangent) / temperature
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         r"""Contrast the two most probable classes, with weight :math:`p_1 p_2 / T^2`."""
         temperature = self._temperature(logits)
-        direction, weight = Categorical().contrast(logits / temperature)
+        direction, weight = Categorical().contrast(_tempered(logits, temperature))
         return direction, weight / temperature.squeeze(1).square()
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
         """Return the divergence ``(B,)`` of the predictions, both at the temperature of ``logits``."""
         temperature = self._temperature(logits)
-        return Categorical().divergence(logits / temperature, moved / temperature)
+        first = logits.amax(1, keepdim=True)
+        is_far = _is_far(logits - first, temperature) & _is_far(moved - first, temperature)
+        before, after = (_over(z - first, temperature, is_far) for z in (logits, moved))
+        return Categorical().divergence(before, after)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Return those of :class:`Categorical`, whose order the temperature does not change."""
@@ -74,7 +80,7 @@ class MarginTempered:
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw labels under the tempered prediction, ``(B, K)``."""
-        return Categorical().labels(logits / self._temperature(logits), generator)
+        return Categorical().labels(_tempered(logits, self._temperature(logits)), generator)
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
         """Refuse: the curvature grows without bound where two logits meet.
@@ -89,12 +95,35 @@ class MarginTempered:
 
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return that of :class:`Categorical` at the tempered logits over the squared temperature, ``(B,)``."""
-        temperature = self._temperature(logits.double())
-        return Categorical().curvature_at(logits.double() / temperature, rows) / temperature.squeeze(1).square()
+        precise = logits.double()
+        temperature = self._temperature(precise)
+        return Categorical().curvature_at(_tempered(precise, temperature), rows) / temperature.squeeze(1).square()
 
     def _temperature(self, logits: Tensor) -> Tensor:
-        """Return ``(B, 1)``: positive, also where the two largest logits are equal."""
+        """Return ``(B, 1)``: positive, also where the two largest logits are equal; one where there is one class.
+
+        The other logits have no part in it, however large: they may be those of classes that a mask rules out.
+        """
         first, second = logits.topk(2, dim=1).values.split(1, dim=1)
-        smallest = torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1, keepdim=True)
-        gap: Tensor = (first - second).clamp_min(smallest.clamp_min(torch.finfo(logits.dtype).eps))
-        return gap / self.margin
+        numbers = torch.finfo(logits.dtype)
+        # what rounding leaves of equal logits, and for two zeros what keeps 1 / T^2 far from overflow
+        smallest = numbers.eps * torch.maximum(first.detach().abs(), present(second.detach()).abs())
+        gap = torch.where(second.isneginf(), 1.0, first - second)
+        return gap.clamp_min(smallest.clamp_min(numbers.tiny**0.375)) / self.margin
+
+
+_FAR = 1e4  # tempered logits as far below the largest one have the probability zero in any precision
+
+
+def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Return :math:`(z - z_{(1)}) / T` ``(B, K)``, minus infinity where the quotient might overflow."""
+    offset = logits - logits.amax(1, keepdim=True)
+    return _over(offset, temperature, _is_far(offset, temperature))
+
+
+def _is_far(offset: Tensor, temperature: Tensor) -> Tensor:
+    return offset < -_FAR * temperature
+
+
+def _over(offset: Tensor, temperature: Tensor, is_far: Tensor) -> Tensor:
+    return torch.where(is_far, -torch.inf, torch.where(is_far, 0.0, offset) / temperature)

@@ -1,19 +1,27 @@
-r"""The Fisher matrix of a whole data set: one direction that moves all predictions at once."""
+r"""The Fisher matrix of a whole data set: one direction that moves all predictions at once.
+
+The search runs on the input side, :math:`\mathbb{R}^d`, where nothing grows with the number of inputs: a product with
+the mean matrix is one pass through the data.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fisher_reg.estimate import evaluation_operator
 from fisher_reg.evaluation import LogitsFunction
+from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
-from fisher_reg.solvers import EigenResult, Lanczos, Solver
+from fisher_reg.sampling import fixed_generator, normal, signs
+from fisher_reg.solvers import EigenResult, Lanczos, PowerIteration, Solver, unit
+from fisher_reg.solvers.interval import RandomProbe
+from fisher_reg.solvers.linalg import check_finite
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
 
@@ -35,23 +43,33 @@ def universal_spectral_norm(
 
     .. math:: \lambda_\max(\operatorname{mean}_x F(x)) \le \operatorname{mean}_x \lambda_\max(F(x)) .
 
-    Each application of the mean operator goes through all batches, at a forward and a pass each; only the logits are
-    kept in between.
+    A symmetric block Lanczos iteration with full reorthogonalisation finds it. Each step goes once through all batches:
+    one forward of each, and a forward-mode and a backward pass for each of ``num_starts`` vectors, at least three. The
+    start takes two more times through all batches: random signs on all outputs, pulled back to the inputs, meet each
+    eigenvector in proportion to the root of its eigenvalue. Another time gives ``left_singular_vector``. As with
+    :class:`Lanczos`, a spectrum whose largest eigenvalues nearly coincide may still stop at the second.
+
+    Memory: ``2 num_starts`` vectors of ``d`` numbers per step, one number per input, the ``N K`` numbers of
+    ``left_singular_vector``, and what one batch needs.
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
         batches: Inputs ``(B, *S)``, or sequences that begin with them; iterable several times, each time with the same
             inputs in the same order (a list, or a loader that neither shuffles nor augments), on the model's device.
-        solver: :class:`Lanczos` or :class:`PowerIteration`. (:class:`Exact` would need ``N K`` passes.)
+        solver: :class:`Lanczos` or :class:`PowerIteration`, which has a single start.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        generator: Source of the random part of the start vectors.
+        generator: Source of the start vector.
 
     Returns:
-        Fields with a leading axis of length 1; ``eigenvector`` is ``(1, *S)``, and ``left_singular_vector``
-        ``(1, N K)``.
+        Fields with a leading axis of length 1; ``eigenvector`` :math:`v` is ``(1, *S)``, and ``left_singular_vector``
+        ``(1, N K)``. ``eigenvalue`` is :math:`\theta = v^\top F v` in nats per squared input unit, never above the true
+        value beyond round-off; ``residual`` is :math:`\|F v - \theta v\|`, within which an eigenvalue lies.
+        ``converged`` says that it is small after at least one step from dense random starts; an upper end of
+        ``interval`` needs the trace, the mean of :func:`fisher_reg.fisher_trace`.
 
     Raises:
+        TypeError: For another solver.
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`; if ``batches`` can be iterated only once or is empty;
             or if a later pass gives other logits than the first.
 
@@ -60,11 +78,76 @@ def universal_spectral_norm(
         >>> universal_spectral_norm(lambda x: x @ weight.T, [torch.zeros(3, 2), torch.zeros(1, 2)]).eigenvalue
         tensor([1.0000])
     """
+    if not isinstance(solver, Lanczos | PowerIteration):
+        raise TypeError(
+            "universal_spectral_norm takes solver=Lanczos(...) or solver=PowerIteration(...), since a data set has N K "
+            f"outputs; got {solver!r}."
+        )
     if iter(batches) is batches:
         raise ValueError("batches can be iterated only once, and each step goes through all of them. Pass a list.")
-    mean = _MeanFisher(model, batches, likelihood, input_std)
-    result = solver.solve(mean, generator)
-    return replace(result, eigenvector=result.eigenvector.view(1, *mean.input_shape))
+    with torch.inference_mode(False), torch.no_grad():
+        mean = _MeanFisher(model, batches, likelihood, input_std)
+        starts = mean.starts(max(_NUM_STARTS, solver.num_starts) if isinstance(solver, Lanczos) else 1, generator)
+        found = _search(mean, starts, solver)
+        left = mean.image(found.vector, found.value)
+    return EigenResult(
+        eigenvalue=found.value[None].to(mean.dtype),
+        eigenvector=found.vector.to(mean.dtype).view(1, *mean.input_shape),
+        left_singular_vector=left[None],
+        residual=found.residual[None].to(mean.dtype),
+        converged=torch.tensor([found.converged], device=left.device),
+        ritz_values=found.ritz_values[None].to(mean.dtype),
+        couplings=torch.full_like(found.ritz_values, torch.inf)[None].to(mean.dtype),
+        num_steps=torch.tensor([found.num_steps], device=left.device),
+        num_matvecs=len(starts) + 2 * found.num_products + 1,
+        solver=solver,
+        residual_is_exact=True,
+        rounding=(4 * torch.finfo(mean.dtype).eps * found.value.sqrt())[None].to(mean.dtype),
+        probe=RandomProbe.none(found.value[None], len(left)),
+        search_space=left.new_zeros(1, 0, 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The best pair of a search: ``vector`` ``(d,)`` is zero where the matrix is; ``ritz_values`` descend."""
+
+    value: Tensor
+    vector: Tensor
+    residual: Tensor
+    converged: bool
+    ritz_values: Tensor
+    num_steps: int
+    num_products: int
+
+
+def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration) -> _Found:
+    """Rayleigh-Ritz on a space that grows by its best residuals (Lanczos), or on the last product alone."""
+    remembers = isinstance(solver, Lanczos)
+    max_steps = solver.num_steps if isinstance(solver, Lanczos) else solver.max_iterations
+    basis, products, num_products = starts[:0], starts[:0], 0
+    new = mean.orthonormalised(starts, basis)
+    for step in range(max_steps + 1):
+        basis, products = torch.cat([basis, new]), torch.cat([products, mean.product(new)])
+        num_products += len(new)
+        values, vectors = torch.linalg.eigh(0.5 * (basis @ products.mT + products @ basis.mT))  # V F V'
+        best = vectors[:, -len(starts) :].flip(1).mT
+        y, images = best @ basis, best @ products
+        theta = (y * images).sum(1, keepdim=True).clamp_min(0)
+        rest = images - theta * y
+        residual = rest.norm(dim=1)
+        converged = bool(residual[0] <= solver.rtol * theta[0])
+        # where only rounding is left of a residual there is nowhere to go
+        rest = rest[residual > 100 * torch.finfo(mean.dtype).eps * theta[0]]
+        new = mean.orthonormalised(rest, basis) if remembers else mean.rounded(images)
+        # a start that is nearly an eigenvector need not be the first one
+        if (converged and step > 0) or len(rest) == 0 or len(new) == 0:
+            break
+        if not remembers:
+            basis, products = basis[:0], products[:0]
+    vector = torch.where(theta[0] > 0, unit(y[0]), 0.0)
+    ritz_values = values.flip(0).clamp_min(0)
+    return _Found(theta[0, 0], vector, residual[0], converged, ritz_values, step, num_products)
 
 
 _CHANGED = (
@@ -72,69 +155,133 @@ _CHANGED = (
     "shuffles nor augments."
 )
 
+_NUM_STARTS = 3  # a single start stopped at the second of two near eigenvalues in one of ten trials
+_TILT = 0.03  # dense random part of the start: small against the rest, large against round-off
+_AGREES = 0.05  # |A v|^2 and v' F v, relative
+
 
 class _MeanFisher:
-    """``mean_x F(x) = Aᵀ A`` with the stacked ``A(x) / sqrt(N)``, ``(1, N K, d)``."""
+    r"""The mean :math:`F = \frac1N \sum_x A(x)^\top A(x)` of a data set, ``(d, d)``, by passes through it.
+
+    Vectors ``(d,)`` and sums are in double precision; ``dtype`` is that of the network.
+    """
+
+    dtype: torch.dtype
+    input_shape: torch.Size
 
     def __init__(
         self, model: LogitsFunction, batches: Batches, likelihood: Likelihood, input_std: Tensor | None
     ) -> None:
         self._model, self._batches = model, batches
         self._likelihood, self._input_std = likelihood, input_std
-        self._logits: list[Tensor] = []
-        self._logits = self._over(lambda fisher, _: fisher.logits.detach())
-        if not self._logits:
+        self._marks: list[Tensor] = []
+        self._num_inputs = self._num_outputs = 0
+
+    def starts(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Pull ``count`` sets of random signs on all outputs back to the inputs, in the first pass.
+
+        Returns:
+            Unit vectors ``(count, d)``, each with a small dense random part.
+
+        Raises:
+            ValueError: If there are no batches.
+        """
+        total: Tensor | None = None
+
+        def pull(fisher: InputFisher) -> None:
+            nonlocal generator, total
+            logits = fisher.logits.detach()
+            generator = generator or fixed_generator(logits.device)
+            pulled = torch.stack([_total(fisher.adjoint(signs(logits, generator))) for _ in range(count)])
+            total = pulled if total is None else total + pulled
+            self.dtype, self.input_shape = fisher.inputs.dtype, fisher.inputs.shape[1:]
+            self._marks.append(_mark(logits))
+            self._num_inputs += len(logits)
+            self._num_outputs += logits.numel()
+
+        self._pass(pull)
+        if total is None:
             raise ValueError("batches is empty; there is nothing to take the mean of.")
-        self._root = math.sqrt(sum(len(logits) for logits in self._logits))
+        return unit(total) + _TILT * unit(normal(total, generator))
 
-    def starts(self, count: int) -> Tensor:
-        """Raise one output for all inputs at once, the outputs that matter most first."""
-        logits = torch.cat(self._logits)
-        units = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        raised = [self._likelihood.whiten(logits, unit.expand_as(logits)).flatten() for unit in units]
-        raised.sort(key=lambda vector: -float(vector.norm()))
-        return torch.stack(raised[:count])[None]
+    def orthonormalised(self, vectors: Tensor, basis: Tensor) -> Tensor:
+        """Return the unit components of ``vectors`` ``(n, d)`` outside ``basis``; those that are round-off fall out."""
+        count = len(basis)
+        for vector in vectors:
+            rest = unit(vector)
+            for _ in range(2):  # twice is enough
+                rest = rest - (basis @ rest) @ basis
+            if bool(rest.norm() > 100 * torch.finfo(self.dtype).eps):
+                basis = torch.cat([basis, self.rounded(rest[None])])
+        return basis[count:]
 
-    def labels(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a label for each input."""
-        return self._likelihood.labels(torch.cat(self._logits), generator).view(1, -1)
+    def rounded(self, vectors: Tensor) -> Tensor:
+        """Return unit vectors as the network sees them, in its precision."""
+        return unit(vectors).to(self.dtype).double()
 
-    def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
-        """``(1, d)`` to ``(1, N K)``."""
-        images = self._over(lambda fisher, _: fisher.apply(tangent.expand(len(fisher.inputs), -1)))
-        stacked: Tensor = torch.cat(images).view(1, -1) / self._root
-        return stacked
+    def product(self, vectors: Tensor) -> Tensor:
+        r"""Return :math:`F v` for the rows of ``vectors`` ``(n, d)``: one pass.
 
-    def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
-        """Return one: no difference quotient is taken."""
-        return row.new_ones(1)
+        Raises:
+            ValueError: If :math:`v^\top F v` is not :math:`\|A v\|^2`.
+        """
+        totals, squares = torch.zeros_like(vectors), vectors.new_zeros(len(vectors))
+        tangents = vectors.to(self.dtype)
 
-    def adjoint(self, cotangent: Tensor) -> Tensor:
-        """``(1, N K)`` to ``(1, d)``."""
-        parts = cotangent.split([logits.numel() for logits in self._logits], dim=1)
-        pulled = self._over(lambda fisher, index: fisher.adjoint(parts[index].view_as(fisher.logits)).sum(0))
-        total: Tensor = torch.stack(pulled).sum(0)[None] / self._root
-        return total
+        def multiply(fisher: InputFisher) -> None:
+            for tangent, total, square in zip(tangents, totals, squares, strict=True):
+                image = fisher.apply(tangent.expand(len(fisher.inputs), -1))
+                total.add_(_total(fisher.adjoint(image)))
+                square.add_(image.double().square().sum())
 
-    def restrict(self, keep: Tensor) -> None:
-        """There is one operator, which has no parts."""
+        self._pass(multiply)
+        if bool(((squares - (vectors * totals).sum(1)).abs() > _AGREES * squares).any()):
+            raise ValueError(
+                "Forward-mode and backward passes disagree. A model does that if its forward is random, or if a part "
+                "of it runs under torch.no_grad(), which forward-mode passes do not respect; use detach() there."
+            )
+        return totals / self._num_inputs
 
-    def _over(self, use: Callable[[InputFisher, int], Tensor]) -> list[Tensor]:
-        results = []
-        for index, batch in enumerate(self._batches):
+    def image(self, vector: Tensor, value: Tensor) -> Tensor:
+        r"""Return :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, of unit length: one pass. Zero where the value is."""
+        tangent, end = vector.to(self.dtype), 0
+        length = math.sqrt(self._num_inputs * float(value)) or 1.0
+        image = tangent.new_empty(self._num_outputs)
+
+        def push(fisher: InputFisher) -> None:
+            nonlocal end
+            part = fisher.apply(tangent.expand(len(fisher.inputs), -1)).flatten()
+            image[end : end + len(part)] = part / length
+            end += len(part)
+
+        self._pass(push)
+        return image
+
+    def _pass(self, use: Callable[[InputFisher], None]) -> None:
+        """Call ``use`` with the operator of each batch, after comparing its logits with those of the first pass."""
+        marks, count = tuple(self._marks), 0
+        for count, batch in enumerate(self._batches, 1):
             inputs = batch if isinstance(batch, Tensor) else batch[0]
             with evaluation_operator(self._model, inputs, self._likelihood, self._input_std) as fisher:
-                self._check_unchanged(fisher, index)
-                self.input_shape = inputs.shape[1:]
-                results.append(use(fisher, index))
-        if len(results) < len(self._logits):
+                if marks:
+                    _check_unchanged(_mark(fisher.logits.detach()), marks[count - 1] if count <= len(marks) else None)
+                use(fisher)
+        if count < len(marks):
             raise ValueError(_CHANGED)
-        return results
 
-    def _check_unchanged(self, fisher: InputFisher, index: int) -> None:
-        if not self._logits:
-            return
-        now = fisher.logits.detach()
-        first = self._logits[index] if index < len(self._logits) else now[:0]
-        if now.shape != first.shape or not torch.allclose(now, first, rtol=1e-3, atol=1e-3):
-            raise ValueError(_CHANGED)
+
+def _total(rows: Tensor) -> Tensor:
+    check_finite(rows)
+    return rows.sum(0, dtype=torch.float64)
+
+
+def _mark(logits: Tensor) -> Tensor:
+    """Return one number per input ``(B,)``, a random projection of its logits, to recognise them."""
+    direction = normal(logits[0].double(), fixed_generator(logits.device))
+    return present(logits).double() @ direction
+
+
+def _check_unchanged(now: Tensor, first: Tensor | None) -> None:
+    size = 0.0 if first is None else float(first.abs().max())
+    if first is None or now.shape != first.shape or not torch.allclose(now, first, rtol=1e-3, atol=1e-3 * size):
+        raise ValueError(_CHANGED)

@@ -1,18 +1,23 @@
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import (
     Bernoulli,
     Categorical,
+    Exact,
     Gaussian,
+    KLPenalty,
+    Lanczos,
     MarginTempered,
     NoBoundError,
     NonFiniteLogitsError,
+    SpectralPenalty,
     fisher_bound,
     fisher_spectral_norm,
 )
-from fisher_reg.likelihood import check_logits
+from fisher_reg.outputs import check_logits
 from tests import cases
 
 
@@ -124,6 +129,44 @@ def test_the_margin_tempered_eigenvalue_does_not_see_the_scale_of_the_logits():
         scaled = fisher_spectral_norm(lambda x, scale=scale: scale * network(x), x, likelihood=MarginTempered())
         assert_close(scaled.eigenvalue, plain)
     assert fisher_spectral_norm(lambda x: 1e4 * network(x), x).eigenvalue.median() < 1e-9
+
+
+@pytest.mark.parametrize("mask", [-1e4, -1e6, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_mask_has_no_part_in_the_margin_tempered_eigenvalue(mask):
+    network, x = nn.Linear(20, 10), torch.randn(4, 20)
+    z = network(x).double().detach()
+    temperature = z.topk(2).values.diff(dim=1).neg()
+    p = (z / temperature).softmax(1)
+    jacobian = network.weight.detach().double() / temperature[:, :, None]
+    dense = jacobian.mT @ (torch.diag_embed(p) - p[:, :, None] * p[:, None]) @ jacobian
+    expected = torch.linalg.eigvalsh(dense)[:, -1].float()
+
+    def masked(y):
+        return torch.cat([network(y), torch.full((len(y), 2), mask)], 1)
+
+    for solver in (Exact(), Lanczos(num_steps=9, rtol=1e-3)):
+        found = fisher_spectral_norm(masked, x, likelihood=MarginTempered(), solver=solver).eigenvalue
+        assert_close(found, expected, rtol=1e-4, atol=0)
+    assert_close(MarginTempered().curvature_at(masked(x), None), MarginTempered().curvature_at(network(x), None))
+    for penalty in (SpectralPenalty(likelihood=MarginTempered()), KLPenalty(likelihood=MarginTempered())):
+        values = [penalty(model, x) for model in (masked, network)]
+        assert_close(values[0], values[1], rtol=1e-5, atol=0)
+        gradients = [torch.autograd.grad(value, network.weight)[0] for value in values]
+        assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4 * gradients[1].norm().item())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6, 1e30])
+def test_the_margin_tempered_eigenvalue_has_no_scale_in_single_precision(scale):
+    network, x = cases.tiny_network(), torch.randn(6, 6)
+    plain, scaled = (
+        fisher_spectral_norm(
+            lambda y, factor=factor: factor * network(y), x, likelihood=MarginTempered(), solver=Exact()
+        ).eigenvalue
+        for factor in (1.0, scale)
+    )
+    assert_close(scaled, plain, rtol=1e-4, atol=0)
+    value = KLPenalty(step=0.1, likelihood=MarginTempered())
+    assert_close(value(lambda y: scale * network(y), x), value(network, x), rtol=1e-3, atol=0)
 
 
 def test_the_margin_tempered_eigenvalue_of_two_classes_is_the_distance_to_the_boundary():

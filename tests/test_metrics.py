@@ -89,3 +89,16 @@ def test_settings_reach_the_estimate(model):
 
 def test_summary_of_nothing_is_nan():
     assert all(value.isnan() for value in summarize(torch.zeros(0)).values())
+
+
+@pytest.mark.parametrize("metric_type", [FisherSpectralNorm, FisherTrace])
+def test_a_metric_plots_its_value_like_every_torchmetric(model, metric_type):
+    pytest.importorskip("matplotlib").use("agg")
+    metric = metric_type()
+    values = [metric(model, torch.randn(2, 6)) for _ in range(3)]
+    _, axes = metric.plot()
+    assert_close(float(axes.lines[0].get_ydata()[0]), metric.compute().item())
+    _, axes = metric.plot(values)
+    assert_close(torch.as_tensor(axes.lines[0].get_ydata()).float(), torch.stack(values))
+    _, same = metric.plot(values, axes)
+    assert same is axes

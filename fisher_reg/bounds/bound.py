@@ -18,7 +18,8 @@ from fisher_reg.bounds.graph import Composition, compose
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.trace import Trace, trace
 from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed_module, differentiable
-from fisher_reg.likelihood import Categorical, Likelihood, check_logits
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.outputs import check_logits
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class LabelContrastPenalty(PointPenalty):
         index = _checked(labels, logits)[:, None]
         rival = logits.scatter(1, index, -torch.inf).argmax(1, keepdim=True)
         contrast = torch.zeros_like(logits).scatter_(1, index, 1.0).scatter_(1, rival, -1.0)
+        contrast = contrast * ~logits.gather(1, rival).isneginf()  # a class without a rival has no margin
         return squared_length(fisher, contrast).mean()
 
 
@@ -59,5 +60,11 @@ def _checked(labels: Tensor | None, logits: Tensor) -> Tensor:
             f"labels must be {batch_size} class indices below {num_classes}; got {labels.dtype} {tuple(labels.shape)} "
             f"from {labels.min().item():g} to {labels.max().item():g}. Say where they are with labels_fn, or for soft "
             "labels use their argmax."
+        )
+    left_out = logits.gather(1, labels.long()[:, None]).isneginf()
+    if bool(left_out.any()):
+        raise ValueError(
+            f"{int(left_out.sum())} of {batch_size} labels name a class that the model leaves out, with a logit of "
+            "-inf. Pass only examples of the classes that are there."
         )
     return labels.long()

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
+from fisher_reg.solvers import unit
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ class KLPenalty(PointPenalty):
         fisher = point.fisher(self.likelihood, self.input_std)
         logits = fisher.logits.detach()
         contrast, _ = self.likelihood.contrast(logits)
-        towards = torch.where((contrast * logits).sum(1, keepdim=True) < 0, contrast, -contrast)
-        slope = fisher.slope(towards)
-        unit = slope / slope.norm(dim=1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-        moved = fisher.logits_at(self.step * unit)
+        towards = torch.where((contrast * present(logits)).sum(1, keepdim=True) < 0, contrast, -contrast)
+        direction = unit(fisher.slope(towards))
+        moved = fisher.logits_at(self.step * direction)
+        # no slope, no step: another forward may round otherwise than that of the training step
+        moved = torch.where(direction.any(1, keepdim=True), moved, fisher.logits)
         return 2 / self.step**2 * self.likelihood.divergence(fisher.logits, moved).mean()

@@ -75,6 +75,12 @@ class RandomProbe:
     num_outputs: int
 
     @classmethod
+    def none(cls, like: Tensor, num_outputs: int) -> RandomProbe:
+        """Return no probe, whose bound is infinite, for a batch like ``like`` ``(B,)``."""
+        unknown = torch.full_like(like, torch.nan)
+        return cls(like.new_zeros(len(like), 0), torch.zeros_like(like), unknown, num_outputs)
+
+    @classmethod
     def nothing_left(cls, like: Tensor, num_outputs: int) -> RandomProbe:
         """Return the probe of an empty complement, whose bound is zero, for a batch like ``like`` ``(B,)``."""
         return cls(
