@@ -26,7 +26,13 @@ from fisher_reg.errors import (
     NonFiniteLogitsError,
     NonFiniteWeightsError,
 )
-from fisher_reg.estimate import fisher_effective_rank, fisher_eigenpairs, fisher_spectral_norm, fisher_trace
+from fisher_reg.estimate import (
+    fisher_effective_rank,
+    fisher_eigenpairs,
+    fisher_spectral_norm,
+    fisher_spectral_norm_and_trace,
+    fisher_trace,
+)
 from fisher_reg.evaluation import LogitsOf
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
@@ -94,6 +100,7 @@ __all__ = [
     "fisher_effective_rank",
     "fisher_eigenpairs",
     "fisher_spectral_norm",
+    "fisher_spectral_norm_and_trace",
     "fisher_trace",
     "lipschitz_bound",
     "local_fisher_bound",

@@ -56,7 +56,8 @@ class Likelihood(Protocol):
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         r"""Draw labels :math:`y` under the model, as ``(B, K)`` :math:`w` with :math:`L^\top w = \nabla_z \log p(y)`.
 
-        :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`.
+        :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`. The same random numbers serve all
+        examples, so that none depends on the others in the batch.
         """
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
@@ -124,10 +125,12 @@ class Categorical:
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         r"""Draw one label per example: :math:`w = e_y / \sqrt{p_y}`, ``(B, K)``."""
-        probabilities = logits.softmax(1)
-        device = probabilities.device if generator is None else generator.device
-        label = torch.multinomial(probabilities.to(device), 1, generator=generator).to(logits.device)
-        return torch.zeros_like(logits).scatter_(1, label, probabilities.gather(1, label).rsqrt())
+        probabilities = logits.double().softmax(1)
+        quantile = uniform(probabilities[0, :1], generator)
+        # the inverse distribution function; rounding may leave the last sum below one
+        label = (probabilities.cumsum(1) <= quantile).sum(1, keepdim=True)
+        label = torch.minimum(label, _last_possible(probabilities))
+        return torch.zeros_like(logits).scatter_(1, label, probabilities.gather(1, label).rsqrt().to(logits))
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
         r"""Return :math:`\tfrac14 \max_{jk} \|w_j - w_k\|^2`, 1/2 for the identity.
@@ -178,7 +181,7 @@ class Bernoulli:
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         r"""Draw every label: :math:`w = (y - p) / \sqrt{p(1-p)} = \pm e^{\mp z/2}`, ``(B, K)``."""
-        is_one = uniform(logits, generator) < logits.sigmoid()
+        is_one = uniform(logits[0], generator) < logits.sigmoid()
         return torch.where(is_one, (-0.5 * logits).exp(), -(0.5 * logits).exp())
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
@@ -232,7 +235,7 @@ class Gaussian:
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw the outputs: standard normal ``(B, K)``."""
-        return normal(logits, generator)
+        return normal(logits[0], generator).expand_as(logits)
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
         """Return the squared norm of ``W`` over the variance, at all logits."""
@@ -252,6 +255,12 @@ def largest_distance(rows: Tensor) -> Tensor:
         second = int(per_row[first].argmax())
     distance: Tensor = torch.linalg.vector_norm(rows[first] - rows[second])
     return distance
+
+
+def _last_possible(probabilities: Tensor) -> Tensor:
+    """Return the last class with a probability above zero, ``(B, 1)``."""
+    classes = torch.arange(probabilities.shape[1], device=probabilities.device)
+    return torch.where(probabilities > 0, classes, 0).amax(1, keepdim=True)
 
 
 def _root_probabilities(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -75,7 +76,9 @@ class FisherSpectralNorm(_PerExampleMetric):
         kwargs: For :class:`torchmetrics.Metric`.
 
     Attributes:
-        unconverged: Number of examples whose residual was above the solver's tolerance.
+        wide_share: Share of the examples whose interval is wider than the solver's ``tolerance`` at its
+            ``failure_probability`` (``converged`` of :class:`fisher_reg.EigenResult` is false); NaN without examples.
+            For the default solver: 5 % of the eigenvalue, at 1 %.
 
     Example:
         >>> metric = FisherSpectralNorm()
@@ -85,7 +88,8 @@ class FisherSpectralNorm(_PerExampleMetric):
         tensor(1.0000)
     """
 
-    unconverged: Tensor
+    num_wide: Tensor
+    num_examples: Tensor
 
     def __init__(
         self,
@@ -98,7 +102,8 @@ class FisherSpectralNorm(_PerExampleMetric):
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
         self.solver = solver
-        self.add_state("unconverged", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_wide", default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_examples", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:
         """Add the examples of ``inputs`` ``(B, *S)``, with the side inputs of the model."""
@@ -112,7 +117,19 @@ class FisherSpectralNorm(_PerExampleMetric):
         )
         self._append(result.eigenvalue)
         with torch.inference_mode(False):
-            self.unconverged = self.unconverged + (~result.converged).sum()
+            self.num_wide = self.num_wide + (~result.converged).sum()
+            self.num_examples = self.num_examples + len(result.converged)
+
+    @property
+    def wide_share(self) -> Tensor:
+        """Share of the examples of this process whose interval is wide."""
+        return self.num_wide / self.num_examples
+
+    @property
+    def unconverged(self) -> Tensor:
+        """Deprecated: ``num_wide``, or the share ``wide_share``."""
+        warnings.warn("FisherSpectralNorm.unconverged is now num_wide.", DeprecationWarning, stacklevel=2)
+        return self.num_wide
 
 
 class FisherTrace(_PerExampleMetric):
@@ -148,6 +165,22 @@ class FisherTrace(_PerExampleMetric):
             input_std=self.input_std,
             side_inputs=side_inputs,
         )
+        self._append(values)
+
+
+class PerExampleValues(_PerExampleMetric):
+    """Values that were computed elsewhere, collected over batches and processes.
+
+    Args:
+        reduction: As of :class:`FisherSpectralNorm`.
+        kwargs: For :class:`torchmetrics.Metric`.
+    """
+
+    def __init__(self, reduction: Reduction | None = None, **kwargs: Any) -> None:
+        super().__init__(reduction, Categorical(), None, **kwargs)
+
+    def update(self, values: Tensor) -> None:
+        """Add values ``(B,)``."""
         self._append(values)
 
 

@@ -124,7 +124,7 @@ def trace_variance(
     rows = []
     for probe in (Rademacher(), StandardNormal()):
         for count in num_probes:
-            estimator = Hutchinson(count, probe)
+            estimator = Hutchinson(count, probe, solver=None)
             estimates = [
                 fisher_trace(network, images, estimator=estimator, generator=generator) for _ in range(num_repeats)
             ]

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from torchmetrics import MetricCollection
 
-from fisher_reg import FisherSpectralNorm, FisherTrace, Lanczos, fisher_spectral_norm, fisher_trace
+from fisher_reg import Exact, FisherSpectralNorm, FisherTrace, Lanczos, fisher_spectral_norm, fisher_trace
 from fisher_reg.metrics import summarize
 from tests import cases
 
@@ -73,11 +73,17 @@ def test_two_merged_metrics_are_one(model):
     assert_close(first.compute(), whole.compute())
 
 
-def test_unconverged_examples_are_counted(model):
+def test_the_share_of_examples_with_a_wide_interval_is_told(model):
     metric = FisherSpectralNorm(solver=Lanczos(num_steps=1, rtol=0.0))
+    assert metric.wide_share.isnan()
     metric.update(model, torch.randn(3, 6))
     metric.update(model, torch.randn(2, 6))
-    assert metric.unconverged == 5
+    assert metric.wide_share == 1
+    metric.solver = Exact()
+    metric.update(model, torch.randn(5, 6))
+    assert metric.wide_share == 0.5
+    with pytest.warns(DeprecationWarning, match="is now num_wide"):
+        assert metric.unconverged == 5
 
 
 def test_settings_reach_the_estimate(model):
