@@ -172,15 +172,18 @@ def _num_above(audit: Audit, logs: Tensor) -> int:
 
 def _black_box(audit: Audit) -> list[str]:
     values, errors = audit.measurement.values, audit.measurement.extra["blackbox_error"]
-    known = values["lambda"] > 0
+    resolved = values["lambda_blackbox"].isfinite()
+    known = (values["lambda"] > 0) & resolved
+    num_missing = int((~resolved).sum())
+    missing = f" At {num_missing} images the answers do not determine it." if num_missing else ""
     if not bool(known.any()):
-        return []
+        return [f"Queries of the probabilities alone give no λ.{missing}"] if missing else []
     white, black = values["lambda"][known], values["lambda_blackbox"][known]
     ratio = float((black / white).quantile(0.5))
     near = int(((black - white).abs() <= 2 * errors[known]).sum())
     text = (
         f"Queries of the probabilities alone give {ratio:.2g} times λ (median) and lie within two standard errors "
-        f"of it at {near} of {int(known.sum())} images."
+        f"of it at {near} of {int(known.sum())} images.{missing}"
     )
     if ratio > 2:
         text += (

@@ -196,7 +196,8 @@ def draw_black_box(examples: pd.DataFrame) -> Figure:
     for name, colour in shown.items():
         drawn = some[some[name] > 0]
         off = np.abs(np.log10(drawn[name] / drawn["lambda"])).median()
-        label = f"{METRICS[name].title}: median factor {10**off:.3g}, zero at {len(some) - len(drawn)} of {len(some)}"
+        left_out = f"zero or none at {len(some) - len(drawn)} of {len(some)}"
+        label = f"{METRICS[name].title}: median factor {10**off:.3g}, {left_out}"
         axes.plot(drawn["lambda"], drawn[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
     ends = [some["lambda"].min(), some["lambda"].max()]
     axes.plot(ends, ends, color="k", linewidth=1)

@@ -1,0 +1,77 @@
+"""What a user calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisher_reg.blackbox.questions import Questions, within
+from fisher_reg.blackbox.result import BlackBoxEstimator, BlackBoxResult, warn_of_missing
+from fisher_reg.blackbox.service import Array, Predict, Progress, Service, own_inputs
+from fisher_reg.blackbox.sketch import BlackBox
+from fisher_reg.evaluation import check_input_std
+from fisher_reg.sampling import fixed_generator
+
+
+def blackbox_spectral_norm(
+    predict: Predict,
+    inputs: Array,
+    *,
+    estimator: BlackBoxEstimator | None = None,
+    input_std: Tensor | None = None,
+    bounds: tuple[Any, Any] | None = None,
+    max_batch_size: int | None = None,
+    progress: Progress | None = None,
+    generator: torch.Generator | None = None,
+) -> BlackBoxResult:
+    r"""Estimate the largest eigenvalue of the input-space Fisher matrix from predictions alone, per example.
+
+    Args:
+        predict: Maps inputs ``(B, *S)`` to probabilities ``(B, K)``: a network in evaluation mode followed by softmax,
+            an ONNX session, a remote service. It gets a NumPy array where ``inputs`` is one, else a tensor without
+            gradient, may change what it gets, and may return either. It must answer the same question alike each time.
+        inputs: ``(B, *S)``, float32 or float64; an array may have any strides and byte order. Neither changed nor
+            handed out.
+        estimator: :class:`BlackBox` with 200 queries by default, or :class:`BlackBoxMax`.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        bounds: ``(low, high)``, numbers, tensors or arrays that are broadcastable to the inputs, in their unit and
+            precision. No question leaves this range. Without it, questions leave the range of the inputs by a few
+            steps.
+        max_batch_size: Examples per call of ``predict``, at most. Each question then takes
+            ``ceil(B / max_batch_size)`` calls.
+        progress: Called as ``progress(done, total)`` after each question, with questions per example.
+        generator: Source of the directions; by default a fixed one.
+
+    Returns:
+        Fields with leading axis ``B``, on the device of the inputs. An eigenvalue is NaN where the answers do not
+        determine one, with the reason and a ``UserWarning``. Statistical are the number and the self-check; certain
+        are the number of queries and the bounds.
+
+    Raises:
+        ValueError: Before any query, if ``inputs`` is not a non-empty batch of float32 or float64 within ``bounds``, or
+            an option makes no sense; or if what ``predict`` returns is not probabilities ``(B, K)``: float32 or
+            float64, finite, not negative, each row with sum one.
+
+    Example:
+        >>> import numpy as np
+        >>> def predict(x: np.ndarray) -> np.ndarray:  # p (1 - p) |w0 - w1|^2 = 1 at x = 0
+        ...     first = 1 / (1 + np.exp(-2 * x[:, :1]))
+        ...     return np.concatenate([first, 1 - first], 1)
+        >>> result = blackbox_spectral_norm(predict, np.zeros((1, 50)))
+        >>> bool((result.eigenvalue - 1).abs() < 3 * result.standard_error)
+        True
+    """
+    points = own_inputs(inputs)
+    std = torch.ones_like(points[:1]) if input_std is None else input_std.to(points)
+    check_input_std(std)
+    questions = within(Questions(points, std), bounds)
+    if max_batch_size is not None and max_batch_size < 1:
+        raise ValueError(f"max_batch_size must be at least 1; got {max_batch_size}.")
+    chosen = estimator or BlackBox()
+    chosen.check(questions)
+    service = Service(predict, inputs, max_batch_size, progress, chosen.num_questions)
+    result = chosen.estimate(service, questions, generator or fixed_generator(points.device))
+    warn_of_missing(result.reason)
+    return result
