@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,11 +21,29 @@ from fisher_reg import (
     PowerIteration,
     fisher_spectral_norm,
 )
+from fisher_reg.likelihood import Likelihood
 from recipes import models
 from recipes.array_sources import Digits
 from recipes.data import ImageData
 
-Example = tuple[Callable[[Tensor], Tensor], Tensor, dict[str, Any]]
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs of one function, and the largest eigenvalues there.
+
+    Attributes:
+        function: From inputs and side inputs to logits.
+        inputs: ``(B, *S)``.
+        exact: ``(B,)``, in double precision.
+        options: Of the estimate.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: Tensor
+    exact: Tensor
+    options: dict[str, Any]
+
+
 SOLVERS = {"default": None, "PowerIteration": PowerIteration(), "exact derivatives": Lanczos(is_exact=True)}
 _WRONG = 0.05
 _NUM_STEPS = 200
@@ -42,9 +62,11 @@ def network_rows(num_images: int, seed: int) -> list[dict[str, Any]]:
     data = Digits()
     data.setup()
     images = data.splits["test"].tensors[0][:num_images]
-    networks = [network for first in (seed, seed + 1) for network in _networks(data, first)]
-    examples: list[Example] = [(network, images, {}) for network in networks]
-    return [_row(f"{len(networks)} networks", name, examples) for name in SOLVERS]
+    examples = []
+    for network in (network for first in (seed, seed + 1) for network in _networks(data, first)):
+        exact = fisher_spectral_norm(network.double(), images.double(), solver=Exact()).eigenvalue
+        examples.append(Examples(network.float(), images, exact, {}))
+    return [_row(f"{len(examples)} networks", name, examples) for name in SOLVERS]
 
 
 def model_rows(num_models: int, seed: int) -> list[dict[str, Any]]:
@@ -57,7 +79,7 @@ def model_rows(num_models: int, seed: int) -> list[dict[str, Any]]:
     Returns:
         A row per kind and solver.
     """
-    kinds: dict[str, list[Example]] = {
+    kinds = {
         f"linear, {type(likelihood).__name__}": list(_linear(num_models, seed, likelihood))
         for likelihood in (Categorical(), Bernoulli(), Gaussian())
     }
@@ -66,19 +88,13 @@ def model_rows(num_models: int, seed: int) -> list[dict[str, Any]]:
     return [_row(kind, name, examples) for kind, examples in kinds.items() for name in ("default", "PowerIteration")]
 
 
-def _row(kind: str, solver: str, examples: list[Example]) -> dict[str, Any]:
-    """Compare with the exact eigenvalue in double precision."""
-    errors, converged, steps, matvecs = [], [], [], []
-    for function, x, options in examples:
-        result = fisher_spectral_norm(function, x, solver=SOLVERS[solver], **options)
-        precise = function.double() if isinstance(function, nn.Module) else function
-        exact = fisher_spectral_norm(precise, x.double(), solver=Exact(), **options).eigenvalue
-        if isinstance(function, nn.Module):
-            function.float()
-        errors.append(1 - result.eigenvalue.double() / exact)
+def _row(kind: str, solver: str, examples: list[Examples]) -> dict[str, Any]:
+    errors, converged, steps = [], [], []
+    for some in examples:
+        result = fisher_spectral_norm(some.function, some.inputs, solver=SOLVERS[solver], **some.options)
+        errors.append(1 - result.eigenvalue.double() / some.exact)
         converged.append(result.converged)
         steps.append(_passes(result))
-        matvecs.append(result.num_matvecs)
     error, is_converged = torch.cat(errors), torch.cat(converged)
     return {
         "models": kind,
@@ -91,7 +107,6 @@ def _row(kind: str, solver: str, examples: list[Example]) -> dict[str, Any]:
         "error, 95 %": float(error.quantile(0.95)),
         "error, largest converged": float(error[is_converged].amax()),
         "backward passes": float(torch.cat(steps).mean()),
-        "all passes of a batch": sum(matvecs) / len(matvecs),
     }
 
 
@@ -142,46 +157,58 @@ def _train(network: nn.Module, data: ImageData) -> None:
             step += 1
 
 
-def _linear(count: int, seed: int, likelihood: Any) -> Iterator[Example]:
+def _linear(count: int, seed: int, likelihood: Likelihood) -> Iterator[Examples]:
     """Rows of different lengths, logits of different size, more and fewer inputs than classes."""
     generator = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        num_classes = (7, 10, 20, 50, 100, 200)[number % 6]
-        num_inputs = (5, 20, 100, 300)[number // 6 % 4]
-        spread, scale = (0.0, 1.0, 2.0)[number // 24 % 3], (0.1, 1.0, 5.0)[number // 72 % 3]
-        lengths = (spread * torch.randn(num_classes, 1, generator=generator)).exp()
-        weight = torch.randn(num_classes, num_inputs, generator=generator) * lengths
-        bias = scale * torch.randn(num_classes, generator=generator)
-        yield _affine(weight, bias), torch.zeros(1, num_inputs), {"likelihood": likelihood}
+    settings = list(product((7, 10, 20, 50, 100, 200), (5, 20, 100, 300), (0.0, 1.0, 2.0), (0.1, 1.0, 5.0)))
+    for number, (num_classes, num_inputs, spread, scale) in enumerate(settings):
+        size = len(range(number, count, len(settings)))
+        if size:
+            lengths = (spread * torch.randn(size, num_classes, 1, generator=generator)).exp()
+            weight = torch.randn(size, num_classes, num_inputs, generator=generator) * lengths
+            yield _affine(weight, scale * torch.randn(size, num_classes, generator=generator), likelihood)
 
 
-def _decoupled() -> Iterator[Example]:
+def _decoupled() -> Iterator[Examples]:
     """One input per class, one of them with a larger weight, at any rank of the probabilities."""
-    for num_classes in (10, 30, 100, 300, 1000):
-        for slope in (1e-3, 1e-2, 0.1, 1.0):
-            for weight in (2.0, 6.0, 20.0):
-                for rank in sorted({1, 2, 3, 5, num_classes // 4, num_classes // 2, num_classes - 1}):
-                    diagonal = torch.ones(num_classes)
-                    diagonal[rank] = weight
-                    bias = -slope * torch.arange(num_classes)
-                    yield _diagonal(diagonal, bias), torch.zeros(1, num_classes), {}
+    for num_classes, slope in product((10, 30, 100, 300, 1000), (1e-3, 1e-2, 0.1, 1.0)):
+        ranks = sorted({1, 2, 3, 5, num_classes // 4, num_classes // 2, num_classes - 1})
+        pairs = list(product((2.0, 6.0, 20.0), ranks))
+        weight = torch.ones(len(pairs), num_classes)
+        for row, (larger, rank) in zip(weight, pairs, strict=True):
+            row[rank] = larger
+        bias = -slope * torch.arange(num_classes).expand(len(pairs), -1)
+        exact = [_largest(torch.diag(row), z, Categorical()) for row, z in zip(weight, bias, strict=True)]
+        yield Examples(_times, torch.zeros_like(weight), torch.stack(exact), {"side_inputs": (weight, bias)})
 
 
-def _multi_label(count: int, seed: int) -> Iterator[Example]:
+def _multi_label(count: int, seed: int) -> Iterator[Examples]:
     """Many rare labels, a few common ones, and groups that go together."""
     generator = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        num_labels = (20, 80, 300)[number % 3]
-        groups = torch.randn(1 + num_labels // 10, 64, generator=generator)
-        member = torch.randint(len(groups), (num_labels,), generator=generator)
-        weight = groups[member] + 0.3 * torch.randn(num_labels, 64, generator=generator)
-        bias = -4 + 3 * torch.randn(num_labels, generator=generator)
-        yield _affine(weight, bias), torch.randn(1, 64, generator=generator) / 8, {"likelihood": Bernoulli()}
+    for num_labels in (20, 80, 300):
+        groups = torch.randn(count // 3, 1 + num_labels // 10, 64, generator=generator)
+        member = torch.randint(groups.shape[1], (num_labels,), generator=generator)
+        weight = groups[:, member] + 0.3 * torch.randn(count // 3, num_labels, 64, generator=generator)
+        yield _affine(weight, -4 + 3 * torch.randn(count // 3, num_labels, generator=generator), Bernoulli())
 
 
-def _affine(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: x @ weight.to(x).T + bias.to(x)
+def _affine(weight: Tensor, bias: Tensor, likelihood: Likelihood) -> Examples:
+    """A linear model of its own for each input, which is zero."""
+    exact = torch.stack([_largest(w, z, likelihood) for w, z in zip(weight, bias, strict=True)])
+    options = {"side_inputs": (weight, bias), "likelihood": likelihood}
+    return Examples(_matrix_times, torch.zeros(len(weight), weight.shape[2]), exact, options)
 
 
-def _diagonal(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: x * weight.to(x) + bias.to(x)
+def _largest(jacobian: Tensor, logits: Tensor, likelihood: Likelihood) -> Tensor:
+    """Largest eigenvalue of ``L J Jᵀ Lᵀ``, from the matrix itself."""
+    columns = jacobian.double().T
+    whitened = likelihood.whiten(logits.double().expand(len(columns), -1), columns)
+    return torch.linalg.matrix_norm(whitened, 2).square()
+
+
+def _matrix_times(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (weight @ x[:, :, None]).squeeze(2) + bias
+
+
+def _times(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return weight * x + bias

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.solvers.interval import RandomProbe
-from fisher_reg.solvers.linalg import dense_rows, unit
+from fisher_reg.solvers.linalg import dense_rows, inner_products, unit
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, leading
 from fisher_reg.solvers.search import Space
@@ -40,7 +40,8 @@ class Exact:
         """
         rows = dense_rows(operator)
         count, num_outputs = len(rows), rows.shape[1]
-        space = Space(torch.eye(num_outputs, dtype=rows.dtype, device=rows.device).expand(count, -1, -1), rows)
+        left = torch.eye(num_outputs, dtype=rows.dtype, device=rows.device).expand(count, -1, -1)
+        space = Space(left, rows, inner_products(rows, rows))
         ritz = space.ritz(num_eigenpairs)
         again = operator.adjoint(ritz.left[:, 0])
         eta = (again - ritz.row[:, 0]).double().norm(dim=1)
@@ -48,7 +49,7 @@ class Exact:
         is_zero = ritz.value <= num_outputs * eta[:, None] ** 2
         is_zero[:, 0] = ritz.value[:, 0] == 0
         value = ritz.value.masked_fill(is_zero, 0.0)
-        product = (ritz.left @ rows).double() @ rows.double().mT
+        product = inner_products(ritz.row, rows)
         residual = (product - value[:, :, None] * ritz.left).norm(dim=2)
         sensible = torch.isfinite(value.to(rows.dtype)) & ((value.to(rows.dtype) > 0) | (value == 0))
         wide = 2 * eta[:, None] * value.sqrt() <= self.rtol * value

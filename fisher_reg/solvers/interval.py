@@ -90,6 +90,21 @@ class RandomProbe:
             num_outputs=num_outputs,
         )
 
+    def excludes(self, b: Tensor, failure_probability: float) -> Tensor:
+        """Say where no eigenvalue of the complement exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
+        present = ~self.roots.isnan()
+        if self.roots.shape[1] == 0:
+            return torch.zeros_like(b, dtype=torch.bool)
+        top = self.roots.masked_fill(~present, -torch.inf).amax(1)
+        is_open = ~self.open_diagonal.isnan()
+        log_b, log_alpha = b.clamp_min(_TINY).log(), self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
+        # log |p_q(b)|, with beta_q = sqrt(b alpha_q) where it is not known
+        factors = (b[:, None] - self.roots.nan_to_num(0.0)).clamp_min(_TINY).log() * present
+        log_p = factors.sum(1) - self.log_norms - torch.where(is_open, 0.5 * (log_b + log_alpha), 0.0)
+        is_large = log_p >= -math.log(least_component(failure_probability, self.num_outputs))
+        is_empty = is_open & (self.open_diagonal <= 0) & (present.sum(1) == 1)
+        return (b >= top) & (is_large | is_empty) & present.any(1)
+
     def bound(self, failure_probability: float) -> Tensor:
         """Return :math:`b` ``(B,)`` in double precision; infinite where no step was taken."""
         present = ~self.roots.isnan()
@@ -128,6 +143,26 @@ def least_component(failure_probability: float, dimension: int) -> float:
     n = max(dimension, 3)
     log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
     return min(1.0, 0.5 * failure_probability / math.exp(log_density))
+
+
+def largest_allowed(values: Tensor, couplings: Tensor, limit: Tensor) -> Tensor:
+    r"""Return the largest :math:`b` ``(B,)`` with :math:`\lambda_\max(M) \le t`; negative where there is none.
+
+    By the Schur complement of M, :math:`b \le t - \sum_i \kappa_i^2 / (t - \theta_i)` for :math:`t > \theta_1`.
+
+    Args:
+        values: :math:`\theta_i`, ``(B, m)``, descending.
+        couplings: :math:`\kappa_i`, ``(B, m)``; infinite where not known, so that :math:`\kappa_i^2 = \theta_i b`.
+        limit: :math:`t`, ``(B,)``.
+    """
+    room = limit[:, None] - values
+    is_known = torch.isfinite(couplings)
+    per_room = torch.where(is_known, couplings.square(), values) / room.clamp_min(_TINY)
+    known = torch.where(is_known, per_room, 0.0).sum(1)
+    unknown = torch.where(is_known, 0.0, per_room).sum(1)
+    largest = (limit - known) / (1 + unknown)
+    # F = 0 leaves room for nothing but zero
+    return torch.where(room[:, 0] > 0, largest, torch.where(values[:, 0] == 0, 0.0, -1.0))
 
 
 def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:

@@ -32,17 +32,19 @@ def new_direction(vector: Tensor, basis: Tensor) -> Tensor:
     return torch.where(is_exhausted, 0.0, unit(rest))
 
 
-def scaled_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``G`` ``(B, m, m)`` and ``s`` ``(B,)``, in double precision, with ``rows rowsᵀ = s² G``.
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left rightᵀ`` ``(B, m, n)`` in double precision, of ``(B, m, d)`` and ``(B, n, d)``.
+
+    Only a part of the vectors is converted at a time.
 
     Raises:
-        NonFiniteJacobianError: If a number of ``rows`` ``(B, m, d)`` is not finite.
+        NonFiniteJacobianError: If a number of ``right`` is not finite.
     """
-    check_finite(rows)
-    wide = rows.double()
-    scale = wide.abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
-    wide = wide / scale[:, None, None]
-    return wide @ wide.mT, scale
+    check_finite(right)
+    total = left.new_zeros(len(left), left.shape[1], right.shape[1], dtype=torch.float64)
+    for some, others in zip(left.split(_CHUNK, 2), right.split(_CHUNK, 2), strict=True):
+        total += some.double() @ others.double().mT
+    return total
 
 
 def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,13 +53,14 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both; where the algorithm does not converge for one matrix, that one alone gets NaN.
     """
-    wide = matrices.double()
+    scale = matrices.diagonal(dim1=1, dim2=2).abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+    wide = matrices.double() / scale[:, None, None]
     try:
         values, vectors = torch.linalg.eigh(wide)
     except _NOT_CONVERGED:
         pairs = [_one_eigen(matrix) for matrix in wide]
         values, vectors = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-    return values, vectors
+    return values * scale[:, None], vectors
 
 
 def dense_rows(operator: FactoredOperator) -> Tensor:
@@ -101,3 +104,4 @@ def _one_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _NOT_CONVERGED: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+_CHUNK = 2**14

@@ -15,18 +15,17 @@ answer, the example settles again from the best vector of all, and gets a new ra
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fisher_reg.sampling import fixed_generator, normal
-from fisher_reg.solvers.interval import RandomProbe, majorant
+from fisher_reg.solvers.interval import RandomProbe, largest_allowed
 from fisher_reg.solvers.linalg import (
     check_finite,
+    inner_products,
     new_direction,
     outside,
-    scaled_gram,
     symmetric_eigen,
     unit,
 )
@@ -66,48 +65,51 @@ class Plan:
 
 @dataclass(frozen=True)
 class Space:
-    """Search spaces: orthonormal ``left`` ``(B, m, K)``, zero where exhausted, and ``rows = left A`` ``(B, m, d)``."""
+    """Search spaces of a batch.
+
+    Attributes:
+        left: Orthonormal vectors ``(B, m, K)``, zero where exhausted.
+        rows: ``left A``, ``(B, m, d)``.
+        gram: ``rows rowsᵀ``, the projection of ``G``, ``(B, m, m)`` in double precision.
+    """
 
     left: Tensor
     rows: Tensor
+    gram: Tensor
 
     def extended(self, operator: FactoredOperator, vectors: Tensor) -> Space:
         """Add ``vectors`` ``(B, n, K)``, each orthonormalised and at the cost of one backward pass."""
-        left, rows = self.left, self.rows
+        left, rows, gram = self.left, self.rows, self.gram
         for vector in vectors.unbind(1):
             direction = new_direction(vector, left)
-            left = torch.cat([left, direction[:, None]], 1)
             row = operator.adjoint(direction)[:, None]
+            left = torch.cat([left, direction[:, None]], 1)
             rows = torch.cat([rows, row], 1) if rows.numel() else row
-        return Space(left, rows)
+            products = inner_products(rows, row)
+            gram = torch.cat([torch.cat([gram, products[:, :-1]], 2), products.mT], 1)
+        return Space(left, rows, gram)
 
     def cleared(self, empty: Tensor) -> Space:
         """Return spaces of which those where ``empty`` ``(B,)`` hold nothing."""
         if not bool(empty.any()):
             return self
         kept = ~empty[:, None, None]
-        return Space(self.left * kept, self.rows * kept)
+        return Space(self.left * kept, self.rows * kept, self.gram * kept)
 
     def part(self, keep: Tensor) -> Space:
         """Return the spaces of some examples."""
-        return Space(self.left[keep], self.rows[keep])
-
-    @cached_property
-    def gram(self) -> tuple[Tensor, Tensor]:
-        """``G`` and ``s``, in double precision, with ``rows rowsᵀ = s² G``."""
-        return scaled_gram(self.rows)
+        return Space(self.left[keep], self.rows[keep], self.gram[keep])
 
     def ritz(self, num_eigenpairs: int) -> Ritz:
         """Return the best vectors of the spaces."""
-        gram, scale = self.gram
-        values, vectors = symmetric_eigen(gram)
+        values, vectors = symmetric_eigen(self.gram)
         if vectors.shape[1] < num_eigenpairs:
             raise ValueError(f"A space of {vectors.shape[1]} vectors has no {num_eigenpairs} eigenpairs.")
         top = vectors[:, :, -num_eigenpairs:].flip(2).mT.to(self.left.dtype)
         return Ritz(
             left=top @ self.left,
             row=top @ self.rows,
-            all_values=(values.flip(1) * scale[:, None] ** 2).clamp_min(0),
+            all_values=values.flip(1).clamp_min(0),
             along_last=vectors[:, -1].flip(1).abs(),
         )
 
@@ -167,7 +169,8 @@ class _Search:
         self.operator, self.plan = operator, plan
         # the same random vectors for all examples, so that none depends on the others in the batch
         self.random = normal(starts.new_empty(_MAX_PROBES, starts.shape[2]), generator)
-        self.space = Space(starts[:, :0], starts.new_empty(len(starts), 0, 0)).extended(operator, starts)
+        nothing = starts.new_empty(len(starts), 0, 0)
+        self.space = Space(starts[:, :0], nothing, nothing.double()).extended(operator, starts)
         self.num_matvecs = starts.shape[1]
         self.num_steps = 0
         self.index = torch.arange(len(starts), device=starts.device)
@@ -179,6 +182,7 @@ class _Search:
         self.residual = torch.zeros_like(self.log_norms)[:, None].expand(-1, plan.num_eigenpairs)
         self.is_krylov = torch.full_like(self.is_done, starts.shape[1] == 1)
         self.anchor = self.space.ritz(plan.num_eigenpairs)  # of the search space, without the columns of the probe
+        self.roots = self._probe_roots()
         self.found: list[tuple[Tensor, EigenResult]] = []
 
     def run(self) -> EigenResult:
@@ -189,6 +193,7 @@ class _Search:
                 self.space = self.space.extended(self.operator, vectors)
                 self.num_matvecs += vectors.shape[1]
                 self.num_steps += 1
+                self.roots = self._probe_roots()
                 self._finish(self._is_certified(is_open=True), is_open=True)
                 self._drop_done()
         order = torch.cat([indices for indices, _ in self.found]).argsort()
@@ -311,36 +316,39 @@ class _Search:
         kappa = torch.where(self.is_krylov[:, None], krylov, unknown)
         return torch.cat([self.residual, kappa[:, self.residual.shape[1] :]], 1)
 
-    def _random_probe(self, is_open: bool) -> RandomProbe:
-        gram, scale = self.space.gram
-        count = self.plan.num_eigenpairs
-        columns = torch.arange(gram.shape[1], device=self.begin.device)
+    def _probe_roots(self) -> Tensor:
+        """Return the Ritz values of the columns of the probe ``(B, m)``; NaN where there are fewer."""
+        columns = torch.arange(self.space.left.shape[1], device=self.begin.device)
         in_probe = (self.begin != _SETTLING)[:, None] & (columns >= self.begin[:, None])
         # an exhausted column adds no root, but the first one, which says that nothing is left
         is_zero = (self.space.left == 0).all(2) & (columns != self.begin[:, None])
         in_probe = in_probe & ~is_zero
-        chosen = gram * in_probe[:, :, None] * in_probe[:, None]
-        roots, _ = symmetric_eigen(chosen - torch.diag_embed((~in_probe).to(gram)))  # -1 where there is no column
-        roots = torch.where(roots < -0.5, torch.nan, roots.clamp_min(0) * scale[:, None] ** 2)
-        diagonal = gram[:, -count, -count] * scale**2
+        chosen = self.space.gram * in_probe[:, :, None] * in_probe[:, None]
+        scale = chosen.diagonal(dim1=1, dim2=2).amax(1).clamp_min(_TINY)[:, None]
+        outside_probe = torch.diag_embed((~in_probe).to(chosen))  # eigenvalues of -1, to be told apart
+        roots = symmetric_eigen(chosen / scale[:, :, None] - outside_probe)[0].flip(1)
+        return torch.where(roots < -0.5, torch.nan, roots.clamp_min(0) * scale)
+
+    def _random_probe(self, is_open: bool) -> RandomProbe:
+        last = self.space.gram[:, -self.plan.num_eigenpairs, -self.plan.num_eigenpairs]
         return RandomProbe(
-            roots=roots.flip(1),
+            roots=torch.where((self.begin == _SETTLING)[:, None], torch.nan, self.roots),
             log_norms=self.log_norms,
-            open_diagonal=diagonal if is_open else torch.full_like(diagonal, torch.nan),
+            open_diagonal=last if is_open else torch.full_like(last, torch.nan),
             num_outputs=self.space.left.shape[2],
         )
 
     def _is_certified(self, is_open: bool) -> Tensor:
         """Say whose interval is narrow enough, among those that probe."""
         plan, value = self.plan, self.anchor.value
-        b = self._random_probe(is_open).bound(plan.failure_probability)
         if plan.num_eigenpairs == 1:
-            eta = self._eta()
-            upper = majorant(self.anchor.all_values, self._couplings(), b)
-            lower = (value[:, 0].sqrt() - eta).clamp_min(0).square()
-            narrow = (upper.sqrt() + eta).square() <= (1 + plan.tolerance) * lower
+            eta, lower = self._eta(), value[:, 0].sqrt()
+            # the largest upper end, of which (sqrt(t) + eta)^2 is at most 1 + tolerance times the lower end
+            limit = ((1 + plan.tolerance) ** 0.5 * (lower - eta) - eta).clamp_min(0).square()
+            allowed = largest_allowed(self.anchor.all_values, self._couplings(), limit)
         else:  # nothing outside the space is larger than the last pair
-            narrow = b <= (1 + plan.tolerance) * value.amin(1) + _NEGLIGIBLE * value[:, 0]
+            allowed = (1 + plan.tolerance) * value.amin(1) + _NEGLIGIBLE * value[:, 0]
+        narrow = self._random_probe(is_open).excludes(allowed, plan.failure_probability)
         return narrow & (self.begin != _SETTLING) & ~self.is_done
 
     def _eta(self) -> Tensor:
@@ -388,7 +396,17 @@ class _Search:
         if not 0 < share <= _WORTH_A_FORWARD or (smaller := self.operator.restrict(keep)) is None:
             return
         self.operator, self.space, self.anchor = smaller, self.space.part(keep), self.anchor.part(keep)
-        for name in ("index", "is_done", "begin", "num_probes", "log_norms", "rounding", "residual", "is_krylov"):
+        for name in (
+            "index",
+            "is_done",
+            "begin",
+            "num_probes",
+            "log_norms",
+            "rounding",
+            "residual",
+            "is_krylov",
+            "roots",
+        ):
             setattr(self, name, getattr(self, name)[keep])
 
 
