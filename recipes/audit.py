@@ -17,6 +17,10 @@ from recipes.measure import SATURATED, Measurement
 from recipes.records import plain, without_folders
 
 _NUM_RESAMPLES = 500
+WIDE = 0.05
+"""Width of an interval of λ, relative to its lower end, that is told."""
+FAILURE_PROBABILITY = 0.01
+"""Of the intervals of λ."""
 BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
 
 
@@ -79,6 +83,7 @@ class Audit:
         class_names: One per class, or none.
         measurement: Numbers per image.
         effective_rank: ``(B,)``.
+        interval_width: Of λ at :data:`FAILURE_PROBABILITY`, relative to its lower end, ``(B,)``.
         attacks: By name.
         shown: The most sensitive images.
     """
@@ -91,6 +96,7 @@ class Audit:
     class_names: tuple[str, ...]
     measurement: Measurement
     effective_rank: Tensor
+    interval_width: Tensor
     attacks: dict[str, Attacked]
     shown: Shown
 
@@ -199,7 +205,9 @@ def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
                 | {key: getattr(attacked.result, key) for key in ("fooled", "euclidean")}
                 for name, attacked in audit.attacks.items()
             },
-            "images": audit.measurement.lists() | {"label": audit.labels, "effective_rank": audit.effective_rank},
+            "wide_interval_share": float((audit.interval_width > WIDE).double().mean()),
+            "images": audit.measurement.lists()
+            | {"label": audit.labels, "effective_rank": audit.effective_rank, "interval_width": audit.interval_width},
             "most_sensitive": {key: getattr(shown, key) for key in ("index", "eigenvalues", "predicted", "confidence")},
         }
     )

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from recipes import audit_figures
-from recipes.audit import BOUNDS, Audit, outcome, share
+from recipes.audit import BOUNDS, FAILURE_PROBABILITY, WIDE, Audit, outcome, share
 from recipes.audit_reading import of_all
 from recipes.measure import METRICS
 from recipes.page import Section, render
@@ -86,6 +86,9 @@ def summary(audit: Audit) -> pd.DataFrame:
         low, middle, high = (f"{float(values[name].quantile(level)):.3g}" for level in (0.05, 0.5, 0.95))
         rows[f"{title}, median (5 % to 95 %)"] = f"{middle} ({low} to {high})"
     rows["effective rank, median"] = f"{float(audit.effective_rank.quantile(0.5)):.3g}"
+    num_wide = int((audit.interval_width > WIDE).sum())
+    title = f"intervals of λ wider than {WIDE:.0%}, at a failure probability of {FAILURE_PROBABILITY:.0%}"
+    rows[title] = f"{num_wide} of {len(audit.images)}"
     rows["predictions that saturate"] = f"{int(audit.saturated.sum())} of {len(audit.images)}"
     for name, level in BOUNDS.items():
         bound = values[name].nanquantile(0.5)

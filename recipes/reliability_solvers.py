@@ -185,11 +185,12 @@ def _decoupled() -> Iterator[Examples]:
 def _multi_label(count: int, seed: int) -> Iterator[Examples]:
     """Many rare labels, a few common ones, and groups that go together."""
     generator = torch.Generator().manual_seed(seed)
+    size = max(1, count // 3)
     for num_labels in (20, 80, 300):
-        groups = torch.randn(count // 3, 1 + num_labels // 10, 64, generator=generator)
+        groups = torch.randn(size, 1 + num_labels // 10, 64, generator=generator)
         member = torch.randint(groups.shape[1], (num_labels,), generator=generator)
-        weight = groups[:, member] + 0.3 * torch.randn(count // 3, num_labels, 64, generator=generator)
-        yield _affine(weight, -4 + 3 * torch.randn(count // 3, num_labels, generator=generator), Bernoulli())
+        weight = groups[:, member] + 0.3 * torch.randn(size, num_labels, 64, generator=generator)
+        yield _affine(weight, -4 + 3 * torch.randn(size, num_labels, generator=generator), Bernoulli())
 
 
 def _affine(weight: Tensor, bias: Tensor, likelihood: Likelihood) -> Examples:
