@@ -78,7 +78,7 @@ class FisherSpectralNorm(_PerExampleMetric):
     Attributes:
         wide_share: Share of the examples whose interval is wider than the solver's ``tolerance`` at its
             ``failure_probability`` (``converged`` of :class:`fisher_reg.EigenResult` is false); NaN without examples.
-            For the default solver: 5 % of the eigenvalue, at 1 %.
+            For the default solver: 5 % of the eigenvalue, at 2 %.
 
     Example:
         >>> metric = FisherSpectralNorm()

@@ -104,6 +104,7 @@ def universal_spectral_norm(
         residual_is_exact=True,
         rounding=(4 * torch.finfo(mean.dtype).eps * found.value.sqrt())[None].to(mean.dtype),
         probe=RandomProbe.none(found.value[None], len(left)),
+        num_probes=torch.zeros(1, dtype=torch.long, device=left.device),
         search_space=left.new_zeros(1, 0, 0),
     )
 

@@ -63,7 +63,7 @@ class FisherMonitor(pl.Callback):
     - ``fisher/trace_mean``: unbiased; exact on the solver's search space, the rest by 2 random sign vectors, the same
       for all examples and each time: two passes more than the eigenvalue alone
     - ``fisher/wide_interval_share``: share of the examples whose interval of the largest eigenvalue is wider than the
-      solver's tolerance; by default 5 % of the eigenvalue, at a failure probability of 1 %. Difference quotients enter
+      solver's tolerance; by default 5 % of the eigenvalue, at a failure probability of 2 %. Difference quotients enter
       with their measured error; ``solver=Lanczos(is_exact=True)`` takes none
     - ``fisher/bound_global``, ``fisher/log10_bound_global`` (finite also where the bound overflows), and
       ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe

@@ -67,6 +67,7 @@ class Exact:
             residual_is_exact=True,
             rounding=eta.to(rows.dtype),
             probe=RandomProbe.nothing_left(eta, num_outputs),
+            num_probes=torch.zeros(count, dtype=torch.long, device=rows.device),
             search_space=rows.new_zeros(count, 0, num_outputs),
         )
 

@@ -19,6 +19,9 @@ uniformly random unit vector :math:`w` of the complement. Let :math:`p_q` be the
 the complement, :math:`|\gamma\, p_q(\lambda)| \le 1`. Beyond the largest root :math:`p_q` increases, and
 :math:`|\gamma| \ge c` but for a chosen probability, so that :math:`p_q(b) = 1 / c` gives :math:`b`.
 
+A search may need several such vectors, the next one after the one before has found something. The j-th has the
+failure probability divided by :math:`2^j`, so that all together fail with the promised one at most.
+
 References: van Dorsselaer, Hochstenbach, van der Vorst (2000), "Computing probabilistic bounds for extreme eigenvalues
 of symmetric matrices with the Lanczos method"; Hochstenbach (2013), "Probabilistic upper bounds for the matrix
 two-norm"; Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
@@ -90,7 +93,7 @@ class RandomProbe:
             num_outputs=num_outputs,
         )
 
-    def excludes(self, b: Tensor, failure_probability: float) -> Tensor:
+    def excludes(self, b: Tensor, failure_probability: float | Tensor) -> Tensor:
         """Say where no eigenvalue of the complement exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
         present = ~self.roots.isnan()
         if self.roots.shape[1] == 0:
@@ -101,19 +104,26 @@ class RandomProbe:
         # log |p_q(b)|, with beta_q = sqrt(b alpha_q) where it is not known
         factors = (b[:, None] - self.roots.nan_to_num(0.0)).clamp_min(_TINY).log() * present
         log_p = factors.sum(1) - self.log_norms - torch.where(is_open, 0.5 * (log_b + log_alpha), 0.0)
-        is_large = log_p >= -math.log(least_component(failure_probability, self.num_outputs))
+        is_large = log_p >= -least_component(failure_probability, self.num_outputs).log()
         is_empty = is_open & (self.open_diagonal <= 0) & (present.sum(1) == 1)
         return (b >= top) & (is_large | is_empty) & present.any(1)
 
-    def bound(self, failure_probability: float) -> Tensor:
-        """Return :math:`b` ``(B,)`` in double precision; infinite where no step was taken."""
+    def bound(self, failure_probability: float | Tensor) -> Tensor:
+        """Return :math:`b` ``(B,)`` in double precision; infinite where no step was taken.
+
+        Args:
+            failure_probability: One number, or one per example ``(B,)``.
+
+        Returns:
+            ``(B,)``.
+        """
         present = ~self.roots.isnan()
         count = present.sum(1)
         if self.roots.shape[1] == 0:
             return self.log_norms.new_full(self.log_norms.shape, torch.inf)
         top = self.roots.masked_fill(~present, -torch.inf).amax(1).clamp_min(0)
         # log of prod (b - r_j) at which p_q(b) = 1 / c
-        target = self.log_norms - math.log(least_component(failure_probability, self.num_outputs))
+        target = self.log_norms - least_component(failure_probability, self.num_outputs).log()
         is_open = ~self.open_diagonal.isnan()
         log_alpha = self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
 
@@ -133,8 +143,10 @@ _TINY = 1e-290
 _NO_STEP = -590.0  # logarithm of a step that stands for none
 
 
-def least_component(failure_probability: float, dimension: int) -> float:
+def least_component(failure_probability: float | Tensor, dimension: int) -> Tensor:
     r"""Return ``c`` with :math:`P(|\gamma| < c) \le` ``failure_probability`` for a component of a random unit vector.
+
+    In double precision, of the shape of ``failure_probability``.
 
     The density of :math:`\gamma` is largest at zero, where it is
     :math:`\Gamma(n/2) / (\sqrt\pi\, \Gamma((n-1)/2))`, from ``n = 3`` dimensions on. With fewer the components are
@@ -142,7 +154,7 @@ def least_component(failure_probability: float, dimension: int) -> float:
     """
     n = max(dimension, 3)
     log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
-    return min(1.0, 0.5 * failure_probability / math.exp(log_density))
+    return (0.5 * torch.as_tensor(failure_probability).double() / math.exp(log_density)).clamp_max(1.0)
 
 
 def largest_allowed(values: Tensor, couplings: Tensor, limit: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Lanczos:
     num_starts: int = 1
     rtol: float = 5e-2
     tolerance: float = 0.05
-    failure_probability: float = 0.01
+    failure_probability: float = 0.02
     is_exact: bool = False
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class PowerIteration:
     max_iterations: int = 100
     rtol: float = 5e-2
     tolerance: float = 0.05
-    failure_probability: float = 0.01
+    failure_probability: float = 0.02
     num_probe_steps: int = 8
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ class EigenResult:
         eigenvector: ``(B, *S)``. :math:`v = A^\top u / \sqrt\theta`; zero where the matrix is zero.
         left_singular_vector: ``(B, K)``. :math:`u`, of unit length: what the outputs do along ``v``.
         residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`. :math:`A A^\top` has the eigenvalues of F, so that one of
-            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest.
+            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. Infinite where
+            no pass was left for it.
         converged: ``(B,)``, boolean. Both of these hold: the residual is at most ``rtol`` times the eigenvalue, and no
             eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
             ``failure_probability`` (see :meth:`interval`).
@@ -39,6 +40,7 @@ class EigenResult:
         residual_is_exact: Whether the residual and the random probe come from exact derivatives.
         rounding: ``(B,)``. Estimated norm of the rounding errors of ``A``, in the unit of :math:`\sqrt\lambda`.
         probe: Lanczos steps of a random vector outside the search space.
+        num_probes: ``(B,)``. Random vectors that were used; the probe is that of the last one.
         search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer: the search space and the steps of the
             probe. Empty where all outputs were used.
     """
@@ -56,6 +58,7 @@ class EigenResult:
     residual_is_exact: bool
     rounding: Tensor
     probe: RandomProbe
+    num_probes: Tensor
     search_space: Tensor
 
     @property
@@ -108,7 +111,7 @@ class EigenResult:
             self._check_exact(failure_probability)
         b = torch.full_like(self.eigenvalue, torch.inf).double()
         if failure_probability is not None:
-            b = self.probe.bound(failure_probability)
+            b = self.probe.bound(failure_probability * 0.5 ** self.num_probes.double())
         if trace is not None:
             b = torch.minimum(b, self._beyond_by_trace(trace))
         return self._enclose(b, 0.0 if failure_probability is None or self._covers_all() else failure_probability)
@@ -183,7 +186,7 @@ class TraceEstimator(Protocol):
 
 
 _PER_PAIR = ("eigenvalue", "eigenvector", "left_singular_vector", "residual", "converged")
-_PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding")
+_PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding", "num_probes")
 _PADDED = ("ritz_values", "couplings", "search_space")
 
 

@@ -238,8 +238,11 @@ class _Search:
     def _probe(self, probes: Tensor, ritz: Ritz, beta: Tensor, exhausted: Tensor, vectors: Tensor) -> Tensor:
         """Take in the last off-diagonal of those that probe; stop, go on, or settle again."""
         self.log_norms = torch.where(probes, self.log_norms + beta.clamp_min(_TINY).log(), self.log_norms)
-        self._finish(probes & (self._is_certified(is_open=False) | self._is_last()), is_open=False)
+        self._finish(probes & self._is_certified(is_open=False), is_open=False)
         is_larger = ritz.value[:, 0] > (1 + 0.5 * self.plan.tolerance) * self.anchor.value[:, 0]
+        if self._is_last():
+            self._take_best(probes & is_larger & ~self.is_done, ritz)
+            self._finish(probes, is_open=False)
         again = probes & (is_larger | exhausted) & ~self.is_done
         self.begin = torch.where(again, _SETTLING, self.begin)
         if self.plan.num_eigenpairs > 1:  # all vectors become the search space
@@ -248,18 +251,27 @@ class _Search:
         self.space = self.space.cleared(again)
         return torch.where(again[:, None, None], ritz.left, vectors)
 
+    def _take_best(self, better: Tensor, ritz: Ritz) -> None:
+        """Take the best vectors of space and probe together where there is no pass left for their residuals."""
+        self.anchor = ritz.where(better, self.anchor)
+        self.residual = torch.where(better[:, None], torch.inf, self.residual)
+        self.begin = torch.where(better, _SETTLING, self.begin)
+
     def _products(self, left: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the parts of ``A v`` outside the space ``(B, k, K)``, and their lengths with the error ``(B, k)``."""
         beyond, distances = [], []
         for u, row in zip(left.unbind(1), rows.unbind(1), strict=True):
-            image = self._image(u, row)
+            image, error = self._image(u, row)
             rest = outside(image, self.space.left)
             beyond.append(rest)
-            distances.append(rest.double().norm(dim=1))
+            distances.append(rest.double().norm(dim=1) + error)
         return torch.stack(beyond, 1), torch.stack(distances, 1)
 
-    def _image(self, u: Tensor, row: Tensor) -> Tensor:
-        """``A v`` for ``v = Aᵀ u / |Aᵀ u|``, by a difference quotient where its error is small enough."""
+    def _image(self, u: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``A v`` for ``v = Aᵀ u / |Aᵀ u|`` and its error in the space ``(B,)``.
+
+        It is a difference quotient where its error is small enough.
+        """
         v, trusted = unit(row), self.plan.trusted
         known = (self.space.rows @ v[:, :, None]).squeeze(2)
         # squares below the square root of the smallest number underflow
@@ -277,7 +289,7 @@ class _Search:
         num_outputs, num_vectors = self.space.left.shape[2], self.space.left.shape[1]
         norm = 2 * error * (num_outputs / num_vectors) ** 0.5
         self.rounding = torch.where(is_exact, torch.maximum(self.rounding, norm.to(self.rounding)), self.rounding)
-        return image
+        return image, error.double()
 
     def _replaced(self, image: Tensor, v: Tensor, wrong: Tensor) -> Tensor:
         """Take the exact derivative where ``wrong``."""
@@ -348,7 +360,9 @@ class _Search:
             allowed = largest_allowed(self.anchor.all_values, self._couplings(), limit)
         else:  # nothing outside the space is larger than the last pair
             allowed = (1 + plan.tolerance) * value.amin(1) + _NEGLIGIBLE * value[:, 0]
-        narrow = self._random_probe(is_open).excludes(allowed, plan.failure_probability)
+        narrow = self._random_probe(is_open).excludes(
+            allowed, plan.failure_probability * 0.5 ** self.num_probes.double()
+        )
         return narrow & (self.begin != _SETTLING) & ~self.is_done
 
     def _eta(self) -> Tensor:
@@ -385,6 +399,7 @@ class _Search:
             residual_is_exact=self.plan.trusted == 0,
             rounding=self._eta().to(dtype),
             probe=probe,
+            num_probes=self.num_probes,
             search_space=self.space.left,
         )
         self.found.append((self.index[done], part(result, done)))
