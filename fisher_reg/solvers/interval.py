@@ -37,6 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisher_reg.solvers.linalg import symmetric_eigen
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -193,7 +195,7 @@ def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:
     size = theta.shape[1]
     arrow = torch.diag_embed(torch.cat([theta, b[:, None]], 1))
     arrow[:, :size, size] = arrow[:, size, :size] = kappa
-    top = torch.linalg.eigvalsh(arrow)[:, -1]
+    top = symmetric_eigen(arrow)[0][:, -1]
     return torch.where(is_known, torch.maximum(top, theta[:, 0]) * scale, torch.inf)
 
 

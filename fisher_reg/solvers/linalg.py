@@ -63,6 +63,17 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values * scale[:, None], vectors
 
 
+def beyond_rank(values: Tensor, rounding: Tensor, num_outputs: int) -> Tensor:
+    """Say which eigenvalues ``(B, k)``, descending, are nothing but rounding errors of norm ``rounding`` ``(B,)``.
+
+    Returns:
+        ``(B, k)``, boolean; the first one is never among them, unless it is zero.
+    """
+    is_noise = values <= num_outputs * rounding[:, None] ** 2
+    is_noise[:, 0] = values[:, 0] == 0
+    return is_noise
+
+
 def dense_rows(operator: FactoredOperator) -> Tensor:
     """Form ``A`` ``(B, K, d)`` by ``K`` applications of the adjoint."""
     like = operator.starts(1)[:, 0]

@@ -25,8 +25,8 @@ class EigenResult:
         eigenvector: ``(B, *S)``. :math:`v = A^\top u / \sqrt\theta`; zero where the matrix is zero.
         left_singular_vector: ``(B, K)``. :math:`u`, of unit length: what the outputs do along ``v``.
         residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`. :math:`A A^\top` has the eigenvalues of F, so that one of
-            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. Infinite where
-            no pass was left for it.
+            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. Infinite
+            where no pass was left for it.
         converged: ``(B,)``, boolean. Both of these hold: the residual is at most ``rtol`` times the eigenvalue, and no
             eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
             ``failure_probability`` (see :meth:`interval`).

@@ -22,6 +22,7 @@ from torch import Tensor
 from fisher_reg.sampling import fixed_generator, normal
 from fisher_reg.solvers.interval import RandomProbe, largest_allowed
 from fisher_reg.solvers.linalg import (
+    beyond_rank,
     check_finite,
     inner_products,
     new_direction,
@@ -221,7 +222,8 @@ class _Search:
         """Keep the Ritz vectors of those that settle; where their residuals are small, a probe begins."""
         self.anchor = ritz.where(settles, self.anchor)
         self.residual = torch.where(settles[:, None], residual, self.residual)
-        small = settles & ((residual <= self.plan.rtol * ritz.value) | exhausted).all(1)
+        is_zero = beyond_rank(self.anchor.value, self._eta(), self.space.left.shape[2])
+        small = settles & ((residual <= self.plan.rtol * ritz.value) | exhausted | is_zero).all(1)
         draws = small & (self.num_probes < _MAX_PROBES) & (not self._is_last())
         may_grow = (self.num_probes > 0) | self.plan.grows
         self._finish(settles & ~draws & (small | self._is_last() | ~may_grow), is_open=False)
@@ -310,11 +312,11 @@ class _Search:
         """
         if not bool(suspicious.any()):
             return
-        twice, thrice = (self.operator.apply(c * v, exact=True) / c for c in (2, 3))
+        once, twice, thrice = (self.operator.apply(c * v, exact=True) / c for c in (1, 2, 3))
         again = self.operator.adjoint(3 * u) / 3
-        self.num_matvecs += 3
-        noise = (again - row).norm(dim=1) + (thrice - image).norm(dim=1)
-        is_linear = (twice - image).norm(dim=1) <= 1e-3 * image.norm(dim=1)
+        self.num_matvecs += 4
+        noise = (again - row).norm(dim=1) + (thrice - once).norm(dim=1)
+        is_linear = (twice - once).norm(dim=1) <= 1e-3 * once.norm(dim=1)
         error = _disagreement(self.space, image, (self.space.rows @ v[:, :, None]).squeeze(2))
         if bool((suspicious & ~(is_linear & (error <= 100 * noise))).any()):
             raise ValueError(_NO_TRANSPOSES)
@@ -325,7 +327,7 @@ class _Search:
         # all of it goes along one vector: kappa_i / kappa_1 = |s_mi| / |s_m1|
         krylov = self.residual[:, :1] * last / last[:, :1].clamp_min(_TINY)
         unknown = torch.full_like(krylov, torch.inf)
-        kappa = torch.where(self.is_krylov[:, None], krylov, unknown)
+        kappa = torch.where(self.is_krylov[:, None] & krylov.isfinite(), krylov, unknown)
         return torch.cat([self.residual, kappa[:, self.residual.shape[1] :]], 1)
 
     def _probe_roots(self) -> Tensor:
@@ -380,17 +382,18 @@ class _Search:
         if not bool(done.any()):
             return
         anchor, dtype = self.anchor, self.space.rows.dtype
-        small = self.residual <= self.plan.rtol * anchor.value
-        value = anchor.value.to(dtype)
+        is_zero = beyond_rank(anchor.value, self._eta(), self.space.left.shape[2])
+        small = (self.residual <= self.plan.rtol * anchor.value) | (self.residual == 0) | is_zero
+        value = anchor.value.masked_fill(is_zero, 0.0).to(dtype)
         # a positive eigenvalue that the precision cannot hold
-        in_range = torch.isfinite(value) & ((value > 0) | (anchor.value == 0))
+        in_range = torch.isfinite(value) & ((value > 0) | is_zero)
         probe = self._random_probe(is_open)
         result = EigenResult(
             eigenvalue=value,
-            eigenvector=unit(anchor.row),
+            eigenvector=unit(anchor.row).masked_fill(is_zero[:, :, None], 0.0),
             left_singular_vector=anchor.left,
             residual=self.residual.to(dtype),
-            converged=(small | (self.residual == 0)) & self._is_certified(is_open)[:, None] & in_range,
+            converged=small & self._is_certified(is_open)[:, None] & in_range,
             ritz_values=anchor.all_values.to(dtype),
             couplings=self._couplings().to(dtype),
             num_steps=torch.full_like(self.index, self.num_steps),
