@@ -13,7 +13,7 @@ from torch import Tensor
 from fisher_reg.left_out import change
 
 
-def categorical_divergence(logits: Tensor, moved: Tensor) -> Tensor:
+def categorical_divergence(logits: Tensor, moved: Tensor, difference: Tensor | None = None) -> Tensor:
     r"""Return :math:`\sum_k p_k (e^{d_k} - 1 - d_k)` with :math:`d = \log q - \log p`, in nats.
 
     Its relative error is a few times that of the difference ``moved - logits``, also where ``p`` is saturated. A class
@@ -22,6 +22,7 @@ def categorical_divergence(logits: Tensor, moved: Tensor) -> Tensor:
     Args:
         logits: ``(B, K)``, of :math:`p`.
         moved: ``(B, K)``, of :math:`q`.
+        difference: ``moved - logits`` where it is known better than from these two, which are rounded.
 
     Returns:
         ``(B,)``, with gradient to both. Zero, with a gradient of zero, where they are equal; infinite where ``moved``
@@ -37,7 +38,7 @@ def categorical_divergence(logits: Tensor, moved: Tensor) -> Tensor:
     p, q = log_p.exp(), moved.softmax(1)
     is_possible = p > 0
     # t = z' - z less its entry at the likeliest class; d = t - c with c = log sum_k p_k exp(t_k)
-    t = change(logits, moved)
+    t = change(logits, moved) if difference is None else difference
     t = torch.where(is_possible, t - t.gather(1, likeliest), 0.0)
     log_raised = moved - moved.gather(1, likeliest) + log_p.gather(1, likeliest)
     c_large = log_p.gather(1, likeliest) - moved.log_softmax(1).gather(1, likeliest)

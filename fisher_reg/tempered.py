@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.divergence import categorical_divergence
 from fisher_reg.errors import NoBoundError
-from fisher_reg.left_out import present
+from fisher_reg.left_out import change, present
 from fisher_reg.likelihood import Categorical
 
 
@@ -72,7 +73,7 @@ class MarginTempered:
         first = logits.amax(1, keepdim=True)
         is_far = _is_far(logits - first, temperature) & _is_far(moved - first, temperature)
         before, after = (_over(z - first, temperature, is_far) for z in (logits, moved))
-        return Categorical().divergence(before, after)
+        return categorical_divergence(before, after, change(logits, moved) / temperature)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
         """Return those of :class:`Categorical`, whose order the temperature does not change."""
@@ -106,10 +107,11 @@ class MarginTempered:
         """
         first, second = logits.topk(2, dim=1).values.split(1, dim=1)
         numbers = torch.finfo(logits.dtype)
+        size = torch.maximum(first.detach().abs(), present(second.detach()).abs())
         # what rounding leaves of equal logits, and for two zeros what keeps 1 / T^2 far from overflow
-        smallest = numbers.eps * torch.maximum(first.detach().abs(), present(second.detach()).abs())
+        smallest = torch.where(size > 0, (numbers.eps * size).clamp_min(numbers.tiny), numbers.tiny**0.375)
         gap = torch.where(second.isneginf(), 1.0, first - second)
-        return gap.clamp_min(smallest.clamp_min(numbers.tiny**0.375)) / self.margin
+        return torch.maximum(gap, smallest) / self.margin
 
 
 _FAR = 1e4  # tempered logits as far below the largest one have the probability zero in any precision

@@ -75,4 +75,4 @@ class Hutchinson:
         return total / self.num_samples
 
 
-_SEED = 1  # the solver's random vectors, which shape the search space, have another
+_SEED = 7919_2026_0002  # the solver's random vectors, which shape the search space, have another

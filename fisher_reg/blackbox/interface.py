@@ -38,7 +38,8 @@ def blackbox_spectral_norm(
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
         bounds: ``(low, high)``, numbers, tensors or arrays that are broadcastable to the inputs, in their unit and
             precision. No question leaves this range. Without it, questions leave the range of the inputs by a few
-            steps.
+            steps, which are small where the answers follow them. Where no answer moves, three tries take steps a
+            thousand times as long each.
         max_batch_size: Examples per call of ``predict``, at most. Each question then takes
             ``ceil(B / max_batch_size)`` calls.
         progress: Called as ``progress(done, total)`` after each question, with questions per example.
@@ -67,8 +68,8 @@ def blackbox_spectral_norm(
     std = torch.ones_like(points[:1]) if input_std is None else input_std.to(points)
     check_input_std(std)
     questions = within(Questions(points, std), bounds)
-    if max_batch_size is not None and max_batch_size < 1:
-        raise ValueError(f"max_batch_size must be at least 1; got {max_batch_size}.")
+    if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size >= 1):
+        raise ValueError(f"max_batch_size must be a whole number, at least 1; got {max_batch_size}.")
     chosen = estimator or BlackBox()
     chosen.check(questions)
     service = Service(predict, inputs, max_batch_size, progress, chosen.num_questions)

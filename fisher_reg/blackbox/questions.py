@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def within(questions: Questions, bounds: Any) -> Questions:
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"bounds must be a pair (low, high), such as (0, 1); got {bounds!r}.")
     inputs = questions.inputs
-    low, high = (torch.as_tensor(bound).to(inputs) for bound in bounds)
+    low, high = (_as_tensor(bound).to(inputs) for bound in bounds)
     try:
         torch.broadcast_to(high - low, inputs.shape)
     except RuntimeError as error:
@@ -100,6 +101,10 @@ def within(questions: Questions, bounds: Any) -> Questions:
         )
     _check_inside(inputs, low, high)
     return replace(questions, low=low, high=high)
+
+
+def _as_tensor(bound: Any) -> Tensor:
+    return bound if isinstance(bound, Tensor) else torch.from_numpy(np.array(bound, dtype=np.float64, order="C"))
 
 
 def _check_inside(inputs: Tensor, low: Tensor, high: Tensor) -> None:

@@ -15,14 +15,14 @@ from fisher_reg.blackbox.service import Service
 
 CONSTANT = "no answer differs from the one at the input"
 UNRESOLVED = "the answers do not resolve the step"
-CLIPPED = "the service ignores steps that leave the range of the input"
+CLIPPED = "steps that leave the range of the input change nothing: the service clips or rounds its inputs"
 
 _REMEDIES = {
     CONSTANT: "The probabilities are labels or round to 0 and 1 there: ask for probabilities in more digits.",
     UNRESOLVED: "Difference quotients at several steps disagree, as they do where the service rounds its inputs or "
     "answers, returns labels, or is a step function such as a forest: ask for float32 on both sides. If "
     "it clips its inputs, pass bounds=(low, high). Near kinks of the network, add a little noise to the inputs.",
-    CLIPPED: "Pass the range of the inputs, such as bounds=(0, 1).",
+    CLIPPED: "If it clips, pass the range of the inputs, such as bounds=(0, 1); if it rounds, ask for float32.",
 }
 
 

@@ -183,7 +183,8 @@ def _jackknife(sketch: Tensor) -> Tensor:
         return whole
     group = torch.arange(num_columns, device=sketch.device) % num_groups
     left_out = torch.stack([_top(sketch[:, group != one]) for one in range(num_groups)]).mean(0)
-    return (num_groups * whole - (num_groups - 1) * left_out).clamp_min(0)
+    corrected = num_groups * whole - (num_groups - 1) * left_out
+    return torch.where(corrected > 0, corrected, whole)  # with few columns the correction can exceed the value
 
 
 def _top(columns: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from fisher_reg.solvers.protocols import FactoredOperator
 class EigenResult:
     r"""Largest eigenvalue of a batch of matrices :math:`F = A^\top A`, with what is known of its error.
 
-    Of :func:`fisher_reg.fisher_eigenpairs` the first five fields have an axis of eigenpairs after ``B``.
+    Of :func:`fisher_reg.fisher_eigenpairs` the first five fields have an axis of eigenpairs after ``B``. A solver of
+    your own may leave out the fields from ``residual_is_exact`` on: nothing is then known but the eigenpair.
 
     Attributes:
         eigenvalue: ``(B,)``. :math:`\theta = \|A^\top u\|^2`, a Rayleigh quotient by backward passes alone: never above
@@ -31,14 +32,16 @@ class EigenResult:
             eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
             ``failure_probability`` (see :meth:`interval`).
         ritz_values: ``(B, m)``, descending: the Ritz values of the search space, zero where it was smaller.
-        couplings: ``(B, m)``. Length of what :math:`A A^\top` takes each Ritz vector out of the search space by;
-            infinite where it is not known.
         num_steps: ``(B,)``. Vectors added to the starts for each example.
         num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch, or what
             was left of it.
         solver: The solver that was used.
         residual_is_exact: Whether the residual and the random probe come from exact derivatives.
-        rounding: ``(B,)``. Estimated norm of the rounding errors of ``A``, in the unit of :math:`\sqrt\lambda`.
+        couplings: ``(B, m)``. Length of what :math:`A A^\top` takes each Ritz vector out of the search space by;
+            infinite where it is not known.
+        rounding: ``(B,)``. Estimated norm of the errors of products with ``A``, in the unit of :math:`\sqrt\lambda`:
+            how far forward and backward derivatives disagree in the search space, with a factor for what that does not
+            see.
         probe: Lanczos steps of a random vector outside the search space.
         num_probes: ``(B,)``. Random vectors that were used; the probe is that of the last one.
         search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer: the search space and the steps of the
@@ -51,15 +54,29 @@ class EigenResult:
     residual: Tensor
     converged: Tensor
     ritz_values: Tensor
-    couplings: Tensor
     num_steps: Tensor
     num_matvecs: int
     solver: Solver
-    residual_is_exact: bool
-    rounding: Tensor
-    probe: RandomProbe
-    num_probes: Tensor
-    search_space: Tensor
+    residual_is_exact: bool = False
+    couplings: Tensor = None  # type: ignore[assignment]
+    rounding: Tensor = None  # type: ignore[assignment]
+    probe: RandomProbe = None  # type: ignore[assignment]
+    num_probes: Tensor = None  # type: ignore[assignment]
+    search_space: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Fill in what a solver does not say: nothing is known of it."""
+        value, u = self.ritz_values, self.left_singular_vector
+        defaults = {
+            "couplings": torch.full_like(value, torch.inf),
+            "rounding": 4 * torch.finfo(value.dtype).eps * value[:, 0].sqrt(),
+            "probe": RandomProbe.none(value[:, 0], u.shape[-1]),
+            "num_probes": torch.zeros(len(value), dtype=torch.long, device=value.device),
+            "search_space": u.reshape(len(value), -1, u.shape[-1]) * 1.0,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
     @property
     def known_trace(self) -> Tensor:
@@ -69,17 +86,19 @@ class EigenResult:
     def interval(self, failure_probability: float | None = None, *, trace: Tensor | None = None) -> Interval:
         r"""Enclose the largest eigenvalue: ``lower <= λ <= upper`` per example, at no further pass.
 
-        *Certain* is that no Rayleigh quotient exceeds :math:`\lambda`, so that ``lower`` holds; and, given an exact
-        ``trace``, that ``upper`` holds: what the search space leaves of the trace bounds every eigenvalue outside it.
+        *Certain*, up to rounding, is that no Rayleigh quotient exceeds :math:`\lambda`, so that ``lower`` holds; and,
+        given an exact ``trace``, that ``upper`` holds: what the search space leaves of the trace bounds every
+        eigenvalue outside it.
 
         *With probability* ``1 - failure_probability`` the ``upper`` without a trace holds, for each example by itself.
         The randomness is that of the random vector that the solver has drawn from its ``generator``, by default a fixed
         one, the same for all examples of a batch; nothing is assumed of the network or the input. The failures of
         several examples are therefore not independent. The formulas are in :mod:`fisher_reg.solvers.interval`.
 
-        *Rounding* is added on both sides, as estimated: from the disagreement of forward and backward derivatives in
-        the search space (``rounding``). The numbers of a network in float32 are those of the function that is computed
-        in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below ``lower``.
+        *Rounding* is added on both sides as an estimate, not a proof: from the disagreement of forward and backward
+        derivatives in the search space (``rounding``). The numbers of a network in float32 are those of the function
+        that is computed in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below
+        ``lower``.
 
         Args:
             failure_probability: Strictly between 0 and 1; that of the solver if nothing is given. A smaller one than
@@ -91,8 +110,9 @@ class EigenResult:
             Fields ``(B,)`` in the unit of ``eigenvalue``.
 
         Raises:
-            ValueError: If the failure probability is no such number, if the residual is not an exact derivative and
-                no trace is given, or for the result of :func:`fisher_reg.fisher_eigenpairs`.
+            ValueError: If the failure probability is no such number, if ``trace`` is not ``(B,)``, if the residual is
+                not an exact derivative and no trace is given, or for the result of
+                :func:`fisher_reg.fisher_eigenpairs`.
 
         Example:
             >>> from fisher_reg import Lanczos, fisher_spectral_norm
@@ -143,6 +163,10 @@ class EigenResult:
 
     def _beyond_by_trace(self, trace: Tensor) -> Tensor:
         """Bound the eigenvalues outside the search space by the trace that is not known to lie elsewhere."""
+        if not isinstance(trace, Tensor) or trace.shape != self.eigenvalue.shape:
+            found = tuple(trace.shape) if isinstance(trace, Tensor) else type(trace).__name__
+            shape = tuple(self.eigenvalue.shape)
+            raise ValueError(f"trace must be a tensor of shape {shape}, one number per example; got {found}.")
         total = trace.to(self.eigenvalue.device).double()
         roots = self.probe.roots.double()
         largest = roots.nan_to_num(0.0).amax(1) if roots.shape[1] else torch.zeros_like(total)
