@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,11 +95,29 @@ class RandomProbe:
             num_outputs=num_outputs,
         )
 
+    def scaled(self) -> tuple[RandomProbe, Tensor]:
+        """Return the recurrence with all numbers divided by ``s`` ``(B,)``, and ``s``, about its largest eigenvalue."""
+        diagonal = self.open_diagonal.nan_to_num(0.0)
+        largest = self.roots.nan_to_num(0.0).amax(1) if self.roots.shape[1] else diagonal
+        scale = torch.maximum(largest, diagonal)
+        scale = torch.where(scale > 0, scale, 1.0)
+        num_norms = (~self.roots.isnan()).sum(1) - (~self.open_diagonal.isnan()).long()
+        return replace(
+            self,
+            roots=self.roots / scale[:, None],
+            log_norms=self.log_norms - num_norms * scale.log(),
+            open_diagonal=self.open_diagonal / scale,
+        ), scale
+
     def excludes(self, b: Tensor, failure_probability: float | Tensor) -> Tensor:
         """Say where no eigenvalue of the complement exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
-        present = ~self.roots.isnan()
         if self.roots.shape[1] == 0:
             return torch.zeros_like(b, dtype=torch.bool)
+        unit, scale = self.scaled()
+        return unit._excludes(b / scale, failure_probability)
+
+    def _excludes(self, b: Tensor, failure_probability: float | Tensor) -> Tensor:
+        present = ~self.roots.isnan()
         top = self.roots.masked_fill(~present, -torch.inf).amax(1)
         is_open = ~self.open_diagonal.isnan()
         log_b, log_alpha = b.clamp_min(_TINY).log(), self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
@@ -119,10 +137,14 @@ class RandomProbe:
         Returns:
             ``(B,)``.
         """
-        present = ~self.roots.isnan()
-        count = present.sum(1)
         if self.roots.shape[1] == 0:
             return self.log_norms.new_full(self.log_norms.shape, torch.inf)
+        unit, scale = self.scaled()
+        return unit._bound(failure_probability) * scale
+
+    def _bound(self, failure_probability: float | Tensor) -> Tensor:
+        present = ~self.roots.isnan()
+        count = present.sum(1)
         top = self.roots.masked_fill(~present, -torch.inf).amax(1).clamp_min(0)
         # log of prod (b - r_j) at which p_q(b) = 1 / c
         target = self.log_norms - least_component(failure_probability, self.num_outputs).log()
@@ -156,7 +178,7 @@ def least_component(failure_probability: float | Tensor, dimension: int) -> Tens
     """
     n = max(dimension, 3)
     log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
-    return (0.5 * torch.as_tensor(failure_probability).double() / math.exp(log_density)).clamp_max(1.0)
+    return (0.5 * torch.as_tensor(failure_probability, dtype=torch.float64) / math.exp(log_density)).clamp_max(1.0)
 
 
 def largest_allowed(values: Tensor, couplings: Tensor, limit: Tensor) -> Tensor:

@@ -69,7 +69,9 @@ def beyond_rank(values: Tensor, rounding: Tensor, num_outputs: int) -> Tensor:
     Returns:
         ``(B, k)``, boolean; the first one is never among them, unless it is zero.
     """
-    is_noise = values <= num_outputs * rounding[:, None] ** 2
+    # of the products themselves, and of the eigenvalues of their Gram matrix in double precision
+    noise = rounding.square() + torch.finfo(torch.float64).eps * values[:, 0]
+    is_noise = values <= num_outputs * noise[:, None]
     is_noise[:, 0] = values[:, 0] == 0
     return is_noise
 
