@@ -47,7 +47,7 @@ class Lanczos:
         ValueError: If a count is below 1, or ``failure_probability`` is not strictly between 0 and 1.
     """
 
-    num_steps: int = 8
+    num_steps: int = 10
     num_starts: int = 1
     rtol: float = 5e-2
     tolerance: float = 0.05

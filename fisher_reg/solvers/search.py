@@ -61,7 +61,7 @@ class Plan:
     @property
     def trusted(self) -> float:
         """Error of a difference quotient, relative to the result, above which the exact derivative is taken."""
-        return 0.0 if self.is_exact or self.rtol < _LEAST_QUOTIENT_RTOL else min(_TRUSTED, self.rtol)
+        return 0.0 if self.is_exact or self.rtol < _LEAST_QUOTIENT_RTOL else min(_TRUSTED, self.rtol / 4)
 
 
 @dataclass(frozen=True)
