@@ -11,7 +11,7 @@ from fisher_reg.solvers.interval import RandomProbe
 from fisher_reg.solvers.linalg import beyond_rank, dense_rows, inner_products, unit
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, leading
-from fisher_reg.solvers.search import Space
+from fisher_reg.solvers.space import Space
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,13 @@ from fisher_reg.solvers.interval import RandomProbe, largest_allowed
 from fisher_reg.solvers.linalg import (
     beyond_rank,
     check_finite,
-    inner_products,
-    new_direction,
     outside,
     symmetric_eigen,
     unit,
 )
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, Solver, concatenate, part
+from fisher_reg.solvers.space import Ritz, Space
 
 
 @dataclass(frozen=True)
@@ -62,94 +61,6 @@ class Plan:
     def trusted(self) -> float:
         """Error of a difference quotient, relative to the result, above which the exact derivative is taken."""
         return 0.0 if self.is_exact or self.rtol < _LEAST_QUOTIENT_RTOL else min(_TRUSTED, self.rtol / 4)
-
-
-@dataclass(frozen=True)
-class Space:
-    """Search spaces of a batch.
-
-    Attributes:
-        left: Orthonormal vectors ``(B, m, K)``, zero where exhausted.
-        rows: ``left A``, ``(B, m, d)``.
-        gram: ``rows rowsᵀ``, the projection of ``G``, ``(B, m, m)`` in double precision.
-    """
-
-    left: Tensor
-    rows: Tensor
-    gram: Tensor
-
-    def extended(self, operator: FactoredOperator, vectors: Tensor) -> Space:
-        """Add ``vectors`` ``(B, n, K)``, each orthonormalised and at the cost of one backward pass."""
-        left, rows, gram = self.left, self.rows, self.gram
-        for vector in vectors.unbind(1):
-            direction = new_direction(vector, left)
-            row = operator.adjoint(direction)[:, None]
-            left = torch.cat([left, direction[:, None]], 1)
-            rows = torch.cat([rows, row], 1) if rows.numel() else row
-            products = inner_products(rows, row)
-            gram = torch.cat([torch.cat([gram, products[:, :-1]], 2), products.mT], 1)
-        return Space(left, rows, gram)
-
-    def cleared(self, empty: Tensor) -> Space:
-        """Return spaces of which those where ``empty`` ``(B,)`` hold nothing."""
-        if not bool(empty.any()):
-            return self
-        kept = ~empty[:, None, None]
-        return Space(self.left * kept, self.rows * kept, self.gram * kept)
-
-    def part(self, keep: Tensor) -> Space:
-        """Return the spaces of some examples."""
-        return Space(self.left[keep], self.rows[keep], self.gram[keep])
-
-    def ritz(self, num_eigenpairs: int) -> Ritz:
-        """Return the best vectors of the spaces."""
-        values, vectors = symmetric_eigen(self.gram)
-        if vectors.shape[1] < num_eigenpairs:
-            raise ValueError(f"A space of {vectors.shape[1]} vectors has no {num_eigenpairs} eigenpairs.")
-        top = vectors[:, :, -num_eigenpairs:].flip(2).mT.to(self.left.dtype)
-        return Ritz(
-            left=top @ self.left,
-            row=top @ self.rows,
-            all_values=values.flip(1).clamp_min(0),
-            along_last=vectors[:, -1].flip(1).abs(),
-        )
-
-
-@dataclass(frozen=True)
-class Ritz:
-    """Ritz vectors of a batch of spaces.
-
-    Attributes:
-        left: The best ones, ``(B, k, K)``.
-        row: ``left A``, ``(B, k, d)``.
-        all_values: The Ritz values ``(B, m)``, descending, in double precision.
-        along_last: Components of all Ritz vectors along the last vector of the space, ``(B, m)``.
-    """
-
-    left: Tensor
-    row: Tensor
-    all_values: Tensor
-    along_last: Tensor
-
-    @property
-    def value(self) -> Tensor:
-        """The largest Ritz values ``(B, k)``, in double precision."""
-        return self.all_values[:, : self.left.shape[1]]
-
-    def where(self, condition: Tensor, other: Ritz) -> Ritz:
-        """Take these for the examples where ``condition`` ``(B,)``, else the other ones, whose spaces were smaller."""
-        missing = self.all_values.shape[1] - other.all_values.shape[1]
-        pad = torch.nn.functional.pad
-        return Ritz(
-            left=torch.where(condition[:, None, None], self.left, other.left),
-            row=torch.where(condition[:, None, None], self.row, other.row),
-            all_values=torch.where(condition[:, None], self.all_values, pad(other.all_values, (0, missing))),
-            along_last=torch.where(condition[:, None], self.along_last, pad(other.along_last, (0, missing))),
-        )
-
-    def part(self, keep: Tensor) -> Ritz:
-        """Return those of some examples."""
-        return Ritz(self.left[keep], self.row[keep], self.all_values[keep], self.along_last[keep])
 
 
 def search(
