@@ -92,7 +92,9 @@ def _row(kind: str, solver: str, examples: list[Examples]) -> dict[str, Any]:
     errors, converged, steps = [], [], []
     for some in examples:
         result = fisher_spectral_norm(some.function, some.inputs, solver=SOLVERS[solver], **some.options)
-        errors.append(1 - result.eigenvalue.double() / some.exact)
+        value = result.eigenvalue.double()
+        # a saturated network may have an eigenvalue of zero
+        errors.append(torch.where(value == some.exact, 0.0, 1 - value / some.exact))
         converged.append(result.converged)
         steps.append(_passes(result))
     error, is_converged = torch.cat(errors), torch.cat(converged)
