@@ -11,15 +11,16 @@ from scipy.stats import binomtest, mannwhitneyu, spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from fisher_reg import Lanczos
 from fisher_reg.metrics import summarize
 from recipes.attacks import Attack, AttackResult
 from recipes.measure import SATURATED, Measurement
 from recipes.records import plain, without_folders
 
 _NUM_RESAMPLES = 500
-WIDE = 0.05
-"""Width of an interval of λ, relative to its lower end, that is told."""
-FAILURE_PROBABILITY = 0.01
+WIDE = Lanczos().tolerance
+"""Width of an interval of λ, relative to its lower end, from which on it counts as wide."""
+FAILURE_PROBABILITY = Lanczos().failure_probability
 """Of the intervals of λ."""
 BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
 

@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace
 from fisher_reg.metrics import summarize
 from recipes.attacks import Attack, AttackResult, attack_all, check_pixels
-from recipes.audit import FAILURE_PROBABILITY, WIDE, Attacked, Audit, Shown, outcome, record
+from recipes.audit import Attacked, Audit, Shown, outcome, record
 from recipes.audit_page import figures, page, summary
 from recipes.audit_reading import reading
 from recipes.checkpoints import built_network, check_network
@@ -104,7 +104,7 @@ def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Te
     with Progress(transient=True) as progress:
         task = progress.add_task("λ, bounds and baselines", total=len(attacks) + 2)
         measurement = measure(network, images, labels, effort)
-        solver = Lanczos(num_steps=20, tolerance=WIDE, failure_probability=FAILURE_PROBABILITY, is_exact=True)
+        solver = Lanczos(num_steps=20, is_exact=True)
         result, trace = fisher_spectral_norm_and_trace(network, images, solver=solver)
         effective_rank = torch.where(result.eigenvalue > 0, trace / result.eigenvalue, 0.0)
         progress.update(task, advance=1, description="the most sensitive images")
