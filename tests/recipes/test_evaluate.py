@@ -1,6 +1,7 @@
 """The audit as a user starts it, and what its sentences claim."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def _check_files(folder, attacks=("pgd", "auto_attack", "carlini_wagner", "minim
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert set(record["attacks"]) == set(attacks)
     assert all(len(record["images"][name]) == 9 for name in ("lambda", "label", "effective_rank", "lambda_blackbox"))
+    widths = [math.inf if width == "inf" else width for width in record["images"]["interval_width"]]
+    num_wide = sum(width > 0.05 for width in widths)
+    assert record["wide_interval_share"] == pytest.approx(num_wide / 9)
+    assert re.search(
+        rf"intervals of λ wider than 5%, at a failure probability of 2%.*?{num_wide} of 9", page, re.DOTALL
+    )
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0}).Reload().Tags()
     assert TAGS - {"fisher/log10_bound_global"} <= set(events["scalars"])
     assert {f"attack/{name}/accuracy" for name in attacks} <= set(events["scalars"])
