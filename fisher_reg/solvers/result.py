@@ -3,6 +3,7 @@ r"""What a solver returns: eigenpairs of :math:`F = A^\top A` with residuals, co
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -67,16 +68,16 @@ class EigenResult:
     def __post_init__(self) -> None:
         """Fill in what a solver does not say: nothing is known of it."""
         value, u = self.ritz_values, self.left_singular_vector
-        defaults = {
-            "couplings": torch.full_like(value, torch.inf),
-            "rounding": 4 * torch.finfo(value.dtype).eps * value[:, 0].sqrt(),
-            "probe": RandomProbe.none(value[:, 0], u.shape[-1]),
-            "num_probes": torch.zeros(len(value), dtype=torch.long, device=value.device),
-            "search_space": u.reshape(len(value), -1, u.shape[-1]) * 1.0,
+        defaults: dict[str, Callable[[], Any]] = {
+            "couplings": lambda: torch.full_like(value, torch.inf),
+            "rounding": lambda: 4 * torch.finfo(value.dtype).eps * value[:, 0].sqrt(),
+            "probe": lambda: RandomProbe.none(value[:, 0], u.shape[-1]),
+            "num_probes": lambda: torch.zeros(len(value), dtype=torch.long, device=value.device),
+            "search_space": lambda: u.reshape(len(value), -1, u.shape[-1]),
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+                object.__setattr__(self, name, default())
 
     @property
     def known_trace(self) -> Tensor:
