@@ -107,13 +107,13 @@ class BlackBox:
         eigenvalue, centred = _jackknife(sketch), _centred(sketch)
         energy = centred.square().sum(2)
         trace = energy.sum(1) / count
-        spoiled = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness
+        extra = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness
         reason = _reasons(sketch, spread, found)
         missing = torch.tensor([bool(why) for why in reason], device=trace.device)
         per_column = trace / eigenvalue.clamp_min(torch.finfo(trace.dtype).tiny) / count
         numbers = {
             "eigenvalue": eigenvalue,
-            "standard_error": eigenvalue * (2 / count + spoiled).sqrt(),
+            "standard_error": eigenvalue * (2 / count + extra).sqrt(),
             "bias_bound": eigenvalue * ((1 + per_column.sqrt()) ** 2 + 1 / count - 1),
             "trace": trace,
         }

@@ -94,26 +94,26 @@ class _Search:
         self.disagreement = torch.zeros_like(self.log_norms)  # of all products with A
         self.residual = torch.zeros_like(self.log_norms)[:, None].expand(-1, plan.num_eigenpairs)
         self.is_krylov = torch.full_like(self.is_done, starts.shape[1] == 1)
-        self.anchor = self.space.ritz(plan.num_eigenpairs)  # of the search space, without the columns of the probe
+        self.settled = self.space.ritz(plan.num_eigenpairs)  # of the search space, without the columns of the probe
         self.roots = self._probe_roots()
         self.found: list[tuple[Tensor, EigenResult]] = []
 
     def run(self) -> EigenResult:
         """Alternate products with ``A`` and with its transpose until every example has stopped."""
         while not self._all_done():
-            vectors = self._look()
+            vectors = self._apply()
             if not self._all_done():
                 self.space = self.space.extended(self.operator, vectors)
                 self.num_matvecs += vectors.shape[1]
                 self.num_steps += 1
                 self.roots = self._probe_roots()
-                self._finish(self._is_certified(is_open=True), is_open=True)
+                self._finish(self._is_certified(is_open=True), is_open=True, is_certified=True)
                 self._drop_done()
         order = torch.cat([indices for indices, _ in self.found]).argsort()
         joined = part(concatenate([result for _, result in self.found]), order)
         return replace(joined, num_matvecs=self.num_matvecs)
 
-    def _look(self) -> Tensor:
+    def _apply(self) -> Tensor:
         """Apply ``A`` once per pair; return the vectors to add, ``(B, k, K)``."""
         settles, count = self.begin == _SETTLING, self.plan.num_eigenpairs
         ritz = self.space.ritz(count)
@@ -132,13 +132,13 @@ class _Search:
 
     def _settle(self, settles: Tensor, ritz: Ritz, residual: Tensor, exhausted: Tensor) -> None:
         """Keep the Ritz vectors of those that settle; where their residuals are small, a probe begins."""
-        self.anchor = ritz.where(settles, self.anchor)
+        self.settled = ritz.where(settles, self.settled)
         self.residual = torch.where(settles[:, None], residual, self.residual)
-        is_zero = beyond_rank(self.anchor.value, self._eta(), self.space.left.shape[2])
+        is_zero = beyond_rank(self.settled.value, self._eta(), self.space.left.shape[2])
         small = settles & ((residual <= self.plan.rtol * ritz.value) | exhausted | is_zero).all(1)
         draws = small & (self.num_probes < _MAX_PROBES) & (not self._is_last())
         may_grow = (self.num_probes > 0) | self.plan.grows
-        self._finish(settles & ~draws & (small | self._is_last() | ~may_grow), is_open=False)
+        self._finish(settles & ~draws & (small | self._is_last() | ~may_grow))
         self.begin = torch.where(draws, self.space.left.shape[1], self.begin)
         self.log_norms = torch.where(draws, 0.0, self.log_norms)
         self.num_probes = self.num_probes + draws
@@ -152,12 +152,12 @@ class _Search:
     def _probe(self, probes: Tensor, ritz: Ritz, beta: Tensor, exhausted: Tensor, vectors: Tensor) -> Tensor:
         """Take in the last off-diagonal of those that probe; stop, go on, or settle again."""
         self.log_norms = torch.where(probes, self.log_norms + beta.clamp_min(_TINY).log(), self.log_norms)
-        self._finish(probes & self._is_certified(is_open=False), is_open=False)
-        anchor = self.anchor.value
-        is_larger = (ritz.value > (1 + 0.5 * self.plan.tolerance) * anchor + _NEGLIGIBLE * anchor[:, :1]).any(1)
+        self._finish(probes & self._is_certified(is_open=False), is_certified=True)
+        value = self.settled.value
+        is_larger = (ritz.value > (1 + 0.5 * self.plan.tolerance) * value + _NEGLIGIBLE * value[:, :1]).any(1)
         if self._is_last():
             self._take_best(probes & is_larger & ~self.is_done, ritz)
-            self._finish(probes, is_open=False)
+            self._finish(probes)
         again = probes & (is_larger | exhausted) & ~self.is_done
         self.begin = torch.where(again, _SETTLING, self.begin)
         if self.plan.num_eigenpairs > 1:  # all vectors become the search space
@@ -168,7 +168,7 @@ class _Search:
 
     def _take_best(self, better: Tensor, ritz: Ritz) -> None:
         """Take the best vectors of space and probe together where there is no pass left for their residuals."""
-        self.anchor = ritz.where(better, self.anchor)
+        self.settled = ritz.where(better, self.settled)
         self.residual = torch.where(better[:, None], torch.inf, self.residual)
         self.begin = torch.where(better, _SETTLING, self.begin)
 
@@ -239,7 +239,7 @@ class _Search:
 
     def _couplings(self) -> Tensor:
         """Return how far ``G`` takes each Ritz vector out of the search space ``(B, m)``, infinite where not known."""
-        last = self.anchor.along_last
+        last = self.settled.along_last
         # all of it goes along one vector: kappa_i / kappa_1 = |s_mi| / |s_m1|
         krylov = self.residual[:, :1] * last / last[:, :1].clamp_min(_TINY)
         unknown = torch.full_like(krylov, torch.inf)
@@ -255,7 +255,7 @@ class _Search:
         in_probe = in_probe & ~is_zero
         chosen = self.space.gram * in_probe[:, :, None] * in_probe[:, None]
         scale = chosen.diagonal(dim1=1, dim2=2).amax(1).clamp_min(_TINY)[:, None]
-        outside_probe = torch.diag_embed((~in_probe).to(chosen))  # eigenvalues of -1, to be told apart
+        outside_probe = torch.diag_embed((~in_probe).to(chosen))  # eigenvalues of -1 mark them
         roots = symmetric_eigen(chosen / scale[:, :, None] - outside_probe)[0].flip(1)
         return torch.where(roots < -0.5, torch.nan, roots.clamp_min(0) * scale)
 
@@ -270,12 +270,12 @@ class _Search:
 
     def _is_certified(self, is_open: bool) -> Tensor:
         """Say whose interval is narrow enough, among those that probe."""
-        plan, value = self.plan, self.anchor.value
+        plan, value = self.plan, self.settled.value
         if plan.num_eigenpairs == 1:
             eta, lower = self._eta(), value[:, 0].sqrt()
             # the largest upper end, of which (sqrt(t) + eta)^2 is at most 1 + tolerance times the lower end
             limit = ((1 + plan.tolerance) ** 0.5 * (lower - eta) - eta).clamp_min(0).square()
-            allowed = largest_allowed(self.anchor.all_values, self._couplings(), limit)
+            allowed = largest_allowed(self.settled.all_values, self._couplings(), limit)
         else:  # nothing outside the space is larger than the last pair
             allowed = (1 + plan.tolerance) * value.amin(1) + _NEGLIGIBLE * value[:, 0]
         narrow = self._random_probe(is_open).excludes(
@@ -284,7 +284,7 @@ class _Search:
         return narrow & (self.begin != _SETTLING) & ~self.is_done
 
     def _eta(self) -> Tensor:
-        return self.rounding + 4 * torch.finfo(self.space.rows.dtype).eps * self.anchor.value[:, 0].sqrt()
+        return self.rounding + 4 * torch.finfo(self.space.rows.dtype).eps * self.settled.value[:, 0].sqrt()
 
     def _is_last(self) -> bool:
         return self.num_steps >= self.plan.num_steps
@@ -292,25 +292,25 @@ class _Search:
     def _all_done(self) -> bool:
         return bool(self.is_done.all())
 
-    def _finish(self, done: Tensor, is_open: bool) -> None:
-        """Keep the results of ``done``; they have converged if their interval is narrow."""
+    def _finish(self, done: Tensor, *, is_open: bool = False, is_certified: bool = False) -> None:
+        """Keep the results of ``done``; they have converged if their intervals are narrow enough."""
         done = done & ~self.is_done
         if not bool(done.any()):
             return
-        anchor, dtype = self.anchor, self.space.rows.dtype
-        is_zero = beyond_rank(anchor.value, self._eta(), self.space.left.shape[2])
-        small = (self.residual <= self.plan.rtol * anchor.value) | (self.residual == 0) | is_zero
-        value = anchor.value.masked_fill(is_zero, 0.0).to(dtype)
+        best, dtype = self.settled, self.space.rows.dtype
+        is_zero = beyond_rank(best.value, self._eta(), self.space.left.shape[2])
+        small = (self.residual <= self.plan.rtol * best.value) | (self.residual == 0) | is_zero
+        value = best.value.masked_fill(is_zero, 0.0).to(dtype)
         # a positive eigenvalue that the precision cannot hold
         in_range = torch.isfinite(value) & ((value > 0) | is_zero)
         probe = self._random_probe(is_open)
         result = EigenResult(
             eigenvalue=value,
-            eigenvector=unit(anchor.row).masked_fill(is_zero[:, :, None], 0.0),
-            left_singular_vector=anchor.left,
+            eigenvector=unit(best.row).masked_fill(is_zero[:, :, None], 0.0),
+            left_singular_vector=best.left,
             residual=self.residual.to(dtype),
-            converged=small & self._is_certified(is_open)[:, None] & in_range,
-            ritz_values=anchor.all_values.to(dtype),
+            converged=small & in_range & is_certified,
+            ritz_values=best.all_values.to(dtype),
             couplings=self._couplings().to(dtype),
             num_steps=torch.full_like(self.index, self.num_steps),
             num_matvecs=0,
@@ -329,7 +329,7 @@ class _Search:
         share = float(keep.float().mean())
         if not 0 < share <= _WORTH_A_FORWARD or (smaller := self.operator.restrict(keep)) is None:
             return
-        self.operator, self.space, self.anchor = smaller, self.space.part(keep), self.anchor.part(keep)
+        self.operator, self.space, self.settled = smaller, self.space.part(keep), self.settled.part(keep)
         for name in (
             "index",
             "is_done",
