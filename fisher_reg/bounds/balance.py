@@ -26,7 +26,7 @@ from fisher_reg.bounds.normalizations import batch_norm_rule
 from fisher_reg.bounds.poolings import POOLING_RULES
 from fisher_reg.bounds.registry import find_rule
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.bounds.trace import Trace
+from fisher_reg.bounds.tracing import Trace
 from fisher_reg.likelihood import Likelihood
 
 _LEARNING_RATE = 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from fisher_reg.bounds.certified import CertifiedNorms
 from fisher_reg.bounds.conv import linear_norm
 from fisher_reg.bounds.graph import Composition, compose
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.bounds.trace import Trace, trace
+from fisher_reg.bounds.tracing import Trace, trace
+from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed_module, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.outputs import check_logits
@@ -322,16 +324,24 @@ def _compositions(
 
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
-    """Trace the evaluation behaviour of ``model`` after checking what was given."""
+    """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
     with differentiable(inputs) as safe_inputs:
-        module = deployed_module(model)
+        module = deployed_module(model, torch.float64)
         with torch.no_grad(), Noise(inputs.device).replayed():
-            traced = trace(module, safe_inputs)
-    check_logits(traced.result, len(inputs), likelihood)
-    return traced
+            return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+
+
+def _few(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
+    """Trace the model at as few of the inputs as it takes, for a bound that depends on their shape only."""
+    if len(inputs) <= 2:
+        return traced_model(model, inputs, likelihood)
+    try:
+        return traced_model(model, inputs[:2], likelihood)
+    except (NoBoundError, ValueError):  # it may need all of them
+        return traced_model(model, inputs, likelihood)
 
 
 def _shares(composition: Composition, log_value: Tensor, log_head: Tensor, power: int) -> tuple[BoundTerm, ...]:

@@ -25,7 +25,7 @@ from fisher_reg.bounds.linears import in_coordinates, linear_rule, scales_output
 from fisher_reg.bounds.normalizations import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.registry import Gain, Layer, Norms, ScaledGain, find_rule, no_rule
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.bounds.trace import Trace, asks_for_shape, where
+from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
 
@@ -125,9 +125,6 @@ class _Composer:
             reach = self._averaged(node, reach)
         keeps = self.tightening.merged or reach.parts or self._batch_norm_after(node, value) is not None
         self.reaches[node] = reach if keeps else reach.plain()
-        for by, other in self.trace.stale:
-            if by is node:
-                self._check_stale(by, other)
 
     def _averaged(self, node: fx.Node, reach: Reach) -> Reach:
         """Return what reaches the end of a block, if it is one, bounded with its activation if that is better."""
@@ -157,7 +154,7 @@ class _Composer:
     def _knows(self, nodes: Iterable[fx.Node]) -> bool:
         """Say whether the values that depend on the input are at hand, an example each along their first axis."""
         varying = [node for node in nodes if not self.reaches[node].is_constant]
-        return all(node in self.trace.batched and node not in self.trace.lost for node in varying)
+        return all(node in self.trace.batched for node in varying)
 
     def _fetch(self, argument: Any) -> Any:
         return fx.map_arg(argument, lambda node: self.trace.values[node])
@@ -259,8 +256,8 @@ class _Composer:
         return following
 
     def _is_head(self, node: fx.Node, value: Any) -> bool:
-        ends = all(user.op == "output" for user in node.users)
-        return self.tightening.head and ends and isinstance(value, Tensor) and value.ndim == 2
+        is_returned = self.trace.output.args[0] is node and len(node.users) == 1
+        return self.tightening.head and is_returned and isinstance(value, Tensor) and value.ndim == 2
 
     def _head_reach(self, node: fx.Node, weight: Tensor, source: Reach, hidden: Tensor) -> Reach:
         layer = Layer({"input": hidden}, None, self.norms, scale=source.scale)
@@ -269,22 +266,6 @@ class _Composer:
         assert source.log_norm is not None
         self.head, self.head_name = (source.log_norm, scaled), where(node)
         return source
-
-    def _check_stale(self, by: fx.Node, other: fx.Node) -> None:
-        """Refuse a call in place that makes an older name of the same memory wrong, as that name is used again."""
-        known, true = self.reaches[other], self.reaches[by]
-        if known.log_norm is None and true.log_norm is None:
-            return
-        same_shape = self.trace.values[other].shape == self.trace.values[by].shape
-        comparable = same_shape or (known.scale is None and true.scale is None)
-        if known.log_norm is None or known.range or not comparable or _is_below(known.log_norm, true, known.scale):
-            raise NoBoundError(
-                f"'{by}' changes '{other}' in place, which is used again afterwards. Write it out of place."
-            )
-
-
-def _is_below(log_norm: Tensor, true: Reach, scale: Tensor | None) -> bool:
-    return bool((log_norm < true.within(scale)).any())
 
 
 def _with_norm_one(gain: Gain) -> Gain:

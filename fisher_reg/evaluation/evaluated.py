@@ -183,8 +183,15 @@ def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     return EvaluatedModel(source_of(model, is_deployed=False), Noise(inputs.device), is_deployed=False)
 
 
-def deployed_module(model: nn.Module) -> nn.Module:
+def deployed_module(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a copy of a module in evaluation mode that shares its parameters, for a bound to read.
+
+    Args:
+        model: The module.
+        dtype: Precision of the copy's weights, through whose conversion gradients pass; None keeps theirs.
+
+    Returns:
+        The copy.
 
     Raises:
         ValueError: For weights that are divided among processes.
@@ -194,7 +201,7 @@ def deployed_module(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has weights that FSDP divides among processes, and a bound needs them whole. "
             "Bound a model that has loaded its state_dict."
         )
-    module: nn.Module = SharedCopy(_underlying(model), is_deployed=True).model
+    module: nn.Module = SharedCopy(_underlying(model), is_deployed=True, dtype=dtype).model
     return module
 
 

@@ -26,7 +26,7 @@ from fisher_reg.bounds.averaging import average
 from fisher_reg.bounds.balance import balanced_scales
 from fisher_reg.bounds.certified import CertifiedNorms
 from fisher_reg.bounds.graph import compose
-from fisher_reg.bounds.trace import trace
+from fisher_reg.bounds.tracing import trace
 from fisher_reg.likelihood import Categorical
 from tests import cases
 

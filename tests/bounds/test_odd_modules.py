@@ -156,6 +156,10 @@ VALID = {
         lambda: _With(lambda self, x: self.fc(x[:, :1] * torch.ones(25)), fc=_summing(nn.Linear(25, 2))),
         NEAR_ZERO,
     ),
+    "in place on a value that is used again": (
+        lambda: _With(lambda self, x: _in_place(self.fc(x)), fc=_linear()),
+        NEAR_ZERO,
+    ),
     "in place on a value that is not used again": (
         lambda: _With(lambda self, x: self.fc(x).mul_(3.0), fc=_linear()),
         NEAR_ZERO,
@@ -191,17 +195,16 @@ REFUSED = {
     "a product of two values": (lambda self, x: self.fc(x * x), "two values that depend on the input"),
     "a number made of the input": (lambda self, x: self.fc(x * x.mean().item()), "No bound rule for the method item"),
     "an index that may repeat": (lambda self, x: self.fc(x[:, [0] * 6]), "may repeat elements"),
-    "dropout in evaluation": (lambda self, x: self.fc(F.dropout(x, 0.9)), "drops also in evaluation"),
+    "dropout in evaluation": (lambda self, x: self.fc(F.dropout(x, 0.9)), "random, also in evaluation"),
     "addition with a factor": (lambda self, x: self.fc(torch.add(x, x, alpha=100)), "called with a factor"),
     "division with rounding": (lambda self, x: self.fc(torch.div(x, 2, rounding_mode="floor")), "rounding_mode"),
     "division by the input": (lambda self, x: self.fc(1 / x), "divides by a value that depends"),
-    "in place on a value that is used again": (lambda self, x: _in_place(self.fc(x)), "in place, which is used again"),
     "attention to something else": (_cross_attention, "Only self-attention"),
     "the weights of an attention": (_attention_weights, "the first output only"),
     "the second of two outputs": (lambda self, x: self.fc(self.twice(x)[1]), "the first output only"),
     "a tuple that grows": (lambda self, x: self.fc((self.twice(x) + (x,))[0]), "the first output only"),
     "control flow": (lambda self, x: self.fc(x) if x.sum() > 0 else x, "cannot be traced"),
-    "a length": (lambda self, x: self.fc(x) * len(x), "depends on the size of its batch"),
+    "a length": (lambda self, x: self.fc(x) * len(x), "depends on the other examples"),
 }
 
 

@@ -140,7 +140,7 @@ REFUSALS = {
     "batch_norm_of_two_calls": _refused(("bound penalty",), "called 2 times"),
     "noise_in_every_mode": {
         **_refused(_ALL_BUT_CHECK, "random, also in evaluation"),
-        **_refused(_CERTIFIED, "drops also in evaluation"),
+        **_refused(_CERTIFIED, "random, also in evaluation"),
     },
     "bfloat16": _refused(("black box",), "nothing but rounding"),
     "multi_head_attention": _refused(

@@ -1,0 +1,127 @@
+"""From a module to a graph of its calls, by ``torch.fx`` or by ``torch.export``."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.tracing.exact import ExactArithmetic
+
+_TRACING = threading.RLock()  # the tracers of torch work on the whole process
+
+
+def captured_by_fx(model: nn.Module) -> fx.GraphModule:
+    """Return the graph of the calls that the module makes: its modules stay as the user sees them.
+
+    The module is run on placeholders, so that control flow on values fails, and a forward that treats what is no
+    tensor otherwise is misread: the caller compares.
+    """
+    root = _Root(model)
+    with _TRACING, _leaf_parameters(root):
+        graph = _Tracer().trace(root)
+    return fx.GraphModule(root, graph)
+
+
+def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
+    """Return the graph of the ATen operators for inputs of this size; what is written in place is written out."""
+    root = _Root(model)
+    with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(root, (inputs,), strict=False)
+        exported = program.run_decompositions({}).module()
+    assert isinstance(exported, fx.GraphModule)
+    for path, part in exported.named_modules():
+        for name in part._parameters:
+            part._parameters[name] = weights[f"{path}.{name}".removeprefix(".")]
+    (output,) = exported.graph.find_nodes(op="output")
+    if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
+        output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
+    return exported
+
+
+def where(node: fx.Node) -> str:
+    """Return the name of a module call as the user knows it."""
+    if node.op != "call_module":
+        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        inside = _without_root(str(stack[-1])) if stack else ""
+        return f"{inside}.{node.name}" if inside else node.name
+    return _without_root(str(node.target)) or "the model itself"
+
+
+def asks_for_shape(node: fx.Node) -> bool:
+    """Say whether the node asks a tensor for what does not depend on its values."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "element_size")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
+
+
+@contextmanager
+def _leaf_parameters(root: nn.Module) -> Generator[dict[str, Any], None, None]:
+    """Have parameters of torch in place of the converted weights, and yield the weights by their names."""
+    weights: dict[str, Any] = {}
+    slots: list[tuple[dict[str, Any], str]] = []
+    leaves: dict[int, nn.Parameter] = {}  # a weight that is shared stays so
+    for path, part in root.named_modules(remove_duplicate=False):
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                weights[f"{path}.{name}"] = weight
+                slots.append((part._parameters, name))
+    kept = [(parameters, name, parameters[name]) for parameters, name in slots]
+    for parameters, name, weight in kept:
+        if not isinstance(weight, nn.Parameter):
+            parameters[name] = leaves.setdefault(id(weight), nn.Parameter(weight.detach(), weight.is_floating_point()))
+    try:
+        yield weights
+    finally:
+        for parameters, name, weight in kept:
+            parameters[name] = weight
+
+
+def _without_root(path: str) -> str:
+    for prefix in ("L['self'].", "L__self___", "model"):
+        path = path.removeprefix(prefix)
+    return path.removeprefix(".")
+
+
+class _Root(nn.Module):
+    """Calls the model as its user does: with its hooks and the defaults of its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.model(inputs)
+
+
+class _Tracer(fx.Tracer):
+    """A module with a rule of its own is one layer.
+
+    ``torch.fx`` patches the calls of all modules in the process while it traces; those of other threads go on as they
+    are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)

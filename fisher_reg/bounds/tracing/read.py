@@ -1,0 +1,162 @@
+"""From a module to its trace: the graph of its calls with the value of each at an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.tracing.capture import captured_by_export, captured_by_fx
+from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference
+from fisher_reg.bounds.tracing.functional import Run, made_functional
+from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced module in exact arithmetic.
+
+    Attributes:
+        graph: Its calls in order. None changes a value in place, and the output depends on each.
+        modules: The modules that are called, by the targets of their nodes.
+        values: What each call returned at the example, in float64.
+        batched: Tensors whose first axis is that of the examples.
+    """
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    values: dict[fx.Node, Any]
+    batched: frozenset[fx.Node]
+
+    @property
+    def input(self) -> fx.Node:
+        """The node of the network's input."""
+        (node,) = self.graph.find_nodes(op="placeholder")
+        return node
+
+    @property
+    def output(self) -> fx.Node:
+        """The last node."""
+        node: fx.Node = next(node for node in self.graph.nodes if node.op == "output")
+        return node
+
+    @property
+    def result(self) -> Any:
+        """What the module returned."""
+        return self.values[self.output]
+
+
+def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = lambda logits, size: None) -> Trace:
+    """Trace ``model``, whose weights are float64, in evaluation mode, and run it on ``inputs``.
+
+    Args:
+        model: The module.
+        inputs: ``(B, *S)`` in float64.
+        check: Is given what the module returns at the inputs, and B, before anything is traced.
+
+    Returns:
+        A trace whose graph has given the logits of the module itself: at the inputs, at other values, and at another
+        batch size. Cost: about ten forward passes.
+
+    Raises:
+        NoBoundError: For a model that neither tracer reads rightly; the message names the first operation that differs.
+        NonFiniteWeightsError: For weights that are not finite.
+        ValueError: For inputs of a size that the model does not take.
+    """
+    _check_weights(model)
+    try:
+        logits = eager(model, inputs)
+    except NoBoundError:
+        raise
+    except Exception as error:  # the user's own forward runs here and may raise anything
+        raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
+    check(logits, len(inputs))
+    check_independence(model, inputs)
+    module = _read(model, inputs)
+    run = Run(module)
+    run(inputs)
+    batched = frozenset(_batched(module, inputs, run.values))
+    return Trace(module.graph, dict(module.named_modules()), run.values, batched)
+
+
+def _read(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
+    """Return the first graph that computes what the model computes."""
+    tracers: Sequence[tuple[str, Callable[[], fx.GraphModule], bool]] = (
+        ("torch.fx", lambda: captured_by_fx(model), True),
+        ("torch.export", lambda: captured_by_export(model, inputs), False),
+    )
+    failures = []
+    cause: BaseException | None = None
+    for name, capture, sizes in tracers:
+        try:
+            module = capture()
+            made_functional(module, inputs)
+            difference = first_difference(model, module, inputs, sizes)
+        except Exception as error:  # the user's own forward meets placeholders here and may raise anything
+            failures.append(f"{name}: {_first_line(error)}{_line_of(error)}")
+            cause = cause or error
+            continue
+        if difference is None:
+            return module
+        failures.append(f"{name} reads another function than the module computes: {_first_line(difference)}.")
+    raise NoBoundError(
+        f"{type(model).__name__} cannot be traced. {' '.join(failures)}\n"
+        "Make its control flow independent of the data and write it without changes in place, or put the part in a "
+        "module of its own and register a bound rule for that (fisher_reg.register_bound_rule). If the logits come "
+        "from a part of it, wrap that: fisher_reg.LogitsOf(model, logits_fn)."
+    ) from cause
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if find_rule(module) is None:
+            continue  # its buffers may well be infinite, such as a mask
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not torch.isfinite(tensor).all():
+                raise NonFiniteWeightsError(
+                    f"'{name or 'the model itself'}' ({type(module).__name__}) has NaN or infinite values in {key}."
+                )
+
+
+def _first_line(error: BaseException | str) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _line_of(error: BaseException) -> str:
+    """Return the place in the user's code: the last frame outside torch."""
+    place, traceback = "", error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if "/torch/" not in filename and "fisher_reg/bounds" not in filename and not filename.startswith("<"):
+            place = f" ({filename}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return place
+
+
+def _batched(module: fx.GraphModule, inputs: Tensor, values: dict[fx.Node, Any]) -> set[fx.Node]:
+    """Return the nodes whose first axis is that of the examples: it is reversed when they are.
+
+    The graph is the same at all inputs, and random ones have no symmetry that hides the order, as equal examples have.
+    """
+    found = {
+        node for node, value in values.items() if isinstance(value, Tensor) and value.shape[:1] == inputs.shape[:1]
+    }
+    if len(inputs) == 1:
+        return found
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
+    there, back = Run(module), Run(module)
+    there(noise)
+    back(noise.flip(0))
+    return {node for node in found if _agree(back.values[node].flip(0), there.values[node])}
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    if not second.is_floating_point():
+        return torch.equal(first, second)
+    size = second.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return torch.allclose(first, second, rtol=1e-6, atol=1e-8 * float(size))
