@@ -1,10 +1,10 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
+from fisher_reg.blockwise import blockwise_fisher_bound
 from fisher_reg.bounds import (
     Tightening,
     UpperBound,
-    blockwise_fisher_bound,
     certified_radius,
     fisher_bound,
     lipschitz_bound,

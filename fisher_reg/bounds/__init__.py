@@ -1,10 +1,7 @@
 """Upper bounds, composed over the traced network from one rule per layer type."""
 
 from fisher_reg.bounds import layers  # noqa: F401  (registers the rules of torch's layers)
-from fisher_reg.bounds.blockwise import blockwise_fisher_bound
-from fisher_reg.bounds.bound import (
-    BoundTerm,
-    UpperBound,
+from fisher_reg.bounds.api import (
     certified_radius,
     fisher_bound,
     lipschitz_bound,
@@ -12,6 +9,7 @@ from fisher_reg.bounds.bound import (
     log_fisher_bound,
 )
 from fisher_reg.bounds.registry import Gain, Layer, register_bound_rule
+from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.tightening import Tightening
 
 __all__ = [
@@ -20,7 +18,6 @@ __all__ = [
     "Layer",
     "Tightening",
     "UpperBound",
-    "blockwise_fisher_bound",
     "certified_radius",
     "fisher_bound",
     "lipschitz_bound",

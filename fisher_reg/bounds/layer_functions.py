@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from fisher_reg.bounds.attention import dot_product_attention_gains
 from fisher_reg.bounds.calls import Call, Reach, log, log_sum
-from fisher_reg.bounds.conv import Geometry
 from fisher_reg.bounds.functions import layer_of, register, shifted
 from fisher_reg.bounds.linears import conv_gain, linear_gain
 from fisher_reg.bounds.normalizations import diagonal_gain, group_norm_gain, layer_norm_gain
+from fisher_reg.bounds.operator_norms.attention import dot_product_attention_gains
+from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.bounds.poolings import interpolation_gain
 from fisher_reg.bounds.registry import Ball, Gain, ScaledGain, find_rule
 from fisher_reg.errors import NoBoundError

@@ -5,7 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fisher_reg.bounds import activations, linears, normalizations, poolings  # noqa: F401  (they register their rules)
-from fisher_reg.bounds.attention import AttentionWeights, self_attention_lipschitz, self_attention_norm_at
+from fisher_reg.bounds.operator_norms.attention import (
+    AttentionWeights,
+    self_attention_lipschitz,
+    self_attention_norm_at,
+)
 from fisher_reg.bounds.registry import Gain, Layer, ScaledGain, Tokens, register_bound_rule
 from fisher_reg.errors import NoBoundError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fisher_reg.bounds.conv import Geometry
+from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.bounds.registry import Ball, Layer, ScaledGain, Tokens, find_rule, register_bound_rule
 from fisher_reg.errors import NoBoundError
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fisher_reg.bounds.attention import layer_norm_tokens
+from fisher_reg.bounds.operator_norms.attention import layer_norm_tokens
 from fisher_reg.bounds.registry import Layer, ScaledGain, register_bound_rule
 from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation.batch_norm import scale_and_shift

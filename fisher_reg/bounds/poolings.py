@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_reg.bounds.conv import linear_norm
+from fisher_reg.bounds.operator_norms.matrix import linear_norm
 from fisher_reg.bounds.registry import Layer, Rule, ScaledGain, register_bound_rule
 from fisher_reg.errors import NoBoundError
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fisher_reg.bounds.conv import Geometry
+from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.errors import NoBoundError
 
 Number = float | Tensor

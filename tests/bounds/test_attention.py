@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg.bounds.attention import (
+from fisher_reg.bounds.operator_norms.attention import (
     AttentionWeights,
     dot_product_attention_gains,
     layer_norm_tokens,

@@ -22,7 +22,9 @@ from fisher_reg import (
     fisher_spectral_norm,
     local_fisher_bound,
 )
-from fisher_reg.bounds import activations, averaging, conv, poolings
+from fisher_reg.bounds import activations, poolings
+from fisher_reg.bounds.operator_norms import conv
+from fisher_reg.bounds.tighten import averaging
 from recipes import models
 
 CLASSES = 4

@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import NoBoundError, register_bound_rule
-from fisher_reg.bounds.certified import CertifiedNorms
 from fisher_reg.bounds.normalizations import batch_norm_scale
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.registry import Ball, Gain, Layer, ScaledGain, Tokens, find_rule
 from tests.oracles import dense_jacobian
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.averaging import average
 from fisher_reg.bounds.calls import CONSTANT, Reach, log, log_sum, make_call, name_of, side_by_side
 from fisher_reg.bounds.functions import find_function_rule
 from fisher_reg.bounds.linears import in_coordinates, linear_rule, scales_outputs
 from fisher_reg.bounds.normalizations import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.registry import Gain, Layer, Norms, ScaledGain, find_rule, no_rule
+from fisher_reg.bounds.tighten.averaging import average
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.bounds.trace import Trace, asks_for_shape, where
+from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
 

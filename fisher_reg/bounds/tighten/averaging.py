@@ -30,7 +30,7 @@ from fisher_reg.bounds.layers import passes
 from fisher_reg.bounds.linears import conv_rule, linear_rule
 from fisher_reg.bounds.normalizations import batch_norm_rule
 from fisher_reg.bounds.registry import find_rule
-from fisher_reg.bounds.trace import Trace
+from fisher_reg.bounds.tracing import Trace
 
 _MAX_SIDE = 4096
 """Largest number of inputs of a matrix that is formed."""
