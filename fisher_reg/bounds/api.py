@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.calls import log
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
 from fisher_reg.bounds.report import BoundTerm, UpperBound
+from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tighten.balance import balanced_scales
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, trace

@@ -14,7 +14,7 @@ from fisher_reg.bounds.operator_norms.attention import (
     self_attention_lipschitz,
     self_attention_norm_at,
 )
-from fisher_reg.bounds.registry import Ball, Tokens
+from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 
 ROUND_OFF = 1 + 1e-9  # where a bound is exact, it may come out below by rounding
 SCALES = 0.3, 1.0, 3.0

@@ -15,11 +15,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
 from fisher_reg import Tightening, lipschitz_bound
-from fisher_reg.bounds.activations import GELU_SLOPE
 from fisher_reg.bounds.operator_norms import measures
 from fisher_reg.bounds.operator_norms.attention import AttentionWeights, layer_norm_tokens, self_attention_lipschitz
 from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
+from fisher_reg.bounds.rules.activations import GELU_SLOPE
 from fisher_reg.bounds.tighten import averaging
 
 TEXTBOOK = Tightening(merged=False)

@@ -97,8 +97,8 @@ def conv_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tens
 
     A small operator is formed, and its norm is exact; so is a kernel of one tap. Otherwise the excess is that of the
     circular boundary, some per cent where the image is large against the kernel, and about one per cent of
-    :func:`~fisher_reg.bounds.operator_norms.symbols.norm_everywhere`. Padding that repeats the input multiplies by the norm of the
-    padding, except circular padding that is what the symbol assumes.
+    :func:`~fisher_reg.bounds.operator_norms.symbols.norm_everywhere`. Padding that repeats the input multiplies by the
+    norm of the padding, except circular padding that is what the symbol assumes.
 
     Args:
         weight: ``(out_channels, in_channels / groups, *kernel)``.

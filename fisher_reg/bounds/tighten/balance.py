@@ -13,17 +13,18 @@ arXiv 1906.04893.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fisher_reg.bounds.activations import activation_gain
-from fisher_reg.bounds.functions import adds, passes_channels
-from fisher_reg.bounds.layers import passes
-from fisher_reg.bounds.linears import conv_rule, linear_rule
-from fisher_reg.bounds.normalizations import batch_norm_rule
-from fisher_reg.bounds.poolings import POOLING_RULES
-from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.rules.activations import activation_gain
+from fisher_reg.bounds.rules.arithmetic import adds
+from fisher_reg.bounds.rules.identity import drop, passes, same
+from fisher_reg.bounds.rules.linear import conv_rule, linear_rule
+from fisher_reg.bounds.rules.normalization import batch_norm_rule
+from fisher_reg.bounds.rules.pooling import POOLING_RULES
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing import Trace
 
 _LEARNING_RATE = 0.05
@@ -113,6 +114,14 @@ def _width(trace: Trace, node: fx.Node) -> int:
 
 def _keeps_channels(trace: Trace, node: fx.Node) -> bool:
     if node.op != "call_module":
-        return node.op in ("call_function", "call_method") and passes_channels(node.target)
+        return node.op in ("call_function", "call_method") and _passes_channels(node.target)
     rule = find_rule(trace.modules[str(node.target)])
     return rule in (activation_gain, batch_norm_rule, passes) or rule in POOLING_RULES
+
+
+def _passes_channels(target: Any) -> bool:
+    """Say whether the function leaves each channel where it is and apart from the others."""
+    rule = find_function_rule(target)
+    return rule is not None and (
+        rule.is_layer and rule.apply.__name__ == "rule_of_module" or rule.apply in (same, drop)
+    )
