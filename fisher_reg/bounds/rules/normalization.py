@@ -159,14 +159,10 @@ def register_rules() -> None:
     register_layer(
         _functional_layer_norm,
         "input normalized_shape weight bias eps cudnn_enable",
-        F.layer_norm,
-        torch.layer_norm,
-        "layer_norm",
+        *(F.layer_norm, torch.layer_norm, "layer_norm"),
     )
     register_layer(
         _functional_group_norm,
         "input num_groups weight bias eps cudnn_enabled",
-        F.group_norm,
-        torch.group_norm,
-        "group_norm",
+        *(F.group_norm, torch.group_norm, "group_norm"),
     )

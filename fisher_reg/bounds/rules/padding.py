@@ -41,9 +41,8 @@ def _pad(call: Call) -> Sensitivity:
 
 def register_rules() -> None:
     """Register the rules of this family."""
-    register_bound_rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)(
-        _constant_pad
-    )
+    register_bound_rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)(_constant_pad)
+    register_bound_rule(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)(_constant_pad)
     register_bound_rule(
         nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d,
         nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,

@@ -45,6 +45,26 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
         >>> @register_bound_rule(Halve)
         ... def _(module, layer):
         ...     return 0.5
+
+        A learnable factor per channel is a diagonal map. Return it as a change of coordinates: the next layer divides
+        its weight by them, so that nothing is lost. The largest modulus would be valid too, but looser: it charges
+        every channel for the largest.
+
+        >>> from fisher_reg.bounds import diagonal_gain, lipschitz_bound
+        >>> class ChannelScale(nn.Module):
+        ...     def __init__(self, factors):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.tensor(factors))
+        ...     def forward(self, x):
+        ...         return x * self.weight.view(1, -1, 1, 1)
+        >>> @register_bound_rule(ChannelScale)
+        ... def _(module, layer):
+        ...     return diagonal_gain(module.weight.view(1, -1, 1, 1), layer)
+        >>> mix = nn.Conv2d(2, 2, 1)
+        >>> _ = mix.weight.data.copy_(torch.tensor([[0.1, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1))
+        >>> model = nn.Sequential(ChannelScale([10.0, 1.0]), mix, nn.Flatten())
+        >>> round(lipschitz_bound(model, torch.zeros(1, 2, 1, 1)).value, 6)  # |10 * 0.1|, not 10 * |mix|; centred
+        1.0
     """
 
     def decorate(rule: RuleT) -> RuleT:

@@ -96,20 +96,9 @@ def register_rules() -> None:
     register(_copies, None, "expand", "expand_as", "repeat")
     register(_index, "input index", operator.getitem)
     register(move_entries, None, torch.flatten, "flatten", torch.reshape, torch.permute, "reshape", "view", "permute")
-    register(
-        move_entries, None, torch.transpose, "transpose", torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", "t"
-    )
-    register(
-        move_entries,
-        None,
-        torch.select,
-        "select",
-        "slice",
-        torch.chunk,
-        "chunk",
-        torch.split,
-        "split",
-        "split_with_sizes",
-    )
+    register(move_entries, None, torch.transpose, "transpose", "t")
+    register(move_entries, None, torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze")
+    register(move_entries, None, torch.select, "select", "slice", torch.chunk, "chunk")
+    register(move_entries, None, torch.split, "split", "split_with_sizes")
     register(move_entries, None, torch.unbind, "unbind", torch.roll, "roll", torch.flip, "flip", "narrow", torch.narrow)
     register(move_entries, None, "unflatten", "_unsafe_view", "swapaxes", torch.swapaxes)
