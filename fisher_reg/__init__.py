@@ -1,10 +1,13 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
+from fisher_reg.blockwise import blockwise_fisher_bound
 from fisher_reg.bounds import (
+    Gain,
+    Layer,
+    ScaledGain,
     Tightening,
     UpperBound,
-    blockwise_fisher_bound,
     certified_radius,
     fisher_bound,
     lipschitz_bound,
@@ -67,6 +70,7 @@ __all__ = [
     "FisherRegularizer",
     "FisherSpectralNorm",
     "FisherTrace",
+    "Gain",
     "Gaussian",
     "Hutchinson",
     "HutchinsonMax",
@@ -74,6 +78,7 @@ __all__ = [
     "KLPenalty",
     "LabelContrastPenalty",
     "Lanczos",
+    "Layer",
     "LinearSchedule",
     "LogitsOf",
     "MarginTempered",
@@ -86,6 +91,7 @@ __all__ = [
     "PowerIteration",
     "Rademacher",
     "SampledLabels",
+    "ScaledGain",
     "SpectralPenalty",
     "StandardNormal",
     "Tightening",

@@ -25,7 +25,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from fisher_reg import fisher_bound, local_fisher_bound
-from fisher_reg.bounds.conv import Geometry, conv_norm
+from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
 from recipes.peers import installed
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ class Tightening:
             probabilities, instead of the product of two norms.
         dense: A convolution on a small image is bounded by its matrix, without a circular boundary.
         averaged: Two layers and the activation between them, with a shortcut around them if there is one, are bounded
-            together (:mod:`fisher_reg.bounds.averaging`), for as many as 4096 inputs; up to half a minute per
+            together (:mod:`fisher_reg.bounds.tighten.averaging`), for as many as 4096 inputs; up to half a minute per
             block of that size. It acts on bounds over all inputs only, so that a local bound may then lie above them.
         balancing_steps: Steps in the search for the coordinates of hidden channels in which the product of the norms is
-            small (:mod:`fisher_reg.bounds.balance`); 0 takes them as they are. Each step costs as little as a pass over
-            the weights.
+            small (:mod:`fisher_reg.bounds.tighten.balance`); 0 takes them as they are. Each step costs as little as a
+            pass over the weights.
     """
 
     folded: bool = True

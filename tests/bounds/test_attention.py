@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg.bounds.attention import (
+from fisher_reg.bounds.operator_norms.attention import (
     AttentionWeights,
     dot_product_attention_gains,
     layer_norm_tokens,
     self_attention_lipschitz,
     self_attention_norm_at,
 )
-from fisher_reg.bounds.registry import Ball, Tokens
+from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 
 ROUND_OFF = 1 + 1e-9  # where a bound is exact, it may come out below by rounding
 SCALES = 0.3, 1.0, 3.0

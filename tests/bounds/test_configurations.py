@@ -22,7 +22,9 @@ from fisher_reg import (
     fisher_spectral_norm,
     local_fisher_bound,
 )
-from fisher_reg.bounds import activations, averaging, conv, poolings
+from fisher_reg.bounds.operator_norms import conv
+from fisher_reg.bounds.rules import activations, pooling
+from fisher_reg.bounds.tighten import averaging
 from recipes import models
 
 CLASSES = 4
@@ -346,7 +348,7 @@ def test_each_factor_is_needed(build):
 
 
 def _without_overlap(patch):
-    patch.setattr(poolings.math, "sqrt", lambda value: 1.0)
+    patch.setattr(pooling.math, "sqrt", lambda value: 1.0)
 
 
 def _without_the_slope(patch):

@@ -9,9 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import NoBoundError
-from fisher_reg.bounds.conv import Geometry, conv_norm, conv_transpose_norm
-from fisher_reg.bounds.norms import largest_norm, linear_norm
-from fisher_reg.bounds.symbols import norm_everywhere
+from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm, conv_transpose_norm
+from fisher_reg.bounds.operator_norms.matrix import largest_norm, linear_norm
+from fisher_reg.bounds.operator_norms.symbols import norm_everywhere
 
 # module, spatial size
 CONVOLUTIONS = [

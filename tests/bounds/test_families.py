@@ -15,11 +15,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
 from fisher_reg import Tightening, lipschitz_bound
-from fisher_reg.bounds import averaging, certified
-from fisher_reg.bounds.activations import GELU_SLOPE
-from fisher_reg.bounds.attention import AttentionWeights, layer_norm_tokens, self_attention_lipschitz
-from fisher_reg.bounds.conv import Geometry, conv_norm
-from fisher_reg.bounds.norms import linear_norm
+from fisher_reg.bounds.operator_norms import measures
+from fisher_reg.bounds.operator_norms.attention import AttentionWeights, layer_norm_tokens, self_attention_lipschitz
+from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
+from fisher_reg.bounds.operator_norms.matrix import linear_norm
+from fisher_reg.bounds.rules.activations import GELU_SLOPE
+from fisher_reg.bounds.tighten import averaging
 
 TEXTBOOK = Tightening(merged=False)
 
@@ -35,7 +36,7 @@ def _shared_norms(monkeypatch):
             known[key] = conv_norm(weight, geometry, dense=dense)
         return known[key]
 
-    monkeypatch.setattr(certified, "conv_norm", once)
+    monkeypatch.setattr(measures, "conv_norm", once)
     _conv.norm = once
 
 

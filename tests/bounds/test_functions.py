@@ -10,9 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import NoBoundError, Tightening, lipschitz_bound
-from fisher_reg.bounds.certified import CertifiedNorms
-from fisher_reg.bounds.functions import FUNCTION_RULES, find_function_rule
-from fisher_reg.bounds.graph import compose
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
+from fisher_reg.bounds.propagate import compose
+from fisher_reg.bounds.rules.registry import FUNCTION_RULES, find_function_rule
 from fisher_reg.bounds.tracing import trace
 
 SHAPE = (1, 4, 3)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import NoBoundError, register_bound_rule
-from fisher_reg.bounds.certified import CertifiedNorms
-from fisher_reg.bounds.normalizations import batch_norm_scale
-from fisher_reg.bounds.registry import Ball, Gain, Layer, ScaledGain, Tokens, find_rule
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
+from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
+from fisher_reg.bounds.rules.normalization import batch_norm_scale
+from fisher_reg.bounds.rules.registry import find_rule
 from tests.oracles import dense_jacobian
 
 ACTIVATIONS = [
@@ -255,9 +256,9 @@ def test_layer_norm_reaches_its_constant_at_constant_tokens():
 def test_a_linear_layer_after_a_layer_norm_knows_its_range():
     norm, linear = _prepared(nn.LayerNorm(6)), _prepared(nn.Linear(6, 4))
     x = 5 * torch.randn(500, 6, dtype=torch.float64)
-    tokens = gain_of(norm, x).reach
+    tokens = gain_of(norm, x).output_range
     assert isinstance(tokens, Tokens)
-    ball = gain_of(linear, norm(x), reach=tokens).reach
+    ball = gain_of(linear, norm(x), input_range=tokens).output_range
     assert isinstance(ball, Ball)
     outputs = linear(norm(x))
     centre = linear(tokens.beta)

@@ -21,11 +21,11 @@ from fisher_reg import (
     lipschitz_bound,
     local_fisher_bound,
 )
-from fisher_reg.bounds import averaging
-from fisher_reg.bounds.averaging import average
-from fisher_reg.bounds.balance import balanced_scales
-from fisher_reg.bounds.certified import CertifiedNorms
-from fisher_reg.bounds.graph import compose
+from fisher_reg.bounds.api import balanced_coordinates
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
+from fisher_reg.bounds.propagate import compose
+from fisher_reg.bounds.tighten import averaging
+from fisher_reg.bounds.tighten.averaging import average
 from fisher_reg.bounds.tracing import trace
 from fisher_reg.likelihood import Categorical
 from tests import cases
@@ -239,7 +239,7 @@ def test_what_is_added_is_balanced_in_the_same_coordinates():
             return self.head((h + self.branch(h)).relu())
 
     model, x = Residual().double(), torch.zeros(1, 4, dtype=torch.float64)
-    scales = balanced_scales(trace(model, x), Tightening(balancing_steps=3), Categorical())
+    scales = balanced_coordinates(trace(model, x), Tightening(balancing_steps=3), Categorical())
     stem, branch = scales.values()
     assert len(scales) == 2
     assert_close(stem, branch)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_reg.bounds import norms
-from fisher_reg.bounds.norms import largest_norm, linear_norm, may_exceed, roundoff
+from fisher_reg.bounds.operator_norms import matrix
+from fisher_reg.bounds.operator_norms.matrix import largest_norm, linear_norm, may_exceed, roundoff
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -21,7 +21,7 @@ def test_a_level_is_exceeded_by_eigenvalues_above_it_and_by_no_others(dtype):
 
 
 def test_a_useless_estimate_costs_time_and_no_certificate(monkeypatch):
-    monkeypatch.setattr(norms, "lower_estimates", lambda gram, steps: torch.full((len(gram),), 0.5).double())
+    monkeypatch.setattr(matrix, "lower_estimates", lambda gram, steps: torch.full((len(gram),), 0.5).double())
     matrices = torch.randn(3, 40, 50, dtype=torch.float64)
     exact = torch.linalg.matrix_norm(matrices, 2).max().item()
     # the eigenvalue's level climbs from far below by 1 + 2 * rtol per step, and ends at most one step above it
@@ -32,7 +32,7 @@ def test_few_and_many_matrices_and_chunks_of_them_have_the_same_norm(monkeypatch
     matrices = torch.randn(9, 30, 20, dtype=torch.float64)
     exact = torch.linalg.matrix_norm(matrices, 2).max().item()
     for numbers in (1, 600 * 4, 2**22):
-        monkeypatch.setattr(norms, "MAX_NUMBERS", numbers)
+        monkeypatch.setattr(matrix, "MAX_NUMBERS", numbers)
         value = largest_norm(matrices.clone().requires_grad_(), rtol=1e-6).item()
         assert exact * (1 - 1e-12) <= value <= exact * (1 + 3e-6)
 
@@ -41,9 +41,9 @@ def test_few_and_many_matrices_and_chunks_of_them_have_the_same_norm(monkeypatch
 def test_the_gradient_of_a_linear_norm_is_the_pair_of_leading_singular_vectors(shape):
     # 270 is beyond what is left to an eigenvalue solver
     torch.manual_seed(0)
-    matrix = torch.randn(shape, dtype=torch.float64)
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    weight = matrix.clone().requires_grad_()
+    weight_matrix = torch.randn(shape, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(weight_matrix, full_matrices=False)
+    weight = weight_matrix.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(linear_norm(weight), weight)
     # relative excess of the value 2e-6; the vectors are off by (1e-5 / gap)^6, the gap being above 1e-3 here
     assert values.shape[0] == 1 or values[1] < values[0] * (1 - 1e-3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_reg.bounds import symbols
-from fisher_reg.bounds.symbols import fine_grid, norm_everywhere, norm_on_grid
+from fisher_reg.bounds.operator_norms import symbols
+from fisher_reg.bounds.operator_norms.symbols import fine_grid, norm_everywhere, norm_on_grid
 
 # groups, out, in, *kernel
 SHAPES = [

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
 _TRACING = threading.RLock()  # the tracers of torch work on the whole process

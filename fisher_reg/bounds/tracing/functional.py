@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisher_reg.errors import NoBoundError
 from fisher_reg.bounds.tracing.capture import asks_for_shape, where
 from fisher_reg.bounds.tracing.exact import ExactArithmetic, widened
+from fisher_reg.errors import NoBoundError
 
 
 class Run(fx.Interpreter):
@@ -91,8 +91,8 @@ def made_functional(module: fx.GraphModule, inputs: Tensor) -> None:
     run = _Writes(module)
     run(inputs)
     for other, by in run.renamed:  # in the order of the calls, so that chains of changes end at the last one
-        later = {user for user in other.users if run.order[user] > run.order[by]}
-        other.replace_all_uses_with(by, delete_user_cb=lambda user, later=later: user in later)
+        for user in [item for item in other.users if run.order[item] > run.order[by]]:
+            user.replace_input_with(other, by)
     for by, targets in run.written.items():
         if _works_out_of_place(module, by):
             continue

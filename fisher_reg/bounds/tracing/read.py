@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.tracing.capture import captured_by_export, captured_by_fx
 from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference
 from fisher_reg.bounds.tracing.functional import Run, made_functional
@@ -35,7 +35,7 @@ class Trace:
     @property
     def input(self) -> fx.Node:
         """The node of the network's input."""
-        (node,) = self.graph.find_nodes(op="placeholder")
+        node: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
         return node
 
     @property

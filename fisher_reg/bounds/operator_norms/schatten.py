@@ -1,4 +1,4 @@
-"""The two ways to measure the weights of a layer: certified, and cheap."""
+"""Cheap and smooth sizes of weights, to choose coordinates by; they certify nothing."""
 
 from __future__ import annotations
 
@@ -7,30 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_reg.bounds.conv import Geometry, conv_norm, conv_transpose_norm, linear_norm
-
-
-@dataclass(frozen=True)
-class CertifiedNorms:
-    """Operator norms that the true ones never exceed.
-
-    Args:
-        dense: Whether a convolution on a small image may be bounded by its matrix.
-    """
-
-    dense: bool = True
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the spectral norm."""
-        return linear_norm(weight)
-
-    def convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Return an upper bound of the operator norm."""
-        return conv_norm(weight, geometry, dense=self.dense)
-
-    def transposed_convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Return an upper bound of the operator norm."""
-        return conv_transpose_norm(weight, geometry, dense=self.dense)
+from fisher_reg.bounds.operator_norms.conv import Geometry
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.bound import BoundTerm, UpperBound, traced_model
+from fisher_reg.bounds.api import traced_model
+from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
 from fisher_reg.evaluation import Noise, check_input_std, differentiable, twice_differentiable
 from fisher_reg.likelihood import Categorical, Gaussian, Likelihood

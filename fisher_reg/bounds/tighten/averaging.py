@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.activations import slope_range
-from fisher_reg.bounds.functions import adds, moves
-from fisher_reg.bounds.layer_functions import activation_module
-from fisher_reg.bounds.layers import passes
-from fisher_reg.bounds.linears import conv_rule, linear_rule
-from fisher_reg.bounds.normalizations import batch_norm_rule
-from fisher_reg.bounds.registry import find_rule
+from fisher_reg.bounds.rules.activations import activation_module, slope_range
+from fisher_reg.bounds.rules.arithmetic import adds
+from fisher_reg.bounds.rules.identity import passes
+from fisher_reg.bounds.rules.linear import conv_rule, linear_rule
+from fisher_reg.bounds.rules.normalization import batch_norm_rule
+from fisher_reg.bounds.rules.registry import find_rule
+from fisher_reg.bounds.rules.shapes import moves
 from fisher_reg.bounds.tracing import Trace
 
 _MAX_SIDE = 4096

@@ -19,17 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fisher_reg.bounds.norms import (
+from fisher_reg.bounds.operator_norms.matrix import (
     is_settled,
     largest_entry,
     largest_norm,
-    linear_norm,
     vanishing,
 )
-from fisher_reg.bounds.symbols import fine_grid, norm_everywhere, norm_on_grid, num_frequencies
+from fisher_reg.bounds.operator_norms.symbols import fine_grid, norm_everywhere, norm_on_grid, num_frequencies
 from fisher_reg.errors import NoBoundError
-
-__all__ = ["Geometry", "conv_norm", "conv_transpose_norm", "largest_norm", "linear_norm"]
 
 _MAX_DENSE_SIDE = 1024
 """The operator itself is formed if its shorter side per group is at most this, ..."""
@@ -100,8 +97,8 @@ def conv_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tens
 
     A small operator is formed, and its norm is exact; so is a kernel of one tap. Otherwise the excess is that of the
     circular boundary, some per cent where the image is large against the kernel, and about one per cent of
-    :func:`~fisher_reg.bounds.symbols.norm_everywhere`. Padding that repeats the input multiplies by the norm of the
-    padding, except circular padding that is what the symbol assumes.
+    :func:`~fisher_reg.bounds.operator_norms.symbols.norm_everywhere`. Padding that repeats the input multiplies by the
+    norm of the padding, except circular padding that is what the symbol assumes.
 
     Args:
         weight: ``(out_channels, in_channels / groups, *kernel)``.

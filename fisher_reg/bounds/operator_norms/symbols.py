@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fisher_reg.bounds.norms import (
+from fisher_reg.bounds.operator_norms.matrix import (
     MAX_NUMBERS,
     Peak,
     carries_gradient,

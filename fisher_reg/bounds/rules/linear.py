@@ -1,16 +1,19 @@
-"""The bound rules of layers with weights: linear maps and convolutions, with the diagonal maps around them."""
+"""The bound rules of linear maps and convolutions, with the diagonal maps around them."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fisher_reg.bounds.conv import Geometry
-from fisher_reg.bounds.registry import Ball, Layer, ScaledGain, Tokens, find_rule, register_bound_rule
+from fisher_reg.bounds.operator_norms.conv import Geometry
+from fisher_reg.bounds.rules.call import Call, layer_of
+from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
+from fisher_reg.bounds.rules.registry import find_rule, register_bound_rule, register_layer
 from fisher_reg.errors import NoBoundError
 
 
-@register_bound_rule(nn.Linear)
 def linear_rule(module: nn.Linear, layer: Layer) -> ScaledGain:
     """Bound it by :func:`linear_gain`."""
     return linear_gain(module.weight, module.bias, layer)
@@ -40,15 +43,14 @@ def in_coordinates(weight: Tensor, input_scale: Tensor, output_scale: Tensor | N
 
 
 def _image(weight: Tensor, bias: Tensor | None, layer: Layer) -> Ball | None:
-    if not isinstance(layer.reach, Tokens):
+    if not isinstance(layer.input_range, Tokens):
         return None
-    tokens, matrix = layer.reach, weight.double()
+    tokens, matrix = layer.input_range, weight.double()
     centre = matrix @ tokens.beta.double() + (0.0 if bias is None else bias.double())
     radius = layer.norms.matrix(matrix * tokens.gamma.double()) * tokens.radius
     return Ball(radius, radius + centre.norm())
 
 
-@register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def conv_rule(module: _ConvNd, layer: Layer) -> ScaledGain:
     """Bound it by :func:`conv_gain`."""
     if layer.input.ndim != len(module.kernel_size) + 2:
@@ -80,7 +82,6 @@ def conv_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
     return ScaledGain(layer.norms.convolution(scaled, geometry), scale=layer.output_scale.view(1, -1, *rest))
 
 
-@register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _transposed_conv(module: _ConvTransposeNd, layer: Layer) -> ScaledGain:
     if layer.input.ndim != len(module.kernel_size) + 2:
         raise NoBoundError(f"{module} has a bound rule for batches only.")
@@ -98,3 +99,37 @@ def scales_outputs(module: nn.Module, ndim: int) -> bool:
     """Say whether a scale of axis 1 of the module's output is one of the rows of its weight, which tokens have last."""
     rule = find_rule(module)
     return rule is conv_rule or (rule is linear_rule and ndim == 2)
+
+
+def _linear(call: Call) -> Gain:
+    return linear_gain(call.argument("weight"), call.argument("bias"), layer_of(call))
+
+
+def _convolution(call: Call) -> Gain:
+    weight = call.argument("weight")
+    axes = weight.ndim - 2
+    if call.source.value.ndim != axes + 2:
+        raise NoBoundError(f"{call.name} has a bound rule for batches only.")
+    padding = call.argument("padding", 0)
+    if isinstance(padding, str) and padding != "valid":
+        raise NoBoundError(f"{call.name} pads by a word; give the number of pixels.")
+    stride, amount, dilation = (
+        (item,) * axes if isinstance(item, int) else tuple(item) * (axes if len(item) == 1 else 1)
+        for item in (call.argument("stride", 1), 0 if padding == "valid" else padding, call.argument("dilation", 1))
+    )
+    size = tuple(call.source.value.shape[2:])
+    geometry = Geometry(size, stride, amount, dilation, call.argument("groups", 1))
+    return conv_gain(weight, geometry, layer_of(call))
+
+
+def register_rules() -> None:
+    """Register the rules of this family."""
+    register_bound_rule(nn.Linear)(linear_rule)
+    register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)(conv_rule)
+    register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)(_transposed_conv)
+    register_layer(_linear, "input weight bias", F.linear, "linear")
+    register_layer(
+        _convolution,
+        "input weight bias stride padding dilation groups",
+        *(F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d, "conv1d", "conv2d", "conv3d"),
+    )

@@ -4,91 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.balance import balanced_scales
-from fisher_reg.bounds.calls import log
-from fisher_reg.bounds.certified import CertifiedNorms
-from fisher_reg.bounds.conv import linear_norm
-from fisher_reg.bounds.graph import Composition, compose
+from fisher_reg.bounds.operator_norms.matrix import linear_norm
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
+from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
+from fisher_reg.bounds.propagate import Composition, compose
+from fisher_reg.bounds.report import BoundTerm, UpperBound
+from fisher_reg.bounds.sensitivity import log
+from fisher_reg.bounds.tighten.balance import balanced_scales
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, trace
 from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed_module, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.outputs import check_logits
-
-
-@dataclass(frozen=True)
-class BoundTerm:
-    """The share of one layer.
-
-    Attributes:
-        name: Qualified name of the module.
-        layer: Its type, with what was merged into it.
-        norm: Its Lipschitz constant, in the coordinates that the layers around it left to it; the median over the
-            examples at a local level.
-        decades: Its share of ``log10_value``: the derivative of that by the logarithm of ``norm``, times that
-            logarithm. What is left over is that of the sums, copies and factors between the layers.
-    """
-
-    name: str
-    layer: str
-    norm: float
-    decades: float
-
-
-@dataclass(frozen=True)
-class UpperBound:
-    """An upper bound with its evidence.
-
-    Attributes:
-        level: ``"global"`` (from the weights alone), ``"local"`` (certified at the inputs), or ``"blockwise"``
-            (estimated at the inputs).
-        log10_value: Decimal logarithm of the bound, a number, or ``(B,)`` of the inputs; finite where the value itself
-            would overflow.
-        certified: Whether the mathematics excludes that the true value lies above.
-        terms: The shares of the layers, in the order of the forward pass; their mean over the inputs.
-        domain: The inputs for which the bound holds.
-    """
-
-    level: str
-    log10_value: Any
-    certified: bool
-    terms: tuple[BoundTerm, ...]
-    domain: str = "all inputs"
-
-    @property
-    def value(self) -> Any:
-        """The bound; infinite beyond the range of a double."""
-        if isinstance(self.log10_value, Tensor):
-            return 10**self.log10_value
-        return 10**self.log10_value if self.log10_value < 308 else math.inf
-
-    def __str__(self) -> str:
-        total = float(torch.as_tensor(self.log10_value).double().mean())
-        shown = [term for term in self.terms if term.norm != 1.0 or term.decades != 0.0]
-        width = max([len(term.name) for term in shown] + [len("between")])
-        lines = [f"{'layer':{width}}  {'norm':>10}  decades  share"]
-        for term in shown:
-            share = f"{term.decades / total:6.1%}" if total else ""
-            lines.append(f"{term.name:{width}}  {term.norm:10.4g}  {term.decades:7.2f} {share}  {term.layer}")
-        rest = total - sum(term.decades for term in self.terms)
-        lines.append(
-            f"{'between':{width}}  {'':10}  {rest:7.2f} {rest / total if total else 0:6.1%}  sums, copies, factors"
-        )
-        largest = sorted(shown, key=lambda term: -term.decades)[:3]
-        if largest and largest[0].decades > 0:
-            lines.append("most to gain: " + ", ".join(term.name for term in largest if term.decades > 0))
-        certificate = "certified" if self.certified else "not certified"
-        average = "mean of " if isinstance(self.log10_value, Tensor) else ""
-        lines.append(f"{self.level} bound {average}10^{total:.2f}, {certificate}, {self.domain}")
-        return "\n".join(lines)
 
 
 def lipschitz_bound(model: nn.Module, inputs: Tensor, *, tightening: Tightening = Tightening()) -> UpperBound:
@@ -318,9 +251,20 @@ def _compositions(
     """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted."""
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
-        scales.append(balanced_scales(traced, tightening, likelihood))
+        scales.append(balanced_coordinates(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense)
     return [compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item) for item in scales]
+
+
+def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likelihood) -> dict[fx.Node, Tensor]:
+    """Return the coordinates ``(C,)`` of linear layers in which the bound is small, by a descent of Schatten norms."""
+    norms = SchattenNorms()
+
+    def log_bound(scales: Mapping[fx.Node, Tensor]) -> Tensor:
+        composition = compose(trace, norms, tightening=tightening, differentiable=True, output_scales=scales)
+        return 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
+
+    return balanced_scales(trace, tightening.balancing_steps, log_bound)
 
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:

@@ -12,28 +12,37 @@ arXiv 1906.04893.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
-from fisher_reg.bounds.activations import activation_gain
-from fisher_reg.bounds.calls import log
-from fisher_reg.bounds.certified import SchattenNorms
-from fisher_reg.bounds.functions import adds, passes_channels
-from fisher_reg.bounds.graph import compose
-from fisher_reg.bounds.layers import passes
-from fisher_reg.bounds.linears import conv_rule, linear_rule
-from fisher_reg.bounds.normalizations import batch_norm_rule
-from fisher_reg.bounds.poolings import POOLING_RULES
-from fisher_reg.bounds.registry import find_rule
-from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.rules.activations import activation_gain
+from fisher_reg.bounds.rules.arithmetic import adds
+from fisher_reg.bounds.rules.identity import drop, passes, same
+from fisher_reg.bounds.rules.linear import conv_rule, linear_rule
+from fisher_reg.bounds.rules.normalization import batch_norm_rule
+from fisher_reg.bounds.rules.pooling import POOLING_RULES
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing import Trace
-from fisher_reg.likelihood import Likelihood
 
 _LEARNING_RATE = 0.05
 
 
-def balanced_scales(trace: Trace, tightening: Tightening, likelihood: Likelihood) -> dict[fx.Node, Tensor]:
-    """Return coordinates ``(C,)`` for the outputs of the linear layers of a traced model, one set per stream."""
+def balanced_scales(
+    trace: Trace, num_steps: int, log_bound: Callable[[Mapping[fx.Node, Tensor]], Tensor]
+) -> dict[fx.Node, Tensor]:
+    """Return coordinates for the outputs of the linear layers of a traced model, one set per stream.
+
+    Args:
+        trace: The model.
+        num_steps: How long they are searched.
+        log_bound: From coordinates ``(C,)`` by layer to what should be small, differentiable.
+
+    Returns:
+        Coordinates ``(C,)`` by layer.
+    """
     streams = _streams(trace)
     logs = {
         stream: torch.zeros(_width(trace, stream), dtype=torch.float64, device=trace.values[stream].device)
@@ -44,12 +53,9 @@ def balanced_scales(trace: Trace, tightening: Tightening, likelihood: Likelihood
     for value in logs.values():
         value.requires_grad_()
     optimizer = torch.optim.Adam(logs.values(), lr=_LEARNING_RATE)
-    norms = SchattenNorms()
     with torch.inference_mode(False), torch.enable_grad():
-        for _ in range(tightening.balancing_steps):
-            scales = {node: logs[stream].exp() for node, stream in streams.items()}
-            composition = compose(trace, norms, tightening=tightening, differentiable=True, output_scales=scales)
-            objective = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
+        for _ in range(num_steps):
+            objective = log_bound({node: logs[stream].exp() for node, stream in streams.items()})
             gradients = torch.autograd.grad(objective, list(logs.values()), allow_unused=True, materialize_grads=True)
             for value, gradient in zip(logs.values(), gradients, strict=True):
                 value.grad = gradient
@@ -108,6 +114,14 @@ def _width(trace: Trace, node: fx.Node) -> int:
 
 def _keeps_channels(trace: Trace, node: fx.Node) -> bool:
     if node.op != "call_module":
-        return node.op in ("call_function", "call_method") and passes_channels(node.target)
+        return node.op in ("call_function", "call_method") and _passes_channels(node.target)
     rule = find_rule(trace.modules[str(node.target)])
     return rule in (activation_gain, batch_norm_rule, passes) or rule in POOLING_RULES
+
+
+def _passes_channels(target: Any) -> bool:
+    """Say whether the function leaves each channel where it is and apart from the others."""
+    rule = find_function_rule(target)
+    return rule is not None and (
+        rule.is_layer and rule.apply.__name__ == "rule_of_module" or rule.apply in (same, drop)
+    )

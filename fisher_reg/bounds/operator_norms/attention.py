@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fisher_reg.bounds.registry import Ball, Tokens
+from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 
 
 @dataclass(frozen=True)

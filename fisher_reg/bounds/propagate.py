@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.averaging import average
-from fisher_reg.bounds.calls import CONSTANT, Reach, log, log_sum, make_call, name_of, side_by_side
-from fisher_reg.bounds.functions import find_function_rule
-from fisher_reg.bounds.linears import in_coordinates, linear_rule, scales_outputs
-from fisher_reg.bounds.normalizations import batch_norm_rule, batch_norm_scale
-from fisher_reg.bounds.registry import Gain, Layer, Norms, ScaledGain, find_rule, no_rule
+from fisher_reg.bounds.rules.call import make_call, name_of
+from fisher_reg.bounds.rules.layer import Gain, Layer, Norms, ScaledGain
+from fisher_reg.bounds.rules.linear import in_coordinates, linear_rule, scales_outputs
+from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, no_rule
+from fisher_reg.bounds.sensitivity import CONSTANT, Sensitivity, log, log_sum, side_by_side
+from fisher_reg.bounds.tighten.averaging import average
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
@@ -40,7 +41,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Composition:
-    """What reaches the output.
+    """The sensitivity of the output.
 
     Attributes:
         log_norm: Log of the constant of the output; with a head, of the head's input in its coordinates.
@@ -87,10 +88,10 @@ def compose(
     with torch.enable_grad():
         for node in trace.graph.nodes:
             composer.visit(node)
-        reach = composer.reaches[trace.output].plain()
-    if reach.log_norm is None or reach.parts:
+        sensitivity = composer.sensitivities[trace.output].plain()
+    if sensitivity.log_norm is None or sensitivity.parts:
         raise NoBoundError("The output does not depend on the input, or is no tensor.")
-    log_norm, head = reach.log_norm, None
+    log_norm, head = sensitivity.log_norm, None
     if composer.head is not None:
         log_norm, head = composer.head
     assert log_norm is not None
@@ -102,7 +103,7 @@ def compose(
 
 @dataclass
 class _Composer:
-    """Visits the nodes in order and carries the reach of every value along."""
+    """Visits the nodes in order and carries the sensitivity of every value along."""
 
     trace: Trace
     norms: Norms
@@ -110,7 +111,7 @@ class _Composer:
     is_local: bool
     differentiable: bool
     output_scales: Mapping[fx.Node, Tensor]
-    reaches: dict[fx.Node, Reach] = field(default_factory=dict)
+    sensitivities: dict[fx.Node, Sensitivity] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     gains: dict[fx.Node, Tensor] = field(default_factory=dict)
@@ -118,106 +119,106 @@ class _Composer:
     head_name: str = ""
 
     def visit(self, node: fx.Node) -> None:
-        """Find what reaches the value of the node."""
+        """Find the sensitivity of the value of the node."""
         value = self.trace.values[node]
-        reach = self._reach(node, value)
+        sensitivity = self._sensitivity(node, value)
         if self.tightening.averaged and not (self.is_local or self.differentiable or self._is_head(node, value)):
-            reach = self._averaged(node, reach)
-        keeps = self.tightening.merged or reach.parts or self._batch_norm_after(node, value) is not None
-        self.reaches[node] = reach if keeps else reach.plain()
+            sensitivity = self._averaged(node, sensitivity)
+        keeps = self.tightening.merged or sensitivity.parts or self._batch_norm_after(node, value) is not None
+        self.sensitivities[node] = sensitivity if keeps else sensitivity.plain()
 
-    def _averaged(self, node: fx.Node, reach: Reach) -> Reach:
-        """Return what reaches the end of a block, if it is one, bounded with its activation if that is better."""
-        block = None if reach.is_constant or reach.parts else average(self.trace, node)
-        if block is None or block.source not in self.reaches:
-            return reach
-        source = self.reaches[block.source]
-        branch = reach if block.branch[-1] is node else self.reaches[block.branch[-1]]
+    def _averaged(self, node: fx.Node, sensitivity: Sensitivity) -> Sensitivity:
+        """Return the sensitivity of the end of a block, if it is one, bounded with its activation if that is better."""
+        block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
+        if block is None or block.source not in self.sensitivities:
+            return sensitivity
+        source = self.sensitivities[block.source]
+        branch = sensitivity if block.branch[-1] is node else self.sensitivities[block.branch[-1]]
         # The rest needs the norms of both layers, not what the mean slope already made of them on the way.
         gained = sum(self.gains.get(item, 0.0) for item in block.branch)
-        before, after = source.scale, reach.scale
+        before, after = source.scale, sensitivity.scale
         matrix = block.matrix
         if before is not None:
             matrix = matrix / before.expand(self.trace.values[block.source].shape).reshape(1, -1)
         if after is not None:
             matrix = matrix * after.expand(self.trace.values[node].shape).reshape(-1, 1)
         log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()
-        assert reach.log_norm is not None
+        assert sensitivity.log_norm is not None
         assert source.log_norm is not None
         joint = log_sum([source.log_norm + log_norm, branch.within(after) + gained + math.log(block.share)])
-        if bool(joint >= reach.log_norm):
-            return reach
+        if bool(joint >= sensitivity.log_norm):
+            return sensitivity
         self.terms.append(Term(where(node), "block, with the mean slope of its activation", log_norm))
-        self.gains[node] = reach.log_norm - joint
-        return replace(reach, log_norm=joint)
+        self.gains[node] = sensitivity.log_norm - joint
+        return replace(sensitivity, log_norm=joint)
 
     def _knows(self, nodes: Iterable[fx.Node]) -> bool:
         """Say whether the values that depend on the input are at hand, an example each along their first axis."""
-        varying = [node for node in nodes if not self.reaches[node].is_constant]
+        varying = [node for node in nodes if not self.sensitivities[node].is_constant]
         return all(node in self.trace.batched for node in varying)
 
     def _fetch(self, argument: Any) -> Any:
         return fx.map_arg(argument, lambda node: self.trace.values[node])
 
-    def _reach(self, node: fx.Node, value: Any) -> Reach:
+    def _sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         if node.op == "placeholder":
-            return Reach(torch.zeros((), dtype=torch.float64, device=value.device))
-        incoming = [self.reaches[argument] for argument in node.all_input_nodes]
-        if value is None or all(reach.is_constant for reach in incoming) or asks_for_shape(node):
+            return Sensitivity(torch.zeros((), dtype=torch.float64, device=value.device))
+        incoming = [self.sensitivities[argument] for argument in node.all_input_nodes]
+        if value is None or all(sensitivity.is_constant for sensitivity in incoming) or asks_for_shape(node):
             return CONSTANT
         if node.op == "output":
             return incoming[0]
         if node.op == "call_module":
-            return self._module_reach(node, value)
+            return self._module_sensitivity(node, value)
         rule = find_function_rule(node.target)
         if rule is None:
             raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", where(node))
         is_local = self.is_local and self._knows(node.all_input_nodes)
-        call = make_call(rule, node, self.reaches, value, self._fetch, self.norms, is_local)
+        call = make_call(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local)
         if self._is_head(node, value) and name_of(node.target) == "linear":
-            return self._head_reach(node, call.argument("weight"), call.reach, call.source.value)
+            return self._head_sensitivity(node, call.argument("weight"), call.sensitivity, call.source.value)
         with torch.set_grad_enabled(self.differentiable or not rule.is_layer):
             result = rule.apply(call)
-        return self._after(node, name_of(node.target), call.reach, result) if isinstance(result, Gain) else result
+        return self._after(node, name_of(node.target), call.sensitivity, result) if isinstance(result, Gain) else result
 
-    def _module_reach(self, node: fx.Node, value: Any) -> Reach:
+    def _module_sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         module = self.trace.modules[str(node.target)]
         if not isinstance(value, Tensor) and any(_takes_another(user) for user in node.users):
             raise NoBoundError(
                 f"Of what '{where(node)}' returns, the rule speaks of the first output only; another is used."
             )
         operands = {name: item for name, item in _bind(node, module).items() if isinstance(item, fx.Node)}
-        varying = [item for item in operands.values() if not self.reaches[item].is_constant]
-        single = self.reaches[varying[0]] if len(set(varying)) == 1 else None
+        varying = [item for item in operands.values() if not self.sensitivities[item].is_constant]
+        single = self.sensitivities[varying[0]] if len(set(varying)) == 1 else None
         if single is not None and self._is_head(node, value) and find_rule(module) is linear_rule:
             weight: Any = module.weight
-            return self._head_reach(node, weight, single, self._fetch(varying[0]))
+            return self._head_sensitivity(node, weight, single, self._fetch(varying[0]))
         with torch.set_grad_enabled(self.differentiable):
             gain = _gain(module, self._layer(node, module, operands, single, value), where(node))
         if single is not None and (len(varying) == 1 or gain.of_one_input):
             source = single
         else:
-            plain = [self.reaches[item].plain().log_norm for item in varying]
-            source = Reach(side_by_side([item for item in plain if item is not None]))
+            plain = [self.sensitivities[item].plain().log_norm for item in varying]
+            source = Sensitivity(side_by_side([item for item in plain if item is not None]))
         label = type(module).__name__
         if self._batch_norm_after(node, value) is not None:
             label = f"{label} + batch norm"
         return self._after(node, label, source, gain)
 
-    def _after(self, node: fx.Node, label: str, source: Reach, gain: Gain) -> Reach:
+    def _after(self, node: fx.Node, label: str, source: Sensitivity, gain: Gain) -> Sensitivity:
         log_norm = log(gain.norm)
         if not self.differentiable:
             log_norm = log_norm.detach().requires_grad_()
         self.terms.append(Term(where(node), label, log_norm))
         if gain.domain is not None:
             self.domains.append(gain.domain)
-        reached = source.after(gain)
-        trivial = source.after(_with_norm_one(gain))
+        reached = gain.after(source)
+        trivial = _with_norm_one(gain).after(source)
         assert trivial.log_norm is not None
-        return Reach(trivial.log_norm + log_norm, reached.scale, reached.range)
+        return Sensitivity(trivial.log_norm + log_norm, reached.scale, reached.range)
 
     def _layer(
-        self, node: fx.Node, module: nn.Module, operands: Mapping[str, fx.Node], single: Reach | None, value: Any
+        self, node: fx.Node, module: nn.Module, operands: Mapping[str, fx.Node], single: Sensitivity | None, value: Any
     ) -> Layer:
         return Layer(
             inputs={
@@ -225,8 +226,10 @@ class _Composer:
             },
             output=value,
             norms=self.norms,
-            reach=None if single is None else single.range,
-            sources={name: None if self.reaches[item].is_constant else item.name for name, item in operands.items()},
+            input_range=None if single is None else single.range,
+            sources={
+                name: None if self.sensitivities[item].is_constant else item.name for name, item in operands.items()
+            },
             is_local=self.is_local and self._knows(operands.values()),
             scale=None if single is None else single.scale,
             output_scale=self._output_scale(node, value),
@@ -259,7 +262,7 @@ class _Composer:
         is_returned = self.trace.output.args[0] is node and len(node.users) == 1
         return self.tightening.head and is_returned and isinstance(value, Tensor) and value.ndim == 2
 
-    def _head_reach(self, node: fx.Node, weight: Tensor, source: Reach, hidden: Tensor) -> Reach:
+    def _head_sensitivity(self, node: fx.Node, weight: Tensor, source: Sensitivity, hidden: Tensor) -> Sensitivity:
         layer = Layer({"input": hidden}, None, self.norms, scale=source.scale)
         with torch.set_grad_enabled(self.differentiable):
             scaled = in_coordinates(weight, layer.scale_along(-1), None)
@@ -270,8 +273,8 @@ class _Composer:
 
 def _with_norm_one(gain: Gain) -> Gain:
     if isinstance(gain, ScaledGain):
-        return ScaledGain(1.0, gain.reach, gain.domain, gain.of_one_input, gain.scale)
-    return Gain(1.0, gain.reach, gain.domain, gain.of_one_input)
+        return ScaledGain(1.0, gain.output_range, gain.domain, gain.of_one_input, gain.scale)
+    return Gain(1.0, gain.output_range, gain.domain, gain.of_one_input)
 
 
 def _bind(node: fx.Node, module: nn.Module) -> dict[str, Any]:

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fisher_reg.bounds.registry import Layer, ScaledGain, find_rule, register_bound_rule
+from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain
+from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
 from fisher_reg.errors import NoBoundError
 
 GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.sqrt(2) * math.exp(-1.0) / math.sqrt(2 * math.pi)
@@ -91,11 +94,41 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     return ScaledGain(_slope_at(module, layer.input) if layer.is_local else largest, scale=layer.scale)
 
 
-register_bound_rule(*SLOPES)(activation_gain)
-
-
 def _slope_at(module: nn.Module, hidden: Tensor) -> Tensor:
     with torch.enable_grad():
         point = hidden.detach().clone().requires_grad_()
         (slopes,) = torch.autograd.grad(module(point * 1.0).sum(), point)  # the copy may be overwritten in place
     return slopes.abs().flatten(1).amax(1)
+
+
+def activation_module(target: Any) -> nn.Module | None:
+    """Return the module form of an activation function with its default settings."""
+    return nn.ReLU() if target in (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_") else None
+
+
+def _functional_prelu(call: Call) -> Gain:
+    return ScaledGain(call.argument("weight").double().abs().amax().clamp_min(1.0), scale=call.sensitivity.scale)
+
+
+def register_rules() -> None:
+    """Register the rules of this family."""
+    register_bound_rule(*SLOPES)(activation_gain)
+    register_layer(_functional_prelu, "input weight", F.prelu, torch.prelu, "prelu")
+    register_layer(as_module(nn.ReLU), "input inplace", F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+    register_layer(as_module(nn.ReLU6), "input inplace", F.relu6, "relu6")
+    register_layer(as_module(nn.Hardtanh), "input min_val max_val inplace", F.hardtanh, "hardtanh", "hardtanh_")
+    register_layer(as_module(nn.ELU), "input alpha inplace", F.elu, "elu", "elu_")
+    register_layer(as_module(nn.CELU), "input alpha inplace", F.celu, "celu")
+    register_layer(as_module(nn.SELU), "input inplace", F.selu, "selu")
+    register_layer(as_module(nn.GELU), "input approximate", F.gelu, "gelu")
+    register_layer(as_module(nn.SiLU), "input inplace", F.silu, "silu", "silu_")
+    register_layer(as_module(nn.Mish), "input inplace", F.mish, "mish")
+    register_layer(as_module(nn.Hardswish), "input inplace", F.hardswish, "hardswish", "hardswish_")
+    register_layer(as_module(nn.Hardsigmoid), "input inplace", F.hardsigmoid, "hardsigmoid")
+    register_layer(as_module(nn.LeakyReLU), "input negative_slope inplace", F.leaky_relu, "leaky_relu", "leaky_relu_")
+    register_layer(as_module(nn.Softplus), "input beta threshold", F.softplus, "softplus")
+    register_layer(as_module(nn.Softsign), "input", F.softsign)
+    register_layer(as_module(nn.LogSigmoid), "input", F.logsigmoid, "log_sigmoid")
+    register_layer(as_module(nn.Tanhshrink), "input", F.tanhshrink)
+    register_layer(as_module(nn.Tanh), "input", torch.tanh, F.tanh, "tanh", "tanh_")
+    register_layer(as_module(nn.Sigmoid), "input", torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")

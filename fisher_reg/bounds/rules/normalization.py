@@ -5,40 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fisher_reg.bounds.attention import layer_norm_tokens
-from fisher_reg.bounds.registry import Layer, ScaledGain, register_bound_rule
+from fisher_reg.bounds.operator_norms.attention import layer_norm_tokens
+from fisher_reg.bounds.rules.call import Call, layer_of
+from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain, diagonal_gain
+from fisher_reg.bounds.rules.registry import register_bound_rule, register_layer
 from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation.batch_norm import scale_and_shift
 
-_SMALLEST = 1e-12
-"""A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
 
-
-def diagonal_gain(factor: Tensor, layer: Layer) -> ScaledGain:
-    """Bound a multiplication by a change of coordinates: nothing is lost.
-
-    The next layer divides its weight by the new scale, so that its norm is that of the product.
-
-    Args:
-        factor: Broadcastable to the output.
-        layer: The call.
-
-    Returns:
-        The gain 1, in the new coordinates; 0 without any for a factor of zeros.
-    """
-    size = factor.abs()
-    size = size.clamp_min(_SMALLEST * size.amax().detach())
-    vanishes = bool(size.amax() == 0)
-    if vanishes:
-        return ScaledGain(0.0)
-    return ScaledGain(1.0, scale=1 / size if layer.scale is None else layer.scale / size)
-
-
-@register_bound_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm_rule(module: _BatchNorm, layer: Layer) -> ScaledGain:
     """In evaluation it is a diagonal map."""
     scale = batch_norm_scale(module)
@@ -55,7 +34,6 @@ def batch_norm_scale(module: _BatchNorm) -> Tensor:
     return scale
 
 
-@register_bound_rule(nn.LayerNorm)
 def _layer_norm(module: nn.LayerNorm, layer: Layer) -> ScaledGain:
     return layer_norm_gain(module.weight, module.bias, module.eps, len(module.normalized_shape), layer)
 
@@ -90,12 +68,10 @@ def layer_norm_gain(gamma: Tensor | None, beta: Tensor | None, eps: float, axes:
     return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
 
 
-@register_bound_rule(nn.GroupNorm)
 def _group_norm(module: nn.GroupNorm, layer: Layer) -> ScaledGain:
     return group_norm_gain(module.weight, module.eps, module.num_groups, layer)
 
 
-@register_bound_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm(module: _InstanceNorm, layer: Layer) -> ScaledGain:
     if module.track_running_stats:
         return batch_norm_rule(module, layer)  # type: ignore[arg-type]
@@ -117,7 +93,6 @@ def group_norm_gain(gamma: Tensor | None, eps: float, num_groups: int, layer: La
     return ScaledGain(norm * gained.norm, scale=gained.scale)
 
 
-@register_bound_rule(nn.RMSNorm)
 def _rms_norm(module: nn.RMSNorm, layer: Layer) -> ScaledGain:
     # The Jacobian is Gamma (I - y y' / d) / rms, of norm at most 1 / rms before Gamma.
     eps = torch.finfo(layer.input.dtype).eps if module.eps is None else module.eps
@@ -141,3 +116,53 @@ def _normalisation_norm(variances: Tensor, eps: float, layer: Layer) -> Tensor:
 def forgotten(scale: Tensor | None) -> Any:
     """Return how much longer a vector can be than in its scaled coordinates."""
     return 1.0 if scale is None else 1 / scale.amin()
+
+
+def _functional_batch_norm(call: Call) -> Gain:
+    mean, variance, weight = (call.argument(name) for name in ("running_mean", "running_var", "weight"))
+    if call.argument("training", False) or mean is None or variance is None:
+        raise NoBoundError(f"{call.name} normalises with the statistics of the batch, which couples the examples.")
+    weight = None if weight is None else weight.double()
+    factor, _ = scale_and_shift(mean.double(), variance.double(), weight, None, call.argument("eps", 1e-5))
+    shape = (1, -1, *[1] * (call.value.ndim - 2))
+    return diagonal_gain(factor.view(shape), layer_of(call))
+
+
+def _functional_layer_norm(call: Call) -> Gain:
+    axes = len(call.argument("normalized_shape"))
+    eps = call.argument("eps", 1e-5)
+    return layer_norm_gain(call.argument("weight"), call.argument("bias"), eps, axes, layer_of(call))
+
+
+def _functional_group_norm(call: Call) -> Gain:
+    eps = call.argument("eps", 1e-5)
+    return group_norm_gain(call.argument("weight"), eps, call.argument("num_groups"), layer_of(call))
+
+
+def register_rules() -> None:
+    """Register the rules of this family."""
+    register_bound_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)(batch_norm_rule)
+    register_bound_rule(nn.LayerNorm)(_layer_norm)
+    register_bound_rule(nn.GroupNorm)(_group_norm)
+    register_bound_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)(_instance_norm)
+    register_bound_rule(nn.RMSNorm)(_rms_norm)
+    register_layer(
+        _functional_batch_norm,
+        "input running_mean running_var weight bias training momentum eps cudnn_enabled",
+        F.batch_norm,
+    )
+    register_layer(
+        _functional_batch_norm,
+        "input weight bias running_mean running_var training momentum eps cudnn_enabled",
+        "batch_norm",
+    )
+    register_layer(
+        _functional_layer_norm,
+        "input normalized_shape weight bias eps cudnn_enable",
+        *(F.layer_norm, torch.layer_norm, "layer_norm"),
+    )
+    register_layer(
+        _functional_group_norm,
+        "input num_groups weight bias eps cudnn_enabled",
+        *(F.group_norm, torch.group_norm, "group_norm"),
+    )

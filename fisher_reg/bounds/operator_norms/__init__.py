@@ -1,0 +1,1 @@
+"""Upper bounds of the norms of linear maps and of attention: mathematics of tensors that knows no module rule."""

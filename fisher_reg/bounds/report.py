@@ -1,0 +1,77 @@
+"""What a bound reports: its value, and the share of each layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BoundTerm:
+    """The share of one layer.
+
+    Attributes:
+        name: Qualified name of the module.
+        layer: Its type, with what was merged into it.
+        norm: Its Lipschitz constant, in the coordinates that the layers around it left to it; the median over the
+            examples at a local level.
+        decades: Its share of ``log10_value``: the derivative of that by the logarithm of ``norm``, times that
+            logarithm. What is left over is that of the sums, copies and factors between the layers.
+    """
+
+    name: str
+    layer: str
+    norm: float
+    decades: float
+
+
+@dataclass(frozen=True)
+class UpperBound:
+    """An upper bound with its evidence.
+
+    Attributes:
+        level: ``"global"`` (from the weights alone), ``"local"`` (certified at the inputs), or ``"blockwise"``
+            (estimated at the inputs).
+        log10_value: Decimal logarithm of the bound, a number, or ``(B,)`` of the inputs; finite where the value itself
+            would overflow.
+        certified: Whether the mathematics excludes that the true value lies above.
+        terms: The shares of the layers, in the order of the forward pass; their mean over the inputs.
+        domain: The inputs for which the bound holds.
+    """
+
+    level: str
+    log10_value: Any
+    certified: bool
+    terms: tuple[BoundTerm, ...]
+    domain: str = "all inputs"
+
+    @property
+    def value(self) -> Any:
+        """The bound; infinite beyond the range of a double."""
+        if isinstance(self.log10_value, Tensor):
+            return 10**self.log10_value
+        return 10**self.log10_value if self.log10_value < 308 else math.inf
+
+    def __str__(self) -> str:
+        total = float(torch.as_tensor(self.log10_value).double().mean())
+        shown = [term for term in self.terms if term.norm != 1.0 or term.decades != 0.0]
+        width = max([len(term.name) for term in shown] + [len("between")])
+        lines = [f"{'layer':{width}}  {'norm':>10}  decades  share"]
+        for term in shown:
+            share = f"{term.decades / total:6.1%}" if total else ""
+            lines.append(f"{term.name:{width}}  {term.norm:10.4g}  {term.decades:7.2f} {share}  {term.layer}")
+        rest = total - sum(term.decades for term in self.terms)
+        lines.append(
+            f"{'between':{width}}  {'':10}  {rest:7.2f} {rest / total if total else 0:6.1%}  sums, copies, factors"
+        )
+        largest = sorted(shown, key=lambda term: -term.decades)[:3]
+        if largest and largest[0].decades > 0:
+            lines.append("most to gain: " + ", ".join(term.name for term in largest if term.decades > 0))
+        certificate = "certified" if self.certified else "not certified"
+        average = "mean of " if isinstance(self.log10_value, Tensor) else ""
+        lines.append(f"{self.level} bound {average}10^{total:.2f}, {certificate}, {self.domain}")
+        return "\n".join(lines)

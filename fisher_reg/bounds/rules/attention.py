@@ -1,0 +1,83 @@
+"""The bound rules of attention: as a module with its projections, and bare."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fisher_reg.bounds.operator_norms.attention import (
+    AttentionWeights,
+    dot_product_attention_gains,
+    self_attention_lipschitz,
+    self_attention_norm_at,
+)
+from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
+from fisher_reg.bounds.rules.registry import register, register_bound_rule
+from fisher_reg.bounds.sensitivity import Sensitivity, log, log_sum, shifted
+from fisher_reg.errors import NoBoundError
+
+
+def _self_attention(module: nn.MultiheadAttention, layer: Layer) -> Gain:
+    if module.bias_k is not None or module.add_zero_attn or (module.kdim, module.vdim) != (module.embed_dim,) * 2:
+        raise NoBoundError("Only attention among the tokens, with no added keys and one width, has a bound rule.")
+    queries = layer.sources["query"]
+    varying = {name for name, source in layer.sources.items() if source is not None}
+    if varying != {"query", "key", "value"} or any(layer.sources[name] != queries for name in varying):
+        raise NoBoundError("Only self-attention, of one value with itself and constant masks, has a bound rule.")
+    if layer.input.ndim != 3:
+        raise NoBoundError("Attention has a bound rule for batches (B, n, E) only.")
+    scale = layer.scale_along(-1)
+    weights = AttentionWeights.of(module).on_scaled_tokens(scale)
+    if layer.is_local:
+        return ScaledGain(_attention_at(module, layer, weights, scale), of_one_input=True)
+    if not isinstance(layer.input_range, Tokens):
+        raise NoBoundError(
+            "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm stands "
+            "right before this one to bound it. Only pre-norm attention has a global bound."
+        )
+    tokens = Tokens(scale * layer.input_range.gamma, scale * layer.input_range.beta, layer.input_range.radius)
+    num_tokens = layer.input.shape[1 if module.batch_first else 0]
+    norm = self_attention_lipschitz(weights, num_tokens, tokens)
+    domain = "attention: the range of the layer norm before it, which no input leaves"
+    return ScaledGain(norm, domain=domain, of_one_input=True)
+
+
+def _attention_at(module: nn.MultiheadAttention, layer: Layer, weights: AttentionWeights, scale: Tensor) -> Tensor:
+    """Bound the Jacobian at the example, with the attention weights that the module computes there."""
+    masks = {name: mask for name, mask in layer.inputs.items() if name in ("attn_mask", "key_padding_mask")}
+    operands = [layer.inputs[name] for name in ("query", "key", "value")]
+    _, probabilities = module(*operands, **masks, need_weights=True, average_attn_weights=False)
+    hidden = layer.input if module.batch_first else layer.input.transpose(0, 1)
+    return self_attention_norm_at(weights, scale * hidden.double(), probabilities.double())
+
+
+def _dot_product_attention(call: Call) -> Sensitivity:
+    query, key, value = (call.operands[name] for name in ("query", "key", "value"))
+    if call.argument("dropout_p", 0.0) != 0:
+        raise NoBoundError(f"{call.name} drops in evaluation.")
+    if call.argument("enable_gqa", False):
+        raise NoBoundError(f"{call.name} shares keys between heads, which has no bound rule.")
+    call.argument("attn_mask")
+    sensitivities = [item.sensitivity for item in (query, key, value) if isinstance(item.sensitivity, Sensitivity)]
+    balls = [sensitivity.range.of_tokens for sensitivity in sensitivities if isinstance(sensitivity.range, Ball)]
+    if len(balls) < 3:
+        raise NoBoundError(
+            "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm and "
+            "linear layer stand right before this one to bound it. Only pre-norm attention has a global bound."
+        )
+    scale = call.argument("scale")
+    scale = query.value.shape[-1] ** -0.5 if scale is None else scale
+    gains = dot_product_attention_gains(query.value.shape[-2], scale, *balls)
+    sides = zip(sensitivities, (gains.query, gains.key, gains.value), strict=True)
+    return Sensitivity(log_sum([shifted(sensitivity.plain(), log(gain)) for sensitivity, gain in sides]))
+
+
+def register_rules() -> None:
+    """Register the rules of this family."""
+    register_bound_rule(nn.MultiheadAttention)(_self_attention)
+    register(
+        _dot_product_attention,
+        "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        *(F.scaled_dot_product_attention, "scaled_dot_product_attention"),
+    )

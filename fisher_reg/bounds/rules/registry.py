@@ -1,0 +1,147 @@
+"""Which rule belongs to a module, and which to a function or method.
+
+A rule of a function sees a call with its arguments under their names; an argument that it does not name is refused, and
+so is every function without a rule. ATen operators, which :func:`torch.export` leaves, are found by the name of their
+method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fisher_reg.bounds.rules.call import Call, FunctionRule, layer_of, name_of
+from fisher_reg.bounds.rules.layer import Gain, Rule
+from fisher_reg.bounds.sensitivity import Sensitivity
+from fisher_reg.errors import NoBoundError
+
+RuleT = TypeVar("RuleT", bound=Rule)
+
+_RULES: dict[type[nn.Module], Rule] = {}
+FUNCTION_RULES: dict[Any, FunctionRule] = {}
+"""From what the graph calls, a function or the name of a method, to its rule."""
+
+
+def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
+    """Register a function as the bound rule of module types.
+
+    A subclass inherits the rule as long as it does not override ``forward``.
+
+    The function takes the module and a :class:`Layer` and returns the module's Lipschitz constant (or a
+    :class:`Gain`). The module then counts as one layer and is not traced into. A later registration replaces an
+    earlier one.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Example:
+        >>> class Halve(nn.Module):
+        ...     def forward(self, x):
+        ...         return x / 2
+        >>> @register_bound_rule(Halve)
+        ... def _(module, layer):
+        ...     return 0.5
+
+        A learnable factor per channel is a diagonal map. Return it as a change of coordinates: the next layer divides
+        its weight by them, so that nothing is lost. The largest modulus would be valid too, but looser: it charges
+        every channel for the largest.
+
+        >>> from fisher_reg.bounds import diagonal_gain, lipschitz_bound
+        >>> class ChannelScale(nn.Module):
+        ...     def __init__(self, factors):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.tensor(factors))
+        ...     def forward(self, x):
+        ...         return x * self.weight.view(1, -1, 1, 1)
+        >>> @register_bound_rule(ChannelScale)
+        ... def _(module, layer):
+        ...     return diagonal_gain(module.weight.view(1, -1, 1, 1), layer)
+        >>> mix = nn.Conv2d(2, 2, 1)
+        >>> _ = mix.weight.data.copy_(torch.tensor([[0.1, 0.0], [0.0, 1.0]]).view(2, 2, 1, 1))
+        >>> model = nn.Sequential(ChannelScale([10.0, 1.0]), mix, nn.Flatten())
+        >>> round(lipschitz_bound(model, torch.zeros(1, 2, 1, 1)).value, 6)  # |10 * 0.1|, not 10 * |mix|; centred
+        1.0
+    """
+
+    def decorate(rule: RuleT) -> RuleT:
+        for module_type in module_types:
+            _RULES[module_type] = rule
+        return rule
+
+    return decorate
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """Return the rule of the module's class, or of the nearest base class, if it computes what that class computes.
+
+    A forward that is overridden or replaced on the instance, or a hook that may change the input or the output, makes
+    it another function. The hooks of torch's own weight and spectral normalisation only set the weight.
+    """
+    kind = type(module)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    replaced = "forward" in vars(module)
+    if replaced or not all(type(hook).__module__.startswith("torch.nn.utils") for hook in hooks):
+        return None
+    return next((_RULES[base] for base in kind.__mro__ if base in _RULES and _same_forward(kind, base)), None)
+
+
+def _same_forward(kind: type[nn.Module], base: type[nn.Module]) -> bool:
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
+
+
+def no_rule(what: str, where: str) -> NoBoundError:
+    """Describe the missing rule and how to add it."""
+    return NoBoundError(
+        f"No bound rule for {what} at '{where}' (or it has hooks, or another forward than its class). If it has a "
+        "Lipschitz constant that you know, put it in a module and register that:\n"
+        "    @fisher_reg.register_bound_rule(YourModule)\n"
+        "    def _(module, layer):\n"
+        "        return 1.0  # its Lipschitz constant"
+    )
+
+
+def register(
+    apply: Callable[[Call], Sensitivity] | Callable[[Call], Gain],
+    names: str | None,
+    *targets: Any,
+    is_layer: bool = False,
+) -> None:
+    """Register a rule for functions and for the names of methods, with the names of its arguments in their order."""
+    rule = FunctionRule(apply, None if names is None else tuple(names.split()), is_layer)
+    FUNCTION_RULES.update(dict.fromkeys(targets, rule))
+
+
+register_layer = partial(register, is_layer=True)
+"""Register the rule of a layer of one input, which returns its gain."""
+
+
+def find_function_rule(target: Any) -> FunctionRule | None:
+    """Return the rule of a function, the name of a method, or an ATen operator."""
+    if isinstance(target, torch._ops.OpOverload):
+        return FUNCTION_RULES.get(name_of(target)) if target.namespace == "aten" else None
+    if target in FUNCTION_RULES:
+        return FUNCTION_RULES[target]
+    module = getattr(target, "__module__", "") or ""
+    return FUNCTION_RULES.get(name_of(target)) if module.startswith("torchvision.ops") else None
+
+
+def as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
+    """Reuse the rule of the module that a functional call is the forward of; its settings are the other arguments."""
+
+    def rule_of_module(call: Call) -> Gain:
+        if not isinstance(call.value, torch.Tensor):
+            raise NoBoundError(f"{call.name} returns more than the pooled values.")
+        settings = {key: item.value for key, item in call.operands.items() if key not in ("input", "inplace")}
+        settings = {key: item for key, item in settings.items() if not (key == "stride" and item == [])}
+        module = build(**settings)
+        found = find_rule(module)
+        if found is None:
+            raise NoBoundError(f"{call.name} has no rule for its module form {module}.")
+        gain = found(module, layer_of(call))
+        return gain if isinstance(gain, Gain) else Gain(gain)
+
+    return rule_of_module

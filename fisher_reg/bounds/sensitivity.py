@@ -1,0 +1,87 @@
+"""How strongly the values in the graph depend on the input of the network, as logarithms of Lipschitz constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
+
+Number = float | Tensor
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How strongly a value in the graph depends on the input of the network.
+
+    Attributes:
+        log_norm: Logarithm of a Lipschitz constant of ``scale * value``, a scalar or one per example ``(B,)``; None for
+            a value that does not depend on the input.
+        scale: Coordinates, positive and broadcastable to the value; None for 1.
+        range: Where the value lies, if known.
+        parts: Of a value that is a tuple of tensors, the sensitivity of each.
+    """
+
+    log_norm: Tensor | None
+    scale: Tensor | None = None
+    range: Tokens | Ball | None = None
+    parts: tuple[Sensitivity, ...] = ()
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the value is known not to depend on the input."""
+        return self.log_norm is None
+
+    def plain(self) -> Sensitivity:
+        """Return the same without coordinates."""
+        if self.scale is None or self.log_norm is None:
+            return self
+        return replace(self, log_norm=self.log_norm - self.scale.amin().log(), scale=None)
+
+    def within(self, scale: Tensor | None) -> Tensor:
+        """Return the log norm in other coordinates."""
+        assert self.log_norm is not None
+        if scale is self.scale:
+            return self.log_norm
+        ratio = torch.ones(()).double() if scale is None else scale
+        return self.log_norm + (ratio if self.scale is None else ratio / self.scale).amax().log()
+
+
+CONSTANT = Sensitivity(None)
+"""That of a value that does not depend on the input."""
+
+
+def shifted(sensitivity: Sensitivity, log_factor: Tensor | float) -> Tensor:
+    """Return the log norm after a factor."""
+    assert sensitivity.log_norm is not None
+    return sensitivity.log_norm + log_factor
+
+
+def as_double(value: Number) -> Tensor:
+    """Return a number or tensor in double precision; a Python number is not rounded on the way."""
+    return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def log(value: Number) -> Tensor:
+    """Return the logarithm in double precision: minus infinity for zero, with a zero gradient there."""
+    tensor = as_double(value)
+    positive = tensor > 0
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.where(positive | tensor.isnan(), torch.where(positive, tensor, tiny + 0 * tensor).log(), -math.inf)
+
+
+def log_sum(log_values: Iterable[Tensor]) -> Tensor:
+    """Return the log of the sum of what the values are the logs of; the gradient is finite also where all are zero."""
+    values = torch.stack(torch.broadcast_tensors(*log_values))
+    largest = values.detach().amax(0)
+    base = torch.where(largest == -math.inf, 0.0, largest)
+    return base + log((values - base).exp().sum(0))
+
+
+def side_by_side(log_norms: Iterable[Tensor]) -> Tensor:
+    """Return the log norm of several values as one vector: the root of the sum of squares."""
+    return 0.5 * log_sum([2 * log_norm for log_norm in log_norms])
