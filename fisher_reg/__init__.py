@@ -3,11 +3,14 @@
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
 from fisher_reg.blockwise import blockwise_fisher_bound
 from fisher_reg.bounds import (
+    Box,
     Gain,
+    L2Ball,
     Layer,
     ScaledGain,
     Tightening,
     UpperBound,
+    certified_divergence,
     certified_radius,
     fisher_bound,
     lipschitz_bound,
@@ -60,6 +63,7 @@ __all__ = [
     "BlackBoxMax",
     "BlackBoxResult",
     "BoundPenalty",
+    "Box",
     "Categorical",
     "ConstantSchedule",
     "CosineSchedule",
@@ -76,6 +80,7 @@ __all__ = [
     "HutchinsonMax",
     "Interval",
     "KLPenalty",
+    "L2Ball",
     "LabelContrastPenalty",
     "Lanczos",
     "Layer",
@@ -100,6 +105,7 @@ __all__ = [
     "blackbox_spectral_norm",
     "blockwise_fisher_bound",
     "bound_versus_empirical",
+    "certified_divergence",
     "certified_radius",
     "check_model",
     "fisher_bound",

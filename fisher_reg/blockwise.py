@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.api import traced_model
+from fisher_reg.bounds.compositions import traced_model
 from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
 from fisher_reg.evaluation import Noise, check_input_std, differentiable, twice_differentiable

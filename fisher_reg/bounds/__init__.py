@@ -68,13 +68,9 @@ Example:
 """
 
 from fisher_reg.bounds import rules  # noqa: F401  (registers the rules of torch's layers)
-from fisher_reg.bounds.api import (
-    certified_radius,
-    fisher_bound,
-    lipschitz_bound,
-    local_fisher_bound,
-    log_fisher_bound,
-)
+from fisher_reg.bounds.api import fisher_bound, lipschitz_bound, log_fisher_bound
+from fisher_reg.bounds.local import certified_divergence, certified_radius, local_fisher_bound
+from fisher_reg.bounds.region import Box, L2Ball
 from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain, diagonal_gain
 from fisher_reg.bounds.rules.registry import register_bound_rule
@@ -82,11 +78,14 @@ from fisher_reg.bounds.tightening import Tightening
 
 __all__ = [
     "BoundTerm",
+    "Box",
     "Gain",
+    "L2Ball",
     "Layer",
     "ScaledGain",
     "Tightening",
     "UpperBound",
+    "certified_divergence",
     "certified_radius",
     "diagonal_gain",
     "fisher_bound",

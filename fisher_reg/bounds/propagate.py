@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.rules.call import make_call, name_of
-from fisher_reg.bounds.rules.layer import Gain, Layer, Norms, ScaledGain
+from fisher_reg.bounds.deviations import Deviations
+from fisher_reg.bounds.region import Region
+from fisher_reg.bounds.rules.call import Call, make_call, name_of
+from fisher_reg.bounds.rules.layer import Deviation, Gain, Layer, Norms, ScaledGain
 from fisher_reg.bounds.rules.linear import in_coordinates, linear_rule, scales_outputs
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, no_rule
@@ -49,6 +51,7 @@ class Composition:
         head_name: Its name.
         terms: One per layer, without the head.
         domains: The domains that layers asked for.
+        deviations: How far the values can be from those at the examples, over the region if there is one.
     """
 
     log_norm: Tensor
@@ -56,6 +59,7 @@ class Composition:
     head_name: str
     terms: tuple[Term, ...]
     domains: tuple[str, ...]
+    deviations: Deviations | None = None
 
 
 def compose(
@@ -66,6 +70,7 @@ def compose(
     is_local: bool = False,
     differentiable: bool = False,
     output_scales: Mapping[fx.Node, Tensor] | None = None,
+    region: Region | None = None,
 ) -> Composition:
     """Compose the rules of the layers of a traced model into one constant.
 
@@ -76,6 +81,7 @@ def compose(
         is_local: Whether the constants are those at the given examples.
         differentiable: Whether the gradient reaches the weights; otherwise it reaches the terms.
         output_scales: Coordinates ``(C,)`` wanted of the outputs of linear layers, by their nodes.
+        region: Over which inputs around the examples the constants hold, where it is not all and not the examples.
 
     Returns:
         The constant with its terms.
@@ -84,7 +90,8 @@ def compose(
         NoBoundError: For a part without a rule.
         NonFiniteWeightsError: For weights that are not finite.
     """
-    composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {})
+    deviations = None if region is None else Deviations(trace, region)
+    composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {}, deviations)
     with torch.enable_grad():
         for node in trace.graph.nodes:
             composer.visit(node)
@@ -98,7 +105,8 @@ def compose(
     if bool(log_norm.isnan().any()):
         raise NonFiniteWeightsError("The bound is not a number. Check the weights and buffers for NaN.")
     terms = tuple(composer.terms)
-    return Composition(log_norm, head, composer.head_name, terms, tuple(dict.fromkeys(composer.domains)))
+    domains = tuple(dict.fromkeys(composer.domains))
+    return Composition(log_norm, head, composer.head_name, terms, domains, deviations)
 
 
 @dataclass
@@ -111,21 +119,27 @@ class _Composer:
     is_local: bool
     differentiable: bool
     output_scales: Mapping[fx.Node, Tensor]
+    deviations: Deviations | None = None
+    calls: dict[fx.Node, Call] = field(default_factory=dict)
     sensitivities: dict[fx.Node, Sensitivity] = field(default_factory=dict)
     terms: list[Term] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     gains: dict[fx.Node, Tensor] = field(default_factory=dict)
     head: tuple[Tensor, Tensor] | None = None
     head_name: str = ""
+    head_node: fx.Node | None = None
 
     def visit(self, node: fx.Node) -> None:
         """Find the sensitivity of the value of the node."""
         value = self.trace.values[node]
         sensitivity = self._sensitivity(node, value)
-        if self.tightening.averaged and not (self.is_local or self.differentiable or self._is_head(node, value)):
+        if self.tightening.averaged and not (self._at_example or self.differentiable or self._is_head(node, value)):
             sensitivity = self._averaged(node, sensitivity)
         keeps = self.tightening.merged or sensitivity.parts or self._batch_norm_after(node, value) is not None
         self.sensitivities[node] = sensitivity if keeps else sensitivity.plain()
+        if self.deviations is not None:
+            is_head = self.head is not None and self.head_node is node
+            self.deviations.visit(node, self.sensitivities[node], self.sensitivities, self.calls.get(node), is_head)
 
     def _averaged(self, node: fx.Node, sensitivity: Sensitivity) -> Sensitivity:
         """Return the sensitivity of the end of a block, if it is one, bounded with its activation if that is better."""
@@ -139,9 +153,9 @@ class _Composer:
         before, after = source.scale, sensitivity.scale
         matrix = block.matrix
         if before is not None:
-            matrix = matrix / before.expand(self.trace.values[block.source].shape).reshape(1, -1)
+            matrix = matrix / _of_one(before, self.trace.values[block.source]).reshape(1, -1)
         if after is not None:
-            matrix = matrix * after.expand(self.trace.values[node].shape).reshape(-1, 1)
+            matrix = matrix * _of_one(after, self.trace.values[node]).reshape(-1, 1)
         log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()
         assert sensitivity.log_norm is not None
         assert source.log_norm is not None
@@ -151,6 +165,15 @@ class _Composer:
         self.terms.append(Term(where(node), "block, with the mean slope of its activation", log_norm))
         self.gains[node] = sensitivity.log_norm - joint
         return replace(sensitivity, log_norm=joint)
+
+    @property
+    def _at_example(self) -> bool:
+        """Whether the constants are those at the examples or around them."""
+        return self.is_local or self.deviations is not None
+
+    def _deviation_of(self, node: fx.Node) -> Deviation | None:
+        known = self.deviations is not None and node in self.trace.batched
+        return self.deviations.of(node) if known else None  # type: ignore[union-attr]
 
     def _knows(self, nodes: Iterable[fx.Node]) -> bool:
         """Say whether the values that depend on the input are at hand, an example each along their first axis."""
@@ -174,7 +197,8 @@ class _Composer:
         if rule is None:
             raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", where(node))
         is_local = self.is_local and self._knows(node.all_input_nodes)
-        call = make_call(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local)
+        call = make_call(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local, self._deviation_of)
+        self.calls[node] = call
         if self._is_head(node, value) and name_of(node.target) == "linear":
             return self._head_sensitivity(node, call.argument("weight"), call.sensitivity, call.source.value)
         with torch.set_grad_enabled(self.differentiable or not rule.is_layer):
@@ -231,6 +255,7 @@ class _Composer:
                 name: None if self.sensitivities[item].is_constant else item.name for name, item in operands.items()
             },
             is_local=self.is_local and self._knows(operands.values()),
+            deviation=None if single is None else self._deviation_of(next(iter(operands.values()))),
             scale=None if single is None else single.scale,
             output_scale=self._output_scale(node, value),
         )
@@ -267,8 +292,13 @@ class _Composer:
         with torch.set_grad_enabled(self.differentiable):
             scaled = in_coordinates(weight, layer.scale_along(-1), None)
         assert source.log_norm is not None
-        self.head, self.head_name = (source.log_norm, scaled), where(node)
+        self.head, self.head_name, self.head_node = (source.log_norm, scaled), where(node), node
         return source
+
+
+def _of_one(scale: Tensor, value: Tensor) -> Tensor:
+    """Return the coordinates of the value of one example, the smallest over the examples."""
+    return scale.expand(value.shape).amin(0)
 
 
 def _with_norm_one(gain: Gain) -> Gain:

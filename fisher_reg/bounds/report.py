@@ -41,6 +41,10 @@ class UpperBound:
         certified: Whether the mathematics excludes that the true value lies above.
         terms: The shares of the layers, in the order of the forward pass; their mean over the inputs.
         domain: The inputs for which the bound holds.
+        evidence: At given inputs, which of several certified values is the smallest, one name per example: ``"exact"``
+            (all rows of the Jacobian), ``"interval"`` (of an estimate), ``"product"`` (of the layers' norms),
+            ``"expansion"`` (of the Jacobian around the input), ``"global"``. Empty where there is only the product.
+        failure_probability: Per example, over random numbers of our own; zero but for an ``"interval"``.
     """
 
     level: str
@@ -48,6 +52,8 @@ class UpperBound:
     certified: bool
     terms: tuple[BoundTerm, ...]
     domain: str = "all inputs"
+    evidence: tuple[str, ...] = ()
+    failure_probability: float = 0.0
 
     @property
     def value(self) -> Any:
@@ -72,6 +78,11 @@ class UpperBound:
         if largest and largest[0].decades > 0:
             lines.append("most to gain: " + ", ".join(term.name for term in largest if term.decades > 0))
         certificate = "certified" if self.certified else "not certified"
+        if self.failure_probability:
+            certificate += f" but for a probability of {self.failure_probability:g} per input"
+        if self.evidence:
+            counts = {name: self.evidence.count(name) for name in dict.fromkeys(self.evidence)}
+            certificate += " (" + ", ".join(f"{name}: {count}" for name, count in counts.items()) + ")"
         average = "mean of " if isinstance(self.log10_value, Tensor) else ""
         lines.append(f"{self.level} bound {average}10^{total:.2f}, {certificate}, {self.domain}")
         return "\n".join(lines)

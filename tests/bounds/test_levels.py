@@ -21,7 +21,7 @@ from fisher_reg import (
     lipschitz_bound,
     local_fisher_bound,
 )
-from fisher_reg.bounds.api import balanced_coordinates
+from fisher_reg.bounds.compositions import balanced_coordinates
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.propagate import compose
 from fisher_reg.bounds.tighten import averaging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,3 +32,39 @@ class CertifiedNorms:
     def transposed_convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
         """Return an upper bound of the operator norm."""
         return conv_transpose_norm(weight, geometry, dense=self.dense)
+
+
+class KnownNorms:
+    """Norms that are computed once for each weight, for a search that asks for the same ones again.
+
+    Args:
+        norms: What computes them.
+    """
+
+    def __init__(self, norms: CertifiedNorms) -> None:
+        self.norms = norms
+        self._known: dict[tuple[object, ...], Tensor] = {}
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the spectral norm."""
+        return self._found(("matrix", *_content(weight)), lambda: self.norms.matrix(weight))
+
+    def convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Return an upper bound of the operator norm."""
+        key = ("convolution", geometry, *_content(weight))
+        return self._found(key, lambda: self.norms.convolution(weight, geometry))
+
+    def transposed_convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Return an upper bound of the operator norm."""
+        key = ("transposed", geometry, *_content(weight))
+        return self._found(key, lambda: self.norms.transposed_convolution(weight, geometry))
+
+    def _found(self, key: tuple[object, ...], compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self._known:
+            self._known[key] = compute().detach()
+        return self._known[key]
+
+
+def _content(weight: Tensor) -> tuple[object, ...]:
+    """Return a key of the numbers themselves: the weight in its coordinates is computed anew each time."""
+    return tuple(weight.shape), weight.detach().cpu().contiguous().numpy().tobytes()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain
 from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
+from fisher_reg.bounds.rules.slopes import slopes_at, slopes_within
+from fisher_reg.bounds.sensitivity import as_double
 from fisher_reg.errors import NoBoundError
 
 GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.sqrt(2) * math.exp(-1.0) / math.sqrt(2 * math.pi)
@@ -91,14 +93,15 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     A one-per-channel parameter is taken at its largest.
     """
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
-    return ScaledGain(_slope_at(module, layer.input) if layer.is_local else largest, scale=layer.scale)
-
-
-def _slope_at(module: nn.Module, hidden: Tensor) -> Tensor:
-    with torch.enable_grad():
-        point = hidden.detach().clone().requires_grad_()
-        (slopes,) = torch.autograd.grad(module(point * 1.0).sum(), point)  # the copy may be overwritten in place
-    return slopes.abs().flatten(1).amax(1)
+    if layer.is_local:
+        return ScaledGain(slopes_at(module, layer.input).abs().flatten(1).amax(1), scale=layer.scale)
+    within = None
+    if layer.deviation is not None:
+        within = slopes_within(module, layer.input, layer.deviation.width)
+    if within is None:
+        return ScaledGain(largest, scale=layer.scale)
+    steepest = torch.maximum(within[0].abs(), within[1].abs()).flatten(1).amax(1)
+    return ScaledGain(steepest.clamp_max(as_double(largest).to(steepest)), scale=layer.scale)
 
 
 def activation_module(target: Any) -> nn.Module | None:

@@ -51,7 +51,7 @@ def _broadcast(operand: Operand, value: Tensor) -> Sensitivity:
 
 def _multiply(call: Call) -> Sensitivity:
     operands = [item for item in call.operands.values() if isinstance(item.value, Tensor) and not item.is_constant]
-    if call.is_local and len(operands) == 2:
+    if len(operands) == 2 and (call.is_local or all(item.deviation for item in operands)):
         return _product_at(call, *operands)
     source = call.source
     (factor,) = (operand.value for operand in call.operands.values() if operand is not source)
@@ -59,10 +59,16 @@ def _multiply(call: Call) -> Sensitivity:
 
 
 def _product_at(call: Call, first: Operand, second: Operand) -> Sensitivity:
-    """At the example the product rule holds: ``d(a b) = b da + a db``."""
-    sizes = [item.value.double().abs().flatten(1).amax(1) for item in (second, first)]
+    """At the example, and over a region, the product rule holds: ``d(a b) = b da + a db``."""
+    sizes = [largest_modulus(item).flatten(1).amax(1) for item in (second, first)]
     terms = [_broadcast(item, call.value).plain() for item in (first, second)]
     return Sensitivity(log_sum([shifted(term, log(size)) for term, size in zip(terms, sizes, strict=True)]))
+
+
+def largest_modulus(operand: Operand) -> Tensor:
+    """Return how large each entry is at the example, or can be over the region."""
+    size: Tensor = operand.value.double().abs()
+    return size if operand.deviation is None else size + operand.deviation.width
 
 
 def _add_product(call: Call) -> Sensitivity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -11,7 +12,7 @@ from fisher_reg.bounds.operator_norms.attention import (
     self_attention_lipschitz,
     self_attention_norm_at,
 )
-from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.call import Call, Operand
 from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
 from fisher_reg.bounds.rules.registry import register, register_bound_rule
 from fisher_reg.bounds.sensitivity import Sensitivity, log, log_sum, shifted
@@ -31,16 +32,37 @@ def _self_attention(module: nn.MultiheadAttention, layer: Layer) -> Gain:
     weights = AttentionWeights.of(module).on_scaled_tokens(scale)
     if layer.is_local:
         return ScaledGain(_attention_at(module, layer, weights, scale), of_one_input=True)
-    if not isinstance(layer.input_range, Tokens):
+    known = layer.input_range if isinstance(layer.input_range, Tokens) else _tokens_around(layer)
+    if known is None:
         raise NoBoundError(
             "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm stands "
             "right before this one to bound it. Only pre-norm attention has a global bound."
         )
-    tokens = Tokens(scale * layer.input_range.gamma, scale * layer.input_range.beta, layer.input_range.radius)
+    tokens = Tokens(scale * known.gamma, scale * known.beta, known.radius)
     num_tokens = layer.input.shape[1 if module.batch_first else 0]
     norm = self_attention_lipschitz(weights, num_tokens, tokens)
     domain = "attention: the range of the layer norm before it, which no input leaves"
     return ScaledGain(norm, domain=domain, of_one_input=True)
+
+
+def _tokens_around(layer: Layer) -> Tokens | None:
+    """Return a ball that holds all tokens of all examples over the region, around their mean."""
+    if layer.deviation is None:
+        return None
+    hidden, width = layer.input, layer.deviation.width
+    mean = hidden.flatten(0, -2).mean(0)
+    lengths = torch.linalg.vector_norm(hidden - mean, dim=-1) + torch.linalg.vector_norm(width, dim=-1)
+    return Tokens(torch.ones_like(mean), mean, float(lengths.max()))
+
+
+def _ball_around(operand: Operand) -> Ball | None:
+    """Return the range of the vectors along the last axis over the region; those of one head share their centre."""
+    if operand.deviation is None:
+        return None
+    vectors, width = operand.value, torch.linalg.vector_norm(operand.deviation.width, dim=-1)
+    centres = vectors.mean(-2, keepdim=True)
+    radius = (torch.linalg.vector_norm(vectors - centres, dim=-1) + width).max()
+    return Ball(radius, (torch.linalg.vector_norm(vectors, dim=-1) + width).max())
 
 
 def _attention_at(module: nn.MultiheadAttention, layer: Layer, weights: AttentionWeights, scale: Tensor) -> Tensor:
@@ -60,7 +82,13 @@ def _dot_product_attention(call: Call) -> Sensitivity:
         raise NoBoundError(f"{call.name} shares keys between heads, which has no bound rule.")
     call.argument("attn_mask")
     sensitivities = [item.sensitivity for item in (query, key, value) if isinstance(item.sensitivity, Sensitivity)]
-    balls = [sensitivity.range.of_tokens for sensitivity in sensitivities if isinstance(sensitivity.range, Ball)]
+    found = [
+        item.sensitivity.range.of_tokens
+        if isinstance(item.sensitivity, Sensitivity) and isinstance(item.sensitivity.range, Ball)
+        else _ball_around(item)
+        for item in (query, key, value)
+    ]
+    balls = [ball for ball in found if ball is not None]
     if len(balls) < 3:
         raise NoBoundError(
             "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm and "

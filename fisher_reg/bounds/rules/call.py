@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisher_reg.bounds.rules.layer import Gain, Layer, Norms
+from fisher_reg.bounds.rules.layer import Deviation, Gain, Layer, Norms
 from fisher_reg.bounds.sensitivity import CONSTANT, Sensitivity
 from fisher_reg.errors import NoBoundError
 
 
 @dataclass(frozen=True)
 class Operand:
-    """An argument of a call: its value and its sensitivity (that of a constant, for a number)."""
+    """An argument of a call: its value, its sensitivity (that of a constant, for a number), and its deviation."""
 
     value: Any
     sensitivity: Sensitivity | tuple[Sensitivity, ...]
+    deviation: Deviation | None = None
 
     @property
     def is_constant(self) -> bool:
@@ -102,6 +103,7 @@ def make_call(
     fetch: Callable[[Any], Any],
     norms: Norms,
     is_local: bool,
+    deviation_of: Callable[[fx.Node], Deviation | None] = lambda node: None,
 ) -> Call:
     """Bind the arguments of a node to their names.
 
@@ -113,6 +115,7 @@ def make_call(
         fetch: From an argument of the node to its value.
         norms: What computes the norms of weights.
         is_local: Whether the constant at the example is wanted.
+        deviation_of: From a node to how far its value may be from the one at the example, over a region.
 
     Returns:
         The call.
@@ -126,7 +129,12 @@ def make_call(
         raise NoBoundError(f"{name} makes a {type(value).__name__} of a value that depends on the input.")
     arguments = _named(node, rule.names, name)
     operands = {
-        key: Operand(fetch(argument), _sensitivity_of(argument, sensitivities)) for key, argument in arguments.items()
+        key: Operand(
+            fetch(argument),
+            _sensitivity_of(argument, sensitivities),
+            deviation_of(argument) if isinstance(argument, fx.Node) else None,
+        )
+        for key, argument in arguments.items()
     }
 
     def again(tensor: Any) -> Any:
@@ -176,6 +184,7 @@ def layer_of(call: Call) -> Layer:
         call.norms,
         sensitivity.range,
         is_local=call.is_local,
+        deviation=call.source.deviation,
         scale=sensitivity.scale,
     )
 

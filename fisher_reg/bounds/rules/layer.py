@@ -13,7 +13,7 @@ from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 from fisher_reg.bounds.sensitivity import Number, Sensitivity, log, shifted
 
-__all__ = ["Ball", "Gain", "Layer", "Norms", "Number", "Rule", "ScaledGain", "Tokens", "diagonal_gain"]
+__all__ = ["Ball", "Deviation", "Gain", "Layer", "Norms", "Number", "Rule", "ScaledGain", "Tokens", "diagonal_gain"]
 
 _SMALLEST = 1e-12
 """A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
@@ -71,6 +71,19 @@ class ScaledGain(Gain):
 
 
 @dataclass(frozen=True)
+class Deviation:
+    """How far a value may be from the one at the example, for all inputs of a region around it.
+
+    Attributes:
+        width: Of each entry, of the shape of the value.
+        length: Of the whole value of an example in Euclidean norm, ``(B,)`` or ``()``.
+    """
+
+    width: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a rule may know besides the module.
 
@@ -81,6 +94,8 @@ class Layer:
         sources: Where each input comes from: the name of the value in the graph, None if it does not depend on the
             network's input.
         is_local: Whether the constant is wanted at the given inputs, one per example, and not over all of them.
+        deviation: Of the first input, where the constant is wanted over a region around each example; ``is_local`` is
+            false then, and a rule that does not use it returns the constant over all inputs.
         scale: Coordinates of the first input, positive and broadcastable to it, None for 1: a diagonal map before this
             layer was not bounded by itself but is left to this layer.
         output_scale: Coordinates ``(C,)`` that are wanted of a linear layer's output channels, None for 1.
@@ -93,6 +108,7 @@ class Layer:
     input_range: Tokens | Ball | None = None
     sources: Mapping[str, str | None] = field(default_factory=dict)
     is_local: bool = False
+    deviation: Deviation | None = None
     scale: Tensor | None = None
     output_scale: Tensor | None = None
 

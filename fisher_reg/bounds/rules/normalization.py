@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,8 +62,7 @@ def layer_norm_gain(gamma: Tensor | None, beta: Tensor | None, eps: float, axes:
     shape = layer.output.shape[-axes:]
     gamma = torch.ones(shape, dtype=torch.float64, device=layer.output.device) if gamma is None else gamma.double()
     beta = torch.zeros_like(gamma) if beta is None else beta.double()
-    groups = layer.input.double().flatten(-axes)
-    norm = _normalisation_norm(groups.var(-1, unbiased=False), eps, layer)
+    norm = _normalisation_norm(lambda entries: entries.flatten(-axes), eps, layer, centred=True)
     gained = diagonal_gain(gamma, Layer(layer.inputs, layer.output, layer.norms))
     tokens = layer_norm_tokens(gamma.detach(), beta.detach()) if axes == 1 else None
     return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
@@ -84,8 +84,7 @@ def group_norm_gain(gamma: Tensor | None, eps: float, num_groups: int, layer: La
     """Bound a group norm as :func:`layer_norm_gain` does a layer norm; channels are on axis 1."""
     if eps <= 0 and not layer.is_local:
         raise NoBoundError("A group norm has no Lipschitz constant without an eps.")
-    groups = layer.input.double().reshape(len(layer.input), num_groups, -1)
-    norm = _normalisation_norm(groups.var(-1, unbiased=False), eps, layer)
+    norm = _normalisation_norm(lambda entries: entries.reshape(len(entries), num_groups, -1), eps, layer, centred=True)
     if gamma is None:
         return ScaledGain(norm)
     factor = gamma.double().view(1, -1, *[1] * (layer.output.ndim - 2))
@@ -97,8 +96,7 @@ def _rms_norm(module: nn.RMSNorm, layer: Layer) -> ScaledGain:
     # The Jacobian is Gamma (I - y y' / d) / rms, of norm at most 1 / rms before Gamma.
     eps = torch.finfo(layer.input.dtype).eps if module.eps is None else module.eps
     axes = len(module.normalized_shape)
-    squares = layer.input.double().square().flatten(-axes).mean(-1)
-    norm = _normalisation_norm(squares, eps, layer)
+    norm = _normalisation_norm(lambda entries: entries.flatten(-axes), eps, layer, centred=False)
     shape = layer.output.shape[-axes:]
     gamma = torch.ones(shape, device=layer.output.device) if module.weight is None else module.weight
     gained = diagonal_gain(gamma.double(), Layer(layer.inputs, layer.output, layer.norms))
@@ -106,9 +104,20 @@ def _rms_norm(module: nn.RMSNorm, layer: Layer) -> ScaledGain:
     return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
 
 
-def _normalisation_norm(variances: Tensor, eps: float, layer: Layer) -> Tensor:
-    """Return ``1 / sqrt(variance + eps)`` at its largest, after the coordinates of the input."""
-    smallest = variances.reshape(len(variances), -1).amin(1) if layer.is_local else variances.new_zeros(())
+def _normalisation_norm(grouped: Callable[[Tensor], Tensor], eps: float, layer: Layer, *, centred: bool) -> Tensor:
+    r"""Return ``1 / sqrt(variance + eps)`` at its largest, after the coordinates of the input.
+
+    Over a region the centred entries of a group are a vector whose length shrinks by at most that of the deviation.
+    """
+    entries = grouped(layer.input.double())
+    squares = entries.var(-1, unbiased=False) if centred else entries.square().mean(-1)
+    if layer.deviation is not None:
+        width = torch.linalg.vector_norm(grouped(layer.deviation.width), dim=-1) / entries.shape[-1] ** 0.5
+        squares = (squares.sqrt() - width).clamp_min(0).square()
+    elif not layer.is_local:
+        squares = squares.new_zeros(1, 1)
+    smallest = squares.reshape(len(squares), -1).amin(1)
+    smallest = smallest if layer.is_local or layer.deviation is not None else smallest[0]
     norm: Tensor = (smallest + eps).rsqrt() * forgotten(layer.scale)
     return norm
 

@@ -84,6 +84,8 @@ _MODULE_RULES: dict[type[nn.Module], Rule] = {
     for kind, rule in zip(kinds, (_max_pool, _avg_pool, _adaptive_max_pool, _adaptive_avg_pool), strict=True)
 }
 
+MAX_RULES: list[Rule] = [rule for kind, rule in _MODULE_RULES.items() if "Max" in kind.__name__]
+AVERAGE_RULES: list[Rule] = [rule for kind, rule in _MODULE_RULES.items() if "Avg" in kind.__name__]
 POOLING_RULES: list[Rule] = list(_MODULE_RULES.values())
 """The rules of pooling layers, which leave channels apart."""
 

@@ -132,16 +132,19 @@ def find_function_rule(target: Any) -> FunctionRule | None:
 def as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
     """Reuse the rule of the module that a functional call is the forward of; its settings are the other arguments."""
 
+    def module_form(call: Call) -> nn.Module:
+        settings = {key: item.value for key, item in call.operands.items() if key not in ("input", "inplace")}
+        return build(**{key: item for key, item in settings.items() if not (key == "stride" and item == [])})
+
     def rule_of_module(call: Call) -> Gain:
         if not isinstance(call.value, torch.Tensor):
             raise NoBoundError(f"{call.name} returns more than the pooled values.")
-        settings = {key: item.value for key, item in call.operands.items() if key not in ("input", "inplace")}
-        settings = {key: item for key, item in settings.items() if not (key == "stride" and item == [])}
-        module = build(**settings)
+        module = module_form(call)
         found = find_rule(module)
         if found is None:
             raise NoBoundError(f"{call.name} has no rule for its module form {module}.")
         gain = found(module, layer_of(call))
         return gain if isinstance(gain, Gain) else Gain(gain)
 
+    rule_of_module.module_form = module_form  # type: ignore[attr-defined]
     return rule_of_module

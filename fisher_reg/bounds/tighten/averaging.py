@@ -62,7 +62,9 @@ def average(trace: Trace, node: fx.Node) -> Average | None:
     if found is None:
         return None
     source, activation, branch = found
-    value, start = trace.values[node], trace.values[source]
+    if not (node in trace.batched and source in trace.batched):
+        return None
+    value, start = trace.values[node][:1], trace.values[source][:1]
     module = _activation(trace, activation)
     bounds = None if module is None else slope_range(module)
     if (
@@ -104,7 +106,7 @@ def _block(trace: Trace, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | No
 
 def _responses(trace: Trace, source: fx.Node, end: fx.Node, activation: fx.Node, slope: float) -> Tensor | None:
     """Return what the block makes of each unit vector of its source, ``(n, *S_out)``, with a constant slope."""
-    start = trace.values[source]
+    start = trace.values[source][:1]
     basis = torch.eye(start.numel(), dtype=torch.float64, device=start.device).view(-1, *start.shape[1:])
     known: dict[fx.Node, Tensor | None] = {source: basis}
 

@@ -133,13 +133,10 @@ def _place(model: nn.Module, module: fx.GraphModule, run: Run, calls: list[tuple
         if node.op != "call_module":
             continue
         called = module.get_submodule(str(node.target))
-        later = iter(calls)
-        for owner, output in later:
-            if owner is called:
-                break
-        else:
+        place = next((number for number, (owner, _) in enumerate(calls) if owner is called), None)
+        if place is None:
             return f"'{where(node)}' ({type(called).__name__}) is not called"
-        if not _agree(value, output):
+        if not _agree(value, calls[place][1]):
             return f"the input of '{where(node)}' ({type(called).__name__}) differs"
-        calls = list(later)
+        calls = calls[place + 1 :]
     return "the operations after the last layer differ"

@@ -21,16 +21,21 @@ class Trace:
     """A traced module in exact arithmetic.
 
     Attributes:
-        graph: Its calls in order. None changes a value in place, and the output depends on each.
+        module: Computes what it does, call by call. None changes a value in place, and the output depends on each.
         modules: The modules that are called, by the targets of their nodes.
         values: What each call returned at the example, in float64.
         batched: Tensors whose first axis is that of the examples.
     """
 
-    graph: fx.Graph
+    module: fx.GraphModule
     modules: dict[str, nn.Module]
     values: dict[fx.Node, Any]
     batched: frozenset[fx.Node]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The calls in order."""
+        return self.module.graph
 
     @property
     def input(self) -> fx.Node:
@@ -80,7 +85,7 @@ def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = 
     run = Run(module)
     run(inputs)
     batched = frozenset(_batched(module, inputs, run.values))
-    return Trace(module.graph, dict(module.named_modules()), run.values, batched)
+    return Trace(module, dict(module.named_modules()), run.values, batched)
 
 
 def _read(model: nn.Module, inputs: Tensor) -> fx.GraphModule:

@@ -1,0 +1,121 @@
+"""A traced network composed into one constant, in the best of several coordinates, with the share of each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
+from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
+from fisher_reg.bounds.propagate import Composition, compose
+from fisher_reg.bounds.region import Region
+from fisher_reg.bounds.report import BoundTerm
+from fisher_reg.bounds.rules.layer import Norms
+from fisher_reg.bounds.sensitivity import log
+from fisher_reg.bounds.tighten.balance import balanced_scales
+from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.tracing import Trace, trace
+from fisher_reg.bounds.tracing.compare import check_independence, eager
+from fisher_reg.errors import NoBoundError
+from fisher_reg.evaluation import Noise, check_inputs, deployed_module, differentiable
+from fisher_reg.likelihood import Likelihood
+from fisher_reg.outputs import check_logits
+
+Head = Callable[[Composition, Tensor], Tensor]
+"""From a composition and the logits to the logarithm of what the head multiplies by."""
+
+
+def tightest(compositions: list[Composition], logits: Tensor, head: Head, power: int) -> tuple[Composition, Tensor]:
+    """Return the best of several compositions and its log value: ``power`` times its constant, and the head."""
+    values = [power * item.log_norm + head(item, logits) for item in compositions]
+    best = min(range(len(values)), key=lambda index: float(values[index].detach().mean()))
+    return compositions[best], values[best]
+
+
+def compositions_of(
+    traced: Trace,
+    likelihood: Likelihood,
+    tightening: Tightening,
+    *,
+    is_local: bool = False,
+    region: Region | None = None,
+    norms: Norms | None = None,
+) -> list[Composition]:
+    """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
+
+    Args:
+        traced: The network.
+        likelihood: The output distribution.
+        tightening: Which certified improvements are used.
+        is_local: Whether the constants are those at the examples.
+        region: Over which inputs around them they hold, if not all.
+        norms: What computes the norms of weights.
+    """
+    scales: list[Mapping[fx.Node, Tensor] | None] = [None]
+    if tightening.balancing_steps:
+        scales.append(balanced_coordinates(traced, tightening, likelihood))
+    norms = CertifiedNorms(tightening.dense) if norms is None else norms
+    return [
+        compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item, region=region)
+        for item in scales
+    ]
+
+
+def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likelihood) -> dict[fx.Node, Tensor]:
+    """Return the coordinates ``(C,)`` of linear layers in which the bound is small, by a descent of Schatten norms."""
+    norms = SchattenNorms()
+
+    def log_bound(scales: Mapping[fx.Node, Tensor]) -> Tensor:
+        composition = compose(trace, norms, tightening=tightening, differentiable=True, output_scales=scales)
+        return 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
+
+    return balanced_scales(trace, tightening.balancing_steps, log_bound)
+
+
+def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
+    """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
+    check_inputs(inputs)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
+    with differentiable(inputs) as safe_inputs:
+        module = deployed_module(model, torch.float64)
+        with torch.no_grad(), Noise(inputs.device).replayed():
+            return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+
+
+def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:
+    """Return the logits of a module in float64 after checking that they are, and that each is of its example alone."""
+    logits: Tensor = eager(module, point)
+    check_logits(logits, len(point), likelihood)
+    check_independence(module, point)
+    return logits
+
+
+def traced_at_few(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
+    """Trace the model at as few of the inputs as it takes, for a bound that depends on their shape only."""
+    if len(inputs) <= 2:
+        return traced_model(model, inputs, likelihood)
+    try:
+        return traced_model(model, inputs[:2], likelihood)
+    except (NoBoundError, ValueError):  # it may need all of them
+        return traced_model(model, inputs, likelihood)
+
+
+def shares(composition: Composition, log_value: Tensor, log_head: Tensor, power: int) -> tuple[BoundTerm, ...]:
+    """Return the share of each layer in a log value, and that of the head."""
+    leaves = [term.log_norm for term in composition.terms]
+    slopes = torch.autograd.grad(log_value.mean(), leaves, allow_unused=True, materialize_grads=True) if leaves else ()
+    terms = []
+    for term, slope in zip(composition.terms, slopes, strict=True):
+        log_norm = term.log_norm.detach()
+        decades = float((slope * log_norm).nan_to_num(0.0, 0.0, 0.0).sum()) / math.log(10)
+        terms.append(BoundTerm(term.name, term.layer, float(log_norm.exp().median()), decades))
+    if composition.head is not None:
+        decades = float(log_head.mean()) / math.log(10)
+        norm = float((log_head / power).exp().median())
+        terms.append(BoundTerm(composition.head_name, "Linear, with the softmax", norm, decades))
+    return tuple(terms)

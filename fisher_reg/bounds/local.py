@@ -1,0 +1,418 @@
+"""Upper bounds at given inputs, and in a ball around each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fisher_reg.bounds.compositions import checked_logits, compositions_of, shares, tightest, traced_model
+from fisher_reg.bounds.jacobians import MAX_ROWS, Expansion, Rows, eigenvalue_at, expansion, rows, rows_of
+from fisher_reg.bounds.operator_norms.measures import CertifiedNorms, KnownNorms
+from fisher_reg.bounds.propagate import Composition
+from fisher_reg.bounds.region import Region, check_radius
+from fisher_reg.bounds.report import BoundTerm, UpperBound
+from fisher_reg.bounds.sensitivity import log
+from fisher_reg.bounds.tightening import Tightening
+from fisher_reg.bounds.tracing import Trace
+from fisher_reg.bounds.tracing.compare import eager
+from fisher_reg.errors import NoBoundError
+from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, deployed_module, differentiable
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.solvers import Lanczos
+
+_SOLVER = Lanczos(num_steps=20, is_exact=True, tolerance=0.05, failure_probability=1e-6)
+"""Of the interval for many classes."""
+_NUM_HALVINGS = 12
+"""Steps of the search for the largest radius, which ends within a factor of the 4096th root of the first ratio."""
+
+
+def local_fisher_bound(
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    radius: float | Tensor | None = None,
+    likelihood: Likelihood = Categorical(),
+    input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
+) -> UpperBound:
+    r"""Bound the largest eigenvalue of the input-space Fisher matrix at the given inputs, or in a ball around each.
+
+    Several certified values are found, and the smallest of each example counts; ``evidence`` names it.
+
+    *At the inputs* (no ``radius``): ``"exact"``, from K backward passes in float64, for at most 32 logits; beyond that
+    ``"interval"``, the upper end of an estimate's interval, which fails with ``failure_probability`` 1e-6 over our own
+    random numbers; and ``"product"``, of the layers' norms with what is known at the input.
+
+    *In a ball*: for every :math:`x'` with :math:`\|x' - x\|_2 \le r`, ``"expansion"``, the Jacobian at the input and
+    all that slopes and maxima of poolings can add to it within the ball (:mod:`fisher_reg.bounds.jacobians`; one label
+    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``.
+
+    Args:
+        model: As in :func:`lipschitz_bound`.
+        inputs: ``(B, *S)``.
+        radius: r, a positive number or one per example ``(B,)``, in input units, or in pixels with ``input_std``.
+        likelihood: The output distribution.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        tightening: Which certified improvements are used.
+
+    Returns:
+        A certified bound with values ``(B,)``, in nats per squared input unit. Cost: K backward passes, ten forwards
+        and the norms of :func:`fisher_bound`; in a ball, memory for K times the values of the network.
+
+    Raises:
+        NoBoundError: As in :func:`lipschitz_bound`, in a ball. At the inputs themselves only for a model whose logits
+            are random or depend on the other examples.
+        ValueError: As in :func:`lipschitz_bound`; and for a radius that is not positive.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> local_fisher_bound(model, torch.tensor([[0.0, 0.0], [5.0, 0.0]])).value  # p (1 - p) |w0 - w1|^2
+        tensor([1.0000e+00, 1.8158e-04], dtype=torch.float64)
+        >>> local_fisher_bound(model, torch.tensor([[5.0, 0.0]]), radius=5.0).value  # the ball holds (0, 0)
+        tensor([1.], dtype=torch.float64)
+    """
+    if input_std is not None:
+        check_input_std(input_std)
+    if radius is None:
+        return _at_inputs(model, inputs, likelihood, input_std, tightening)
+    check_inputs(inputs)
+    check_radius(radius)
+    traced = traced_model(model, inputs, likelihood)
+    around = _Around(traced, likelihood, input_std, tightening)
+    radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
+    candidates, terms = around.candidates(radii)
+    return _smallest("local", candidates, terms, f"within {_said(radii)} of the given inputs")
+
+
+def certified_radius(
+    model: nn.Module, inputs: Tensor, *, input_std: Tensor | None = None, tightening: Tightening = Tightening()
+) -> Tensor:
+    r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
+
+    It is the largest r that was found for which every margin stands above what the difference of the logits can change
+    within r: for logits :math:`z = W h + b` and :math:`y` the predicted class
+
+    .. math:: z_y - z_k > r\, \min\big(\|w_y - w_k\|\, \mathrm{Lip}_r(h),\; D_{yk} + P_{yk}(r)\big)
+              \quad \text{for all } k ,
+
+    with the Lipschitz constant within the ball, the length D of the gradient of the difference at x and its remainder P
+    in the ball (:mod:`fisher_reg.bounds.jacobians`). It is never below the radius of the constant over all inputs. It
+    holds against every attack on the function that the weights define in exact arithmetic: the network is evaluated in
+    float64, and where its own precision predicts another class than float64 does the radius is zero.
+
+    Args:
+        model: As in :func:`lipschitz_bound`.
+        inputs: ``(B, *S)``.
+        input_std: If the model is fed ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
+        tightening: Which certified improvements are used.
+
+    Returns:
+        ``(B,)`` in input units, double precision; infinite where no perturbation can change anything. Cost: that of
+        :func:`local_fisher_bound` in a ball, and about 12 propagations through the graph.
+
+    Raises:
+        NoBoundError: As in :func:`lipschitz_bound`.
+        ValueError: As in :func:`lipschitz_bound`.
+
+    Reference: Tsuzuku, Sato, Sugiyama (2018), "Lipschitz-margin training", arXiv 1802.04034.
+
+    Example:
+        >>> model = nn.Linear(1, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+        >>> certified_radius(model, torch.tensor([[3.0]]))  # the boundary is at 0
+        tensor([3.], dtype=torch.float64)
+    """
+    if input_std is not None:
+        check_input_std(input_std)
+    likelihood = Categorical()
+    traced = traced_model(model, inputs, likelihood)
+    predicted = traced.result.argmax(1)
+    around = _Around(traced, likelihood, input_std, tightening)
+    with torch.inference_mode(False), torch.no_grad():
+        lowest = around.radius_everywhere()
+        highest = torch.minimum(around.radius_of_gradient(), 1e6 * lowest.clamp_min(1e-300))
+        searched = lowest.isfinite() & (lowest > 0) & (highest > lowest)
+        if bool(searched.any()):
+            for step in range(_NUM_HALVINGS):
+                middle = highest if step == 0 else (lowest * highest).sqrt()
+                trial = torch.where(searched, middle, torch.ones_like(middle))
+                holds = around.holds(trial) & searched
+                lowest = torch.where(holds, middle, lowest)
+                highest = torch.where(searched & ~holds, middle, highest)
+    own = _own_classes(model, inputs)
+    return torch.where(own == predicted, lowest, 0.0)
+
+
+def certified_divergence(
+    model: nn.Module,
+    inputs: Tensor,
+    radius: float | Tensor,
+    *,
+    input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
+) -> Tensor:
+    r"""Bound the KL divergence :math:`\mathrm{KL}(p_x \| p_{x'})` for every :math:`x'` within a Euclidean distance r.
+
+    It is :math:`\tfrac12 \Lambda r^2` where :math:`\Lambda` bounds :math:`\lambda_\max(J^\top \Sigma(p) J)` for the
+    Jacobians of the ball and *all* probabilities p: along the segment the two are taken at different points. Derived in
+    :mod:`fisher_reg.bounds.jacobians`.
+
+    Args:
+        model: As in :func:`lipschitz_bound`.
+        inputs: ``(B, *S)``.
+        radius: r, a positive number or one per example, in input units, or in pixels with ``input_std``.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        tightening: Which certified improvements are used.
+
+    Returns:
+        ``(B,)`` in nats, for one label out of K.
+
+    Raises:
+        NoBoundError: As in :func:`lipschitz_bound`.
+        ValueError: As in :func:`local_fisher_bound`.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+        >>> certified_divergence(model, torch.tensor([[0.0, 0.0]]), 0.1)  # |w0 - w1|^2 / 4 * 0.1^2 / 2
+        tensor([0.0050], dtype=torch.float64)
+    """
+    if input_std is not None:
+        check_input_std(input_std)
+    check_inputs(inputs)
+    check_radius(radius)
+    traced = traced_model(model, inputs, Categorical())
+    around = _Around(traced, Categorical(), input_std, tightening)
+    radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
+    return 0.5 * radii.square() * around.largest_curvature(radii)
+
+
+def _at_inputs(
+    model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
+) -> UpperBound:
+    check_inputs(inputs)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
+    module = deployed_module(model, torch.float64)
+    candidates: dict[str, Tensor] = {}
+    terms: tuple[BoundTerm, ...] = ()
+    with differentiable(inputs) as safe_inputs, Noise(inputs.device).replayed():
+        point = safe_inputs.double()
+        with torch.no_grad():
+            logits = checked_logits(module, point, likelihood)
+        is_finite = bool(logits.isfinite().all())
+        if is_finite and logits.shape[1] <= MAX_ROWS:
+            found = rows_of(lambda moved: eager(module, moved), point, input_std)
+            candidates["exact"] = log(eigenvalue_at(found, likelihood))
+        elif is_finite:
+            candidates["interval"] = log(_upper_end(module, point, likelihood, input_std))
+    try:
+        around = _Around(traced_model(model, inputs, likelihood), likelihood, input_std, tightening)
+        candidates["product"], terms = around.product(None)
+    except NoBoundError:
+        if not candidates:
+            raise
+    bound = _smallest("local", candidates, terms, "the given inputs")
+    if "interval" not in bound.evidence:
+        return bound
+    return replace(bound, failure_probability=_SOLVER.failure_probability)
+
+
+def _upper_end(module: nn.Module, point: Tensor, likelihood: Likelihood, input_std: Tensor | None) -> Tensor:
+    """Return the upper end of the interval of an estimate in float64, ``(B,)``."""
+    found = fisher_spectral_norm(module, point, likelihood=likelihood, input_std=input_std, solver=_SOLVER)
+    return found.interval().upper
+
+
+def _own_classes(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the classes that the model predicts in its own precision."""
+    with torch.no_grad(), Noise(inputs.device).replayed(), differentiable(inputs) as safe_inputs:
+        logits: Tensor = deployed(model, safe_inputs)(safe_inputs)
+    return logits.argmax(1)
+
+
+def _smallest(level: str, candidates: Mapping[str, Tensor], terms: tuple[BoundTerm, ...], domain: str) -> UpperBound:
+    """Return the smallest of natural logarithms ``(B,)`` per example, by name."""
+    names = list(candidates)
+    values = torch.stack(torch.broadcast_tensors(*(candidates[name].detach() for name in names)))
+    best = torch.where(values.isnan(), math.inf, values).min(0)
+    if bool(best.values.isposinf().any()):
+        raise NoBoundError("No finite bound was found: the numbers of this network overflow float64.")
+    evidence = tuple(names[index] for index in best.indices.tolist())
+    return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence)
+
+
+def _said(radii: Tensor) -> str:
+    low, high = float(radii.min()), float(radii.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+class _Around:
+    """A traced network, and what can be said of it around its examples.
+
+    Args:
+        traced: The network at the examples.
+        likelihood: The output distribution.
+        input_std: What the pixels were divided by.
+        tightening: Which certified improvements are used.
+    """
+
+    def __init__(self, traced: Trace, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening) -> None:
+        self.traced = traced
+        self.likelihood = likelihood
+        self.input_std = input_std
+        self.tightening = tightening
+        self.norms = KnownNorms(CertifiedNorms(tightening.dense))
+        self.centre = traced.values[traced.input]
+        self.logits = traced.result.detach()
+        self.pixel = 1.0 if input_std is None else 1 / float(input_std.min())
+        self._rows: Rows | None = None
+
+    def compositions(self, radii: Tensor | None, is_local: bool = False) -> list[Composition]:
+        """Return the compositions over the balls, at the inputs, or everywhere."""
+        region = None if radii is None else Region.ball(self.centre, radii, self.input_std)
+        return compositions_of(
+            self.traced, self.likelihood, self.tightening, is_local=is_local, region=region, norms=self.norms
+        )
+
+    def product(self, radii: Tensor | None) -> tuple[Tensor, tuple[BoundTerm, ...]]:
+        """Return the log of the product bound ``(B,)`` at the inputs or over balls, with the shares of the layers."""
+
+        def head(composition: Composition, logits: Tensor) -> Tensor:
+            return self._log_curvature(composition, radii)
+
+        with torch.inference_mode(False), torch.enable_grad():
+            found = self.compositions(radii, is_local=radii is None)
+            composition, value = tightest(found, self.logits, head, 2)
+            terms = shares(composition, value, head(composition, self.logits), 2)
+        return value.detach() + 2 * math.log(self.pixel), terms
+
+    def _log_curvature(self, composition: Composition, radii: Tensor | None) -> Tensor:
+        """Return the log of what the head and the likelihood multiply by, at the inputs or over balls."""
+        at_inputs = self.likelihood.curvature_at(self.logits, composition.head)
+        if radii is None:
+            return log(at_inputs)
+        anywhere = self.likelihood.largest_curvature(composition.head)
+        if not isinstance(self.likelihood, Categorical):
+            return log(anywhere)
+        # No difference of two logits changes by more than q; 2 sqrt(largest curvature) is the largest |w_j - w_k|.
+        change = 2 * anywhere.sqrt() * composition.log_norm.detach().exp() * radii * self.pixel
+        return log(torch.minimum(anywhere, at_inputs * change.exp()))
+
+    def candidates(self, radii: Tensor) -> tuple[dict[str, Tensor], tuple[BoundTerm, ...]]:
+        """Return the logs of the bounds over balls by name, and the shares of the layers."""
+        value, terms = self.product(radii)
+        found = {"product": value}
+        expanded = self.expansion(radii)
+        if expanded is not None:
+            assert self._rows is not None
+            found["expansion"] = log(expanded.eigenvalue(eigenvalue_at(self._rows, self.likelihood)))
+        try:
+            everywhere = self.compositions(None)
+        except NoBoundError:
+            return found, terms
+
+        def head(composition: Composition, logits: Tensor) -> Tensor:
+            return log(self.likelihood.largest_curvature(composition.head))
+
+        _, log_value = tightest(everywhere, self.logits, head, 2)
+        found["global"] = log_value.detach() + 2 * math.log(self.pixel)
+        return found, terms
+
+    def expansion(self, radii: Tensor) -> Expansion | None:
+        """Return the Jacobian over balls, None where it is not known: for many logits, or another likelihood."""
+        if self.logits.shape[1] > MAX_ROWS or not isinstance(self.likelihood, Categorical):
+            return None
+        if not bool(self.logits.isfinite().all()):
+            return None
+        composition = self.compositions(radii)[0]
+        assert composition.deviations is not None
+        remainders = composition.deviations.remainders
+        if self._rows is None:
+            self._rows = rows(self.traced, [item.node for item in remainders], self.input_std)
+        return expansion(self._rows, remainders, radii, self.pixel)
+
+    def holds(self, radii: Tensor) -> Tensor:
+        """Say whether no perturbation up to the radius can change the class, ``(B,)``."""
+        holds = torch.zeros(len(radii), dtype=torch.bool, device=radii.device)
+        for composition in self.compositions(radii):
+            lipschitz = composition.log_norm.detach().exp() * self.pixel
+            holds |= self._is_below_margin(radii, self._constants(composition.head) * lipschitz.view(-1, 1))
+        expanded = self.expansion(radii)
+        if expanded is not None:
+            slopes = (expanded.at_example + expanded.remainder)[range(len(radii)), self.logits.argmax(1)]
+            holds |= self._is_below_margin(radii, slopes)
+        return holds
+
+    def _is_below_margin(self, radii: Tensor, slopes: Tensor) -> Tensor:
+        margins = self._margins()
+        predicted = self.logits.argmax(1, keepdim=True)
+        below = radii[:, None] * slopes * (1 + 1e-9) < margins
+        return below.scatter(1, predicted, True).all(1)
+
+    def _margins(self) -> Tensor:
+        predicted = self.logits.argmax(1, keepdim=True)
+        margins: Tensor = self.logits.gather(1, predicted) - self.logits
+        return margins
+
+    def _constants(self, head: Tensor | None) -> Tensor:
+        """Return the norm of the row of each difference to the predicted class, ``(B, K)``."""
+        predicted = self.logits.argmax(1)
+        if head is None:  # two entries of one vector
+            return torch.full_like(self.logits, math.sqrt(2)).scatter(1, predicted[:, None], 0.0)
+        return torch.cdist(head[predicted], head, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def radius_everywhere(self) -> Tensor:
+        """Return the radius of the constant over all inputs, ``(B,)``; zero where there is none."""
+        best = torch.zeros(len(self.logits), dtype=torch.float64, device=self.logits.device)
+        try:
+            found = self.compositions(None)
+        except NoBoundError:
+            return self._smallest_trial()
+        for composition in found:
+            slopes = self._constants(composition.head) * composition.log_norm.detach().exp() * self.pixel
+            best = torch.maximum(best, self._radii(slopes))
+        return best
+
+    def _smallest_trial(self) -> Tensor:
+        """Return a radius that holds, from which the search begins where no constant holds everywhere."""
+        trial = 1e-6 * self.radius_of_gradient().clamp_max(1e6)
+        if not bool(trial.isfinite().all()) or not bool((trial > 0).any()):
+            return torch.zeros_like(trial)
+        trial = trial.clamp_min(1e-300)
+        return torch.where(self.holds(trial), trial, 0.0)
+
+    def radius_of_gradient(self) -> Tensor:
+        """Return what the radius cannot exceed: margin over the length of the gradient at the input, ``(B,)``."""
+        composition = self.compositions(torch.full_like(self.logits[:, 0], 1e-12))[0]
+        assert composition.deviations is not None
+        if self._rows is None and self.logits.shape[1] <= MAX_ROWS and bool(self.logits.isfinite().all()):
+            nodes = [item.node for item in composition.deviations.remainders]
+            self._rows = rows(self.traced, nodes, self.input_std)
+        if self._rows is None:
+            return torch.full_like(self.logits[:, 0], math.inf)
+        predicted = self._rows.of_input[range(len(self.logits)), self.logits.argmax(1)][:, None]
+        return self._radii(torch.linalg.vector_norm(self._rows.of_input - predicted, dim=2))
+
+    def _radii(self, slopes: Tensor) -> Tensor:
+        """Return the smallest ratio of a margin to a slope ``(B, K)``, ``(B,)``."""
+        margins = self._margins()
+        predicted = self.logits.argmax(1, keepdim=True)
+        ratios = torch.where(margins > 0, margins / slopes, 0.0)
+        return ratios.scatter(1, predicted, math.inf).amin(1)
+
+    def largest_curvature(self, radii: Tensor) -> Tensor:
+        """Return the bound over balls and all probabilities, ``(B,)``."""
+        best = torch.full_like(radii, math.inf)
+        for composition in self.compositions(radii):
+            curvature = Categorical().largest_curvature(composition.head)
+            product = curvature * (composition.log_norm.detach().exp() * self.pixel).square()
+            best = torch.minimum(best, product.expand_as(best))
+        expanded = self.expansion(radii)
+        return best if expanded is None else torch.minimum(best, expanded.largest_curvature)
