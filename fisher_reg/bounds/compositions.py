@@ -44,6 +44,7 @@ def compositions_of(
     is_local: bool = False,
     region: Region | None = None,
     norms: Norms | None = None,
+    tangents: Mapping[fx.Node, Tensor] | None = None,
 ) -> list[Composition]:
     """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
 
@@ -54,13 +55,22 @@ def compositions_of(
         is_local: Whether the constants are those at the examples.
         region: Over which inputs around them they hold, if not all.
         norms: What computes the norms of weights.
+        tangents: The Jacobians of the values at the examples, where they are known.
     """
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
         scales.append(balanced_coordinates(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense) if norms is None else norms
     return [
-        compose(traced, norms, tightening=tightening, is_local=is_local, output_scales=item, region=region)
+        compose(
+            traced,
+            norms,
+            tightening=tightening,
+            is_local=is_local,
+            output_scales=item,
+            region=region,
+            tangents=tangents,
+        )
         for item in scales
     ]
 

@@ -12,9 +12,10 @@ entry stays the largest; for any other layer it is twice the layer's own constan
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,7 @@ class Deviations:
 
     trace: Trace
     region: Region
+    tangents: Mapping[fx.Node, Tensor] = field(default_factory=dict)
     widths: dict[fx.Node, Any] = field(default_factory=dict)
     lengths: dict[fx.Node, Tensor] = field(default_factory=dict)
     remainders: list[Remainder] = field(default_factory=list)
@@ -110,9 +112,11 @@ class Deviations:
         found = self._width(node, value, before, call)
         if isinstance(value, Tensor):
             if not is_head:
-                length = sensitivity.plain().log_norm.exp() * self.region.radius  # type: ignore[union-attr]
+                length = lipschitz_of(sensitivity.plain()).detach().exp() * self.region.radius
                 self.lengths[node] = length * (1 + _SMOOTHING)
                 found = _smaller(found, self._from_length(node, value, sensitivity))
+                if node in self.tangents:
+                    found = torch.minimum(found, self._from_rows(node, value, sensitivity))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
                 own = torch.linalg.vector_norm(self.widths[node].flatten(1), dim=1)
@@ -130,10 +134,88 @@ class Deviations:
         scale = 1.0 if sensitivity.scale is None else sensitivity.scale.detach()
         return (length / scale).expand(value.shape)
 
+    def _from_rows(self, node: fx.Node, value: Tensor, sensitivity: Sensitivity) -> Tensor:
+        """Return the widths by the rows of the Jacobian at the example, and what may be added to it."""
+        rows = torch.linalg.vector_norm(self.tangents[node], dim=1).view(value.shape)
+        error = error_of(sensitivity).detach().exp().view(-1, *[1] * (value.ndim - 1))
+        scale = 1.0 if sensitivity.scale is None else sensitivity.scale.detach()
+        widths: Tensor = (rows + error / scale) * self.region.radius.view(-1, *[1] * (value.ndim - 1))
+        return widths
+
+    def refined(
+        self, node: fx.Node, sensitivity: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
+    ) -> Sensitivity:
+        r"""Return a sensitivity with what the Jacobian at the example says of it.
+
+        The Jacobian of a value is M at the example, and at most e away from it over the region. An affine layer of norm
+        g makes :math:`g e` of e; any other adds :math:`\|(J_l(x') - J_l(x)) M\|`. The constant is then at most
+        :math:`\|M\| + e`.
+        """
+        if not self.tangents or sensitivity.is_constant or node.op in ("output", "placeholder") or sensitivity.parts:
+            return sensitivity
+        assert sensitivity.log_norm is not None
+        lipschitz, error = lipschitz_of(sensitivity), error_of(sensitivity)
+        if not self._is_affine(node, call):
+            added = self._added(node, sensitivity, before, call)
+            error = torch.logaddexp(error, added) if added is not None else lipschitz + math.log(2.0)
+        if node in self.tangents:
+            size = _log_norm(self.tangents[node], sensitivity.scale)
+            lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))
+            error = torch.minimum(error, torch.logaddexp(size, lipschitz))
+        rows = torch.stack(torch.broadcast_tensors(lipschitz, error))
+        return replace(sensitivity, log_norm=rows)
+
+    def _added(
+        self, node: fx.Node, after: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
+    ) -> Tensor | None:
+        r"""Return the log of :math:`\|(J_l(x') - J_l(x)) M\|` ``(B,)``, None where nothing is known of it."""
+        inputs = [item for item in node.all_input_nodes if item in self.tangents and not before[item].is_constant]
+        varying = [item for item in node.all_input_nodes if not before[item].is_constant]
+        if len(varying) != 1 or inputs != varying or node not in self.trace.batched:
+            return None
+        (source,) = inputs
+        tangents, width = self.tangents[source], self.widths.get(source)
+        if not isinstance(width, Tensor):
+            return None
+        change = self._change_of_slope(node, source, call)
+        if change is not None:  # the change is diagonal
+            scale = before[source].scale
+            weights = change if scale is None else change * scale.detach()
+            return _log_norm(tangents, weights)
+        gain = lipschitz_of(after).detach() - lipschitz_of(before[source]).detach()
+        own = before[source].scale
+        weights = torch.ones_like(width) if own is None else own.expand(width.shape)
+        if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
+            weights = weights * self._in_doubt(self.trace.modules[str(node.target)], source, self.trace.values[node])
+        return gain + math.log(2.0) + _log_norm(tangents, weights)
+
+    def _in_doubt(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
+        """Return one for the entries of the windows of a max pooling that are not settled, else zero."""
+        hidden, unsettled = self.trace.values[source], self._unsettled(module, source, value)
+        kind = type(module).__name__
+        if kind != "MaxPool2d" or _doubled(module.dilation) != (1, 1):
+            return torch.ones_like(hidden)
+        with torch.enable_grad():
+            point = torch.zeros_like(hidden).requires_grad_()
+            shares = F.avg_pool2d(point, module.kernel_size, module.stride, module.padding, module.ceil_mode)  # type: ignore
+            (found,) = torch.autograd.grad((shares * unsettled).sum(), point)
+        return (found > 0).to(hidden)
+
+    def _change_of_slope(self, node: fx.Node, source: fx.Node, call: Call | None) -> Tensor | None:
+        """Return by how much the slope of an activation can differ from that at the example, None for another layer."""
+        activation = self._activation(node, call)
+        if activation is None:
+            return None
+        hidden = self.trace.values[source]
+        slopes = slopes_within(activation, hidden, self.widths[source])
+        if slopes is None:
+            return None
+        here = slopes_at(activation, hidden)
+        return torch.maximum(slopes[1] - here, here - slopes[0]).clamp_min(0)
+
     def _length_along(self, node: fx.Node, sensitivity: Sensitivity, ndim: int) -> Tensor:
         """Return how far a value can move in its coordinates, per example where it has an axis of the examples."""
-        assert sensitivity.log_norm is not None
-        length = sensitivity.log_norm.detach().exp() * self.region.radius
+        length = lipschitz_of(sensitivity).detach().exp() * self.region.radius
         return length.view(-1, *[1] * (ndim - 1)) if node in self.trace.batched else length.max()
 
     def _width(self, node: fx.Node, value: Any, before: Mapping[fx.Node, Sensitivity], call: Call | None) -> Any:
@@ -274,23 +356,19 @@ class Deviations:
         """Keep the remainder of a layer that is not affine."""
         if self._is_affine(node, call):
             return
-        activation = self._activation(node, call)
         inputs = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
-        if activation is not None and len(inputs) == 1:
-            (source,) = inputs
-            hidden, width = self.trace.values[source], self.widths[source]
-            slopes = slopes_within(activation, hidden, width)
-            if slopes is not None:
-                here = slopes_at(activation, hidden)
-                change = torch.maximum(slopes[1] - here, here - slopes[0]).clamp_min(0)
-                scale = before[source].scale
-                weights = change if scale is None else change / scale.detach()
-                self.remainders.append(Remainder(node, weights, before[source].log_norm.detach()))  # type: ignore[union-attr]
-                return
+        change = self._change_of_slope(node, inputs[0], call) if len(inputs) == 1 else None
+        if change is not None:
+            scale = before[inputs[0]].scale
+            weights = change if scale is None else change / scale.detach()
+            self.remainders.append(Remainder(node, weights, lipschitz_of(before[inputs[0]]).detach()))
+            return
         assert after.log_norm is not None
         if not isinstance(value, Tensor):  # a module with several outputs, of which only the first is ever taken
             for user in node.users:
-                self.remainders.append(Remainder(user, torch.full((), 2.0).double(), after.plain().log_norm.detach()))  # type: ignore[union-attr]
+                self.remainders.append(
+                    Remainder(user, torch.full((), 2.0).double(), lipschitz_of(after.plain()).detach())
+                )
             return
         weights = torch.full((), 2.0, dtype=torch.float64, device=value.device)
         if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES and len(inputs) == 1:
@@ -298,7 +376,7 @@ class Deviations:
             weights = 2.0 * self._unsettled(module, inputs[0], value)
         scale = after.scale
         weights = weights if scale is None else (weights / scale.detach()).expand(value.shape)
-        self.remainders.append(Remainder(node, weights, after.log_norm.detach()))
+        self.remainders.append(Remainder(node, weights, lipschitz_of(after).detach()))
 
     def _unsettled(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
         """Return one for each window of a max pooling in which another entry may become the largest, else zero.
@@ -384,6 +462,27 @@ _AFFINE_CALLS = (
     normalization._functional_batch_norm,
     resampling._interpolate,
 )
+
+
+def lipschitz_of(sensitivity: Sensitivity) -> Tensor:
+    """Return the log of the Lipschitz constant."""
+    assert sensitivity.log_norm is not None
+    return sensitivity.log_norm[0] if sensitivity.log_norm.ndim == 2 else sensitivity.log_norm
+
+
+def error_of(sensitivity: Sensitivity) -> Tensor:
+    """Return the log of how far the Jacobian can be from that at the example."""
+    assert sensitivity.log_norm is not None
+    return sensitivity.log_norm[1]
+
+
+def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
+    matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
+    flat = matrix.flatten(2)
+    gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
+    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
+    return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()
 
 
 def _smaller(first: Tensor | None, second: Tensor) -> Tensor:

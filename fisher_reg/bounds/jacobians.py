@@ -39,15 +39,18 @@ too, by recursion; the telescoped form here needs no bound of an intermediate Ja
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 
 from fisher_reg.bounds.deviations import Remainder
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.functional import Run
+from fisher_reg.evaluation import twice_differentiable
 from fisher_reg.likelihood import Likelihood
 
 MAX_ROWS = 32
@@ -103,6 +106,42 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
         ]
     of_input = torch.stack([gradient.flatten(1) for gradient in gradients], 1)
     return Rows(logits.detach(), _in_pixels(of_input, inputs, input_std), {})
+
+
+def tangents_of(trace: Trace) -> dict[fx.Node, Tensor]:
+    """Return the Jacobians of the values at the examples, ``(B, d, *S)``: d forward-mode passes.
+
+    None are returned where they would take too much memory, or where a layer has no forward mode.
+    """
+    point = trace.values[trace.input]
+    nodes = [node for node in trace.graph.nodes if node in trace.batched and _is_real(trace.values[node])]
+    nodes = [node for node in nodes if node.op not in ("output", "get_attr")]
+    size = point[0].numel()
+    if size * sum(trace.values[node].numel() for node in nodes) > _MAX_NUMBERS:
+        return {}
+    found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
+    run = Run(trace.module)
+    basis = torch.eye(size, dtype=point.dtype, device=point.device).view(size, 1, *point.shape[1:])
+    try:
+        with torch.no_grad(), twice_differentiable(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own scripts at the first dual number
+            for direction in basis:
+                with forward_ad.dual_level():
+                    run(forward_ad.make_dual(point, direction.expand_as(point).contiguous()))
+                    for node, kept in found.items():
+                        tangent = forward_ad.unpack_dual(run.values[node]).tangent
+                        kept.append(torch.zeros_like(trace.values[node]) if tangent is None else tangent.clone())
+    except NotImplementedError:
+        return {}
+    return {node: torch.stack(kept, 1) for node, kept in found.items()}
+
+
+_MAX_NUMBERS = 2**28
+"""Largest number of entries of Jacobians that are held (2 GiB)."""
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _in_pixels(of_input: Tensor, inputs: Tensor, input_std: Tensor | None) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.compositions import checked_logits, compositions_of, shares, tightest, traced_model
-from fisher_reg.bounds.jacobians import MAX_ROWS, Expansion, Rows, eigenvalue_at, expansion, rows, rows_of
+from fisher_reg.bounds.jacobians import MAX_ROWS, Expansion, Rows, eigenvalue_at, expansion, rows, rows_of, tangents_of
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms, KnownNorms
 from fisher_reg.bounds.propagate import Composition
 from fisher_reg.bounds.region import Region, check_radius
@@ -274,11 +275,22 @@ class _Around:
         self.pixel = 1.0 if input_std is None else 1 / float(input_std.min())
         self._rows: Rows | None = None
 
+    @cached_property
+    def tangents(self) -> dict[fx.Node, Tensor]:
+        """The Jacobians of the values at the examples, where they are few enough."""
+        return tangents_of(self.traced)
+
     def compositions(self, radii: Tensor | None, is_local: bool = False) -> list[Composition]:
         """Return the compositions over the balls, at the inputs, or everywhere."""
         region = None if radii is None else Region.ball(self.centre, radii, self.input_std)
         return compositions_of(
-            self.traced, self.likelihood, self.tightening, is_local=is_local, region=region, norms=self.norms
+            self.traced,
+            self.likelihood,
+            self.tightening,
+            is_local=is_local,
+            region=region,
+            norms=self.norms,
+            tangents=None if region is None else self.tangents,
         )
 
     def product(self, radii: Tensor | None) -> tuple[Tensor, tuple[BoundTerm, ...]]:

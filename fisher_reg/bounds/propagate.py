@@ -52,6 +52,7 @@ class Composition:
         terms: One per layer, without the head.
         domains: The domains that layers asked for.
         deviations: How far the values can be from those at the examples, over the region if there is one.
+        log_error: Log of how far the Jacobian can be from that at the examples, in the same coordinates, if known.
     """
 
     log_norm: Tensor
@@ -60,6 +61,7 @@ class Composition:
     terms: tuple[Term, ...]
     domains: tuple[str, ...]
     deviations: Deviations | None = None
+    log_error: Tensor | None = None
 
 
 def compose(
@@ -71,6 +73,7 @@ def compose(
     differentiable: bool = False,
     output_scales: Mapping[fx.Node, Tensor] | None = None,
     region: Region | None = None,
+    tangents: Mapping[fx.Node, Tensor] | None = None,
 ) -> Composition:
     """Compose the rules of the layers of a traced model into one constant.
 
@@ -82,6 +85,7 @@ def compose(
         differentiable: Whether the gradient reaches the weights; otherwise it reaches the terms.
         output_scales: Coordinates ``(C,)`` wanted of the outputs of linear layers, by their nodes.
         region: Over which inputs around the examples the constants hold, where it is not all and not the examples.
+        tangents: The Jacobians of the values at the examples, ``(B, d, *S)``, where they are known; with a region.
 
     Returns:
         The constant with its terms.
@@ -90,7 +94,7 @@ def compose(
         NoBoundError: For a part without a rule.
         NonFiniteWeightsError: For weights that are not finite.
     """
-    deviations = None if region is None else Deviations(trace, region)
+    deviations = None if region is None else Deviations(trace, region, tangents or {})
     composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {}, deviations)
     with torch.enable_grad():
         for node in trace.graph.nodes:
@@ -106,7 +110,10 @@ def compose(
         raise NonFiniteWeightsError("The bound is not a number. Check the weights and buffers for NaN.")
     terms = tuple(composer.terms)
     domains = tuple(dict.fromkeys(composer.domains))
-    return Composition(log_norm, head, composer.head_name, terms, domains, deviations)
+    log_error = None
+    if log_norm.ndim == 2:
+        log_norm, log_error = log_norm
+    return Composition(log_norm, head, composer.head_name, terms, domains, deviations, log_error)
 
 
 @dataclass
@@ -135,6 +142,8 @@ class _Composer:
         sensitivity = self._sensitivity(node, value)
         if self.tightening.averaged and not (self._at_example or self.differentiable or self._is_head(node, value)):
             sensitivity = self._averaged(node, sensitivity)
+        if self.deviations is not None and not (self.head is not None and self.head_node is node):
+            sensitivity = self.deviations.refined(node, sensitivity, self.sensitivities, self.calls.get(node))
         keeps = self.tightening.merged or sensitivity.parts or self._batch_norm_after(node, value) is not None
         self.sensitivities[node] = sensitivity if keeps else sensitivity.plain()
         if self.deviations is not None:
@@ -185,7 +194,7 @@ class _Composer:
 
     def _sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         if node.op == "placeholder":
-            return Sensitivity(torch.zeros((), dtype=torch.float64, device=value.device))
+            return Sensitivity(self._of_input(value.device))
         incoming = [self.sensitivities[argument] for argument in node.all_input_nodes]
         if value is None or all(sensitivity.is_constant for sensitivity in incoming) or asks_for_shape(node):
             return CONSTANT
@@ -204,6 +213,12 @@ class _Composer:
         with torch.set_grad_enabled(self.differentiable or not rule.is_layer):
             result = rule.apply(call)
         return self._after(node, name_of(node.target), call.sensitivity, result) if isinstance(result, Gain) else result
+
+    def _of_input(self, device: torch.device) -> Tensor:
+        """Return the log of one, and with Jacobians at the examples that of no distance from them."""
+        if self.deviations is None or not self.deviations.tangents:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return torch.tensor([[0.0], [-math.inf]], dtype=torch.float64, device=device)
 
     def _module_sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         module = self.trace.modules[str(node.target)]
