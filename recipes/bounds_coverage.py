@@ -226,7 +226,7 @@ def missing(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares(frame: pd.DataFrame) -> dict[str, int]:
-    """Return how many models there are, how many have a bound (``domain``: that or a global one), and violations."""
+    """Return how many models there are and have a bound (``domain``: that or a global one), and the violations."""
     has = {name: frame[f"{name}_log10"].notna() for name in LEVELS}
     return {
         "models": len(frame),
@@ -234,6 +234,7 @@ def shares(frame: pd.DataFrame) -> dict[str, int]:
         "global": int(has["global"].sum()),
         "domain": int((has["global"] | has["domain"]).sum()),
         "local": int(has["local"].sum()),
+        "compared": int((frame.lambda_log10.notna() & (has["global"] | has["domain"] | has["local"])).sum()),
         "violations": int(frame.num_violations.fillna(0).sum()),
     }
 
@@ -243,7 +244,8 @@ def summary(frame: pd.DataFrame) -> str:
     found = shares(frame)
     text = (
         f"Certified bounds: global {found['global']} of {found['models']}, with a domain {found['domain']} of "
-        f"{found['models']}, local {found['local']} of {found['models']}. Violations: {found['violations']}."
+        f"{found['models']}, local {found['local']} of {found['models']}. Violations: {found['violations']}, in "
+        f"{found['compared']} models that have a bound and lambda."
     )
     return text + (f" Not installed: {found['not_installed']}." if found["not_installed"] else "")
 
@@ -254,12 +256,7 @@ def markdown(frame: pd.DataFrame) -> str:
     for title, column in (("log10 λ", "lambda"), *((name, name) for name in LEVELS)):
         cells[title] = frame[f"{column}_log10"].map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
     cells["s"] = frame.seconds.map("{:.1f}".format)
-    refusals = frame.global_refusal.where(frame.global_refusal.notna(), frame.local_refusal)
-    failed = frame.status.where(frame.num_parameters.isna(), "")
-    cells["first refusal, or why there is no number"] = [
-        _escaped(operation(refusal)) if isinstance(refusal, str) else _escaped(status)
-        for refusal, status in zip(refusals, failed, strict=True)
-    ]
+    cells["first refusal, or why there is no number"] = [_escaped(_remark(row)) for row in frame.itertuples()]
     found = missing(frame).assign(count=lambda rows: rows["count"].astype(str))
     found["operation"] = found.operation.map(_escaped)
     return (
@@ -273,6 +270,14 @@ def markdown(frame: pd.DataFrame) -> str:
         )
         + "\n"
     )
+
+
+def _remark(row: Any) -> str:
+    if pd.isna(row.num_parameters):
+        return str(row.status)
+    refusals = [text for text in (row.global_refusal, row.domain_refusal, row.local_refusal) if isinstance(text, str)]
+    no_eigenvalue = [f"λ: {row.lambda_refusal}"] if isinstance(row.lambda_refusal, str) else []
+    return "; ".join([operation(text) for text in refusals[:1]] + no_eigenvalue)
 
 
 def _escaped(text: str) -> str:

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         command, cwd=CONF.parent, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "global 1 of 4, with a domain 1 of 4, local 1 of 4. Violations: 0. Not installed: 1." in done.stdout
+    assert "local 1 of 4. Violations: 0, in 1 models that have a bound and lambda. Not installed: 1." in done.stdout
     return folder
 
 
@@ -84,7 +84,7 @@ def test_what_is_not_there_is_said_and_does_not_stop_the_rest(rows):
 
 def test_the_other_files_hold_the_shares_the_refusals_and_the_versions(folder):
     result = json.loads((folder / "coverage.json").read_text(), parse_constant=pytest.fail)
-    expected = {"models": 4, "not_installed": 1, "global": 1, "domain": 1, "local": 1, "violations": 0}
+    expected = {"models": 4, "not_installed": 1, "global": 1, "domain": 1, "local": 1, "compared": 1, "violations": 0}
     assert result["shares"] == expected
     assert {"torch", "torchvision", "timm", "transformers", "fisher-reg"} <= set(result["environment"])
     assert {item["operation"] for item in result["missing"]} == {"the function remainder"}
@@ -124,7 +124,7 @@ def test_a_refusal_is_named_without_its_place(refusal, expected):
 def _row(model, status="no bound", **fields):
     empty = {f"{level}_{key}": None for level in ("global", "domain", "local") for key in ("log10", "refusal")}
     row = {"library": "a", "model": model, "image_size": 8, "num_parameters": 1.0, "status": status, "seconds": 1.0}
-    return row | {"lambda_log10": 0.0, "num_violations": 0} | empty | fields
+    return row | {"lambda_log10": 0.0, "lambda_refusal": None, "num_violations": 0} | empty | fields
 
 
 def test_shares_and_refusals_are_counted():
@@ -132,19 +132,29 @@ def test_shares_and_refusals_are_counted():
     frame = pd.DataFrame(
         [
             _row("m", "global, local", global_log10=1.0, local_log10=1.0),
-            _row("n", "domain", global_refusal=einsum, domain_log10=2.0, local_refusal=unfold),
+            _row(
+                "n",
+                "domain",
+                lambda_log10=None,
+                lambda_refusal="ValueError: no",
+                global_refusal=einsum,
+                domain_log10=2.0,
+                local_refusal=unfold,
+            ),
             _row("o", global_refusal=unfold, domain_refusal=unfold, local_refusal=einsum, num_violations=2),
             _row("p", global_refusal=einsum, domain_refusal=einsum, local_refusal=einsum),
         ]
     )
-    expected = {"models": 4, "not_installed": 0, "global": 1, "domain": 2, "local": 1, "violations": 2}
+    expected = {"models": 4, "not_installed": 0, "global": 1, "domain": 2, "local": 1, "compared": 1, "violations": 2}
     assert shares(frame) == expected
     assert "with a domain 2 of 4" in summary(frame)
     found = missing(frame)
     assert list(found[found.level == "global"].operation) == ["the function einsum", "Unfold"]
     assert list(found[found.level == "global"].models) == ["a n, a p", "a o"]
     assert list(found[found.level == "local"]["count"]) == [2, 1]
-    assert "| local | the function einsum | 2 | a o, a p |" in markdown(frame)
+    page = markdown(frame)
+    assert "| local | the function einsum | 2 | a o, a p |" in page
+    assert "| the function einsum; λ: ValueError: no |" in page
 
 
 def test_constants_are_drawn_and_batch_norms_see_the_images():
