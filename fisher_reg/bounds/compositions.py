@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.deviations import Tangents
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
@@ -44,7 +45,7 @@ def compositions_of(
     is_local: bool = False,
     region: Region | None = None,
     norms: Norms | None = None,
-    tangents: Mapping[fx.Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
 ) -> list[Composition]:
     """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
 
