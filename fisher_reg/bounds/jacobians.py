@@ -119,19 +119,27 @@ def tangents_of(trace: Trace) -> Tangents:
         return Tangents({})
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
     run = Run(trace.module)
-    basis = torch.eye(size, dtype=point.dtype, device=point.device).view(size, 1, *point.shape[1:])
+    basis = torch.eye(size, dtype=point.dtype, device=point.device).view(size, *point.shape[1:])
+    together = max(1, _MAX_BATCH // len(point)) if trace.takes_other_sizes else 1
     try:
         with torch.no_grad(), twice_differentiable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own scripts at the first dual number
-            for direction in basis:
+            for directions in basis.split(together):
+                count = len(directions)
+                points = point.repeat(count, *[1] * (point.ndim - 1))
                 with forward_ad.dual_level():
-                    run(forward_ad.make_dual(point, direction.expand_as(point).contiguous()))
+                    run(forward_ad.make_dual(points, directions.repeat_interleave(len(point), 0)))
                     for node, kept in found.items():
-                        tangent = forward_ad.unpack_dual(run.values[node]).tangent
-                        kept.append(torch.zeros_like(trace.values[node]) if tangent is None else tangent.clone())
+                        primal, tangent = forward_ad.unpack_dual(run.values[node])
+                        moved = torch.zeros_like(primal) if tangent is None else tangent.clone()
+                        kept.append(moved.view(count, *trace.values[node].shape))
     except NotImplementedError:
         return Tangents({})
-    return Tangents({node: torch.stack(kept, 1) for node, kept in found.items()})
+    return Tangents({node: torch.cat(kept).transpose(0, 1) for node, kept in found.items()})
+
+
+_MAX_BATCH = 128
+"""Of examples and directions that go through the network together."""
 
 
 def num_examples(trace: Trace) -> int:
