@@ -197,11 +197,10 @@ def certified_radius(
 
 
 def _radii(composition: Composition, logits: Tensor) -> Tensor:
-    rows = composition.head
-    if rows is None:
-        rows = torch.eye(logits.shape[1], dtype=torch.float64, device=logits.device)
-    predicted = logits.argmax(1)
-    constants = torch.cdist(rows[predicted], rows, compute_mode="donot_use_mm_for_euclid_dist")
+    rows, predicted = composition.head, logits.argmax(1)
+    constants = torch.full_like(logits, math.sqrt(2))
+    if rows is not None:
+        constants = torch.cdist(rows[predicted], rows, compute_mode="donot_use_mm_for_euclid_dist")
     margins = logits.gather(1, predicted[:, None]) - logits
     radii = torch.where(margins > 0, margins / (constants * composition.log_norm.exp()), 0.0)
     return radii.scatter(1, predicted[:, None], math.inf).amin(1)
