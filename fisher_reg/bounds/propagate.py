@@ -150,7 +150,8 @@ class _Composer:
 
     def _averaged(self, node: fx.Node, sensitivity: Sensitivity) -> Sensitivity:
         """Return the sensitivity of the end of a block, if it is one, bounded with its activation if that is better."""
-        block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
+        with torch.no_grad():
+            block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
         if block is None or block.source not in self.sensitivities:
             return sensitivity
         source = self.sensitivities[block.source]
@@ -390,8 +391,8 @@ def _checked_norm(norm: Any, layer: Layer, what: str) -> Tensor:
         if not is_real or norm.shape not in ((), (1,), layer.input.shape[:1]):
             shape, kind = tuple(norm.shape), str(norm.dtype).removeprefix("torch.")
             raise TypeError(f"{what} returned a tensor of shape {shape} and type {kind}. {_RETURNS}")
-        norm = norm.double()
-        return norm if norm.ndim and layer.is_local else norm.amax()
+        wide = norm.double()
+        return wide if wide.ndim and layer.is_local else wide.amax()
     if isinstance(norm, bool) or not isinstance(norm, Real):
         raise TypeError(f"{what} returned {norm!r}, a {type(norm).__name__}. {_RETURNS}")
     return as_double(float(norm))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -84,21 +83,16 @@ def _dot_product_attention(call: Call) -> Sensitivity:
     call.argument("attn_mask")
     scale = call.argument("scale")
     scale = query.value.shape[-1] ** -0.5 if scale is None else scale
-    ball = partial(_ball, call)
     terms = []
-    for item, gain in (
-        (query, lambda gains: gains.query),
-        (key, lambda gains: gains.key),
-        (value, lambda gains: gains.value),
-    ):
-        if item.is_constant:
+    for number, item in enumerate((query, key, value)):
+        if not isinstance(item.sensitivity, Sensitivity) or item.is_constant:
             continue
-        assert isinstance(item.sensitivity, Sensitivity)
-        balls = [_POINT if item is value else ball(other) for other in (query, key, value)]
+        balls = [_POINT if item is value else _ball(call, other) for other in (query, key, value)]
         gains = dot_product_attention_gains(query.value.shape[-2], scale, *balls)
+        gain = (gains.query, gains.key, gains.value)[number]
         # Heads, groups of them or examples that share a value use copies of it.
         copies = _heads(call.value) / _heads(item.value)
-        terms.append(shifted(item.sensitivity.plain(), log(gain(gains)) + 0.5 * math.log(copies)))
+        terms.append(shifted(item.sensitivity.plain(), log(gain) + 0.5 * math.log(copies)))
     return Sensitivity(log_sum(terms))
 
 

@@ -156,11 +156,10 @@ def make_call(
 
     def again(first: Any) -> Any:
         rest, keywords = fetch(node.args[1:]), dict(fetch(node.kwargs))
+        function: Any = getattr(first, node.target) if isinstance(node.target, str) else node.target
         if not node.args:
-            keywords[next(iter(arguments))] = first
-            return node.target(**keywords)
-        method = isinstance(node.target, str)
-        return getattr(first, node.target)(*rest, **keywords) if method else node.target(first, *rest, **keywords)
+            return function(**keywords | {next(iter(arguments)): first})
+        return function(*rest, **keywords) if isinstance(node.target, str) else function(first, *rest, **keywords)
 
     return Call(name, operands, value, again, is_local, norms)
 

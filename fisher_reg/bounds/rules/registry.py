@@ -76,7 +76,6 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
         >>> round(lipschitz_bound(model, torch.zeros(1, 2, 1, 1)).value, 6)  # |10 * 0.1|, not 10 * |mix|; centred
         1.0
     """
-
     for module_type in module_types:
         if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
             raise TypeError(f"register_bound_rule takes classes of modules; got {module_type!r}. {_HOW_TO_REGISTER}")
@@ -84,8 +83,9 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
         raise TypeError(f"register_bound_rule needs the class that the rule is for. {_HOW_TO_REGISTER}")
 
     def decorate(rule: RuleT) -> RuleT:
-        if not callable(rule) or (isinstance(rule, type) and issubclass(rule, nn.Module)):
-            raise TypeError(f"A bound rule is a function of the module and its layer; got {rule!r}. {_HOW_TO_REGISTER}")
+        given: Any = rule
+        if not callable(given) or (isinstance(given, type) and issubclass(given, nn.Module)):
+            raise TypeError(f"A bound rule is a function of a module and its layer; got {given!r}. {_HOW_TO_REGISTER}")
         for module_type in module_types:
             _RULES[module_type] = rule
         return rule
