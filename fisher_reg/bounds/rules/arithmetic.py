@@ -60,7 +60,7 @@ def _multiply(call: Call) -> Sensitivity:
 
 def _product_at(call: Call, first: Operand, second: Operand) -> Sensitivity:
     """At the example, and over a region, the product rule holds: ``d(a b) = b da + a db``."""
-    sizes = [largest_modulus(item).flatten(1).amax(1) for item in (second, first)]
+    sizes = [largest_modulus(item).reshape(len(item.value), -1).amax(1) for item in (second, first)]
     terms = [_broadcast(item, call.value).plain() for item in (first, second)]
     return Sensitivity(log_sum([shifted(term, log(size)) for term, size in zip(terms, sizes, strict=True)]))
 
@@ -98,7 +98,7 @@ def _scaled(call: Call, factor: Tensor) -> Sensitivity:
             else None
         )
         return Sensitivity(shifted(sensitivity, log(size)), sensitivity.scale, kept)
-    layer = replace(layer_of(call), scale=sensitivity.scale)
+    layer = replace(layer_of(call, None), scale=sensitivity.scale)
     return (
         diagonal_gain(factor, layer).after(Sensitivity(sensitivity.log_norm, sensitivity.scale))
         if factor.any()
