@@ -163,7 +163,7 @@ def register_rules() -> None:
     register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)(conv_rule)
     register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)(_transposed_conv)
     register_layer(_linear, "input weight bias", F.linear, "linear")
-    register_layer(_matrix_product, "input other", operator.matmul, torch.matmul, "matmul", "__matmul__")
+    register_layer(_matrix_product, "input other", operator.matmul, torch.matmul, "matmul")
     register_layer(_matrix_product, "input mat2", torch.mm, torch.bmm, "mm", "bmm")
     register_layer(_shifted_product, "input mat1 mat2 beta alpha", torch.addmm, "addmm")
     register_layer(
