@@ -32,6 +32,7 @@ from fisher_reg.bounds.rules import (
     reductions,
     resampling,
     shapes,
+    writes,
 )
 from fisher_reg.bounds.rules.activations import activation_gain
 from fisher_reg.bounds.rules.call import Call
@@ -164,9 +165,9 @@ class Deviations:
                     found = torch.minimum(found, self._from_rows(node, value, sensitivity))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
-                own = torch.linalg.vector_norm(self.widths[node].flatten(1), dim=1)
-                batched = node in self.trace.batched
-                own = own if batched else torch.linalg.vector_norm(self.widths[node])
+                batched, width = node in self.trace.batched, self.widths[node]
+                vectors = width.reshape(len(width) if batched else 1, -1)
+                own = torch.linalg.vector_norm(vectors, dim=1).view(-1 if batched else ())
                 self.lengths[node] = torch.minimum(self.lengths.get(node, own), own)
         elif isinstance(value, tuple | list):
             self.widths[node] = found
@@ -597,6 +598,13 @@ _AFFINE_CALLS = (
     arithmetic._sum,
     linear._linear,
     linear._convolution,
+    linear._matrix_product,
+    linear._shifted_product,
+    writes._scatter,
+    writes._overwrite,
+    writes._where,
+    writes._masked_fill,
+    writes._put,
     normalization._functional_batch_norm,
     resampling._interpolate,
 )
