@@ -113,7 +113,12 @@ def local_fisher_bound(
 
 
 def certified_radius(
-    model: nn.Module, inputs: Tensor, *, input_std: Tensor | None = None, tightening: Tightening = Tightening()
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    uses_balls: bool = True,
+    input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
 ) -> Tensor:
     r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
 
@@ -131,6 +136,8 @@ def certified_radius(
     Args:
         model: As in :func:`lipschitz_bound`.
         inputs: ``(B, *S)``.
+        uses_balls: Whether constants within balls are used; otherwise only the one over all inputs, which is cheaper:
+            a forward pass for each example.
         input_std: If the model is fed ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
         tightening: Which certified improvements are used.
 
@@ -155,7 +162,7 @@ def certified_radius(
     radii, predicted = [], []
     with torch.inference_mode(False), torch.no_grad():
         for _, around in _parts(model, inputs, Categorical(), input_std, tightening):
-            radii.append(around.radius())
+            radii.append(around.radius() if uses_balls else around.radius_everywhere(is_required=True))
             predicted.append(around.logits.argmax(1))
     return torch.where(_own_classes(model, inputs) == torch.cat(predicted), torch.cat(radii), 0.0)
 
@@ -274,7 +281,8 @@ def _smallest(level: str, candidates: Mapping[str, Tensor], terms: tuple[BoundTe
     if bool(best.values.isposinf().any()):
         raise NoBoundError("No finite bound was found: the numbers of this network overflow float64.")
     evidence = tuple(names[index] for index in best.indices.tolist())
-    return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence)
+    found = {name: value / math.log(10) for name, value in zip(names, values, strict=True)}
+    return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence, candidates=found)
 
 
 def _said(radii: Tensor) -> str:
@@ -436,12 +444,14 @@ class _Around:
             return torch.full_like(self.logits, math.sqrt(2)).scatter(1, predicted[:, None], 0.0)
         return torch.cdist(head[predicted], head, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def radius_everywhere(self) -> Tensor:
-        """Return the radius of the constant over all inputs, ``(B,)``; zero where there is none."""
+    def radius_everywhere(self, is_required: bool = False) -> Tensor:
+        """Return the radius of the constant over all inputs, ``(B,)``, or another one where there is none."""
         best = torch.zeros(len(self.logits), dtype=torch.float64, device=self.logits.device)
         try:
             found = self.compositions(None)
         except NoBoundError:
+            if is_required:
+                raise
             return self._smallest_trial()
         for composition in found:
             slopes = self._constants(composition.head) * composition.log_norm.detach().exp() * self.pixel
