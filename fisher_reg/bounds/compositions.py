@@ -89,13 +89,23 @@ def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likel
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
     """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
+    module = checked_module(model, inputs)
+    with differentiable(inputs) as safe_inputs, torch.no_grad(), Noise(inputs.device).replayed():
+        return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+
+
+def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy of the model in evaluation mode and in float64 that shares its parameters.
+
+    Raises:
+        ValueError: For inputs that are no batch of numbers, a model that is no module, or a device without float64.
+    """
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    with differentiable(inputs) as safe_inputs:
-        module = deployed_module(model, torch.float64)
-        with torch.no_grad(), Noise(inputs.device).replayed():
-            return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+    if inputs.device.type == "mps":
+        raise ValueError("A bound is computed in float64, which MPS does not have. Bound model.cpu() at inputs.cpu().")
+    return deployed_module(model, torch.float64)
 
 
 def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.compositions import (
     checked_logits,
+    checked_module,
     compositions_of,
     shares,
     tightest,
@@ -41,7 +42,7 @@ from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.compare import eager
 from fisher_reg.errors import NoBoundError
 from fisher_reg.estimate import fisher_spectral_norm
-from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, deployed_module, differentiable
+from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Lanczos
 
@@ -232,10 +233,7 @@ def _parts(
 def _at_inputs(
     model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
 ) -> UpperBound:
-    check_inputs(inputs)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    module = deployed_module(model, torch.float64)
+    module = checked_module(model, inputs)
     candidates: dict[str, Tensor] = {}
     terms: tuple[BoundTerm, ...] = ()
     with differentiable(inputs) as safe_inputs, Noise(inputs.device).replayed():
