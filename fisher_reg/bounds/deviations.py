@@ -234,6 +234,8 @@ class Deviations:
             return self._through_weight(module.weight, source, before, F.linear)  # type: ignore[arg-type]
         if rule is linear.conv_rule:
             convolve: Callable[[Tensor, Tensor], Tensor] = lambda item, kernel: module._conv_forward(item, kernel, None)  # type: ignore  # noqa: E731
+            if module.padding_mode != "zeros":  # a window may hold an entry and its copy, which no row of the kernel says
+                return convolve(width, module.weight.detach().double().abs())  # type: ignore[operator]
             return self._through_weight(module.weight, source, before, convolve, axis=1)  # type: ignore[arg-type]
         if rule is batch_norm_rule:
             factor = batch_norm_scale(module).abs().detach()  # type: ignore[arg-type]
