@@ -342,10 +342,10 @@ class Deviations:
         def zero(item: fx.Node) -> Any:
             value = width(item)
             if isinstance(value, tuple | list):
-                return type(value)(torch.zeros_like(part) for part in value)
+                return type(value)(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in value)
             return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        if any(item in self.varying and item not in self.widths for item in node.all_input_nodes):
+        if any(item in self.varying and self.widths.get(item) is None for item in node.all_input_nodes):
             return None
         at, origin = call(width), call(zero)
         if isinstance(at, tuple | list):
