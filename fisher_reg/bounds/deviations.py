@@ -119,9 +119,9 @@ class Deviations:
                     found = torch.minimum(found, self._from_rows(node, value, sensitivity))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
-                own = torch.linalg.vector_norm(self.widths[node].flatten(1), dim=1)
-                batched = node in self.trace.batched
-                own = own if batched else torch.linalg.vector_norm(self.widths[node])
+                width = self.widths[node]
+                rows = width.reshape(len(width), -1) if node in self.trace.batched else width.reshape(1, -1)
+                own = torch.linalg.vector_norm(rows, dim=1)
                 self.lengths[node] = torch.minimum(self.lengths.get(node, own), own)
         elif isinstance(value, tuple | list):
             self.widths[node] = found
@@ -234,7 +234,7 @@ class Deviations:
             return self._through_weight(module.weight, source, before, F.linear)  # type: ignore[arg-type]
         if rule is linear.conv_rule:
             convolve: Callable[[Tensor, Tensor], Tensor] = lambda item, kernel: module._conv_forward(item, kernel, None)  # type: ignore  # noqa: E731
-            if module.padding_mode != "zeros":  # a window may hold an entry and its copy, which no row of the kernel says
+            if module.padding_mode != "zeros":  # a window may hold an entry and its copy
                 return convolve(width, module.weight.detach().double().abs())  # type: ignore[operator]
             return self._through_weight(module.weight, source, before, convolve, axis=1)  # type: ignore[arg-type]
         if rule is batch_norm_rule:
@@ -481,7 +481,7 @@ def error_of(sensitivity: Sensitivity) -> Tensor:
 def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
     """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
     matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
-    flat = matrix.flatten(2)
+    flat = matrix.reshape(*matrix.shape[:2], -1)
     gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
     largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
     return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fisher_reg.bounds.rules.call import Call
-from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain
+from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain, largest_of_each
 from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
 from fisher_reg.bounds.rules.slopes import slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import as_double
@@ -94,13 +94,13 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     """
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
     if layer.is_local:
-        return ScaledGain(slopes_at(module, layer.input).abs().flatten(1).amax(1), scale=layer.scale)
+        return ScaledGain(largest_of_each(slopes_at(module, layer.input).abs()), scale=layer.scale)
     within = None
     if layer.deviation is not None:
         within = slopes_within(module, layer.input, layer.deviation.width)
     if within is None:
         return ScaledGain(largest, scale=layer.scale)
-    steepest = torch.maximum(within[0].abs(), within[1].abs()).flatten(1).amax(1)
+    steepest = largest_of_each(torch.maximum(within[0].abs(), within[1].abs()))
     return ScaledGain(steepest.clamp_max(as_double(largest).to(steepest)), scale=layer.scale)
 
 
