@@ -182,7 +182,8 @@ class Deviations:
             scale = before[source].scale
             weights = change if scale is None else change * scale.detach()
             return _log_norm(tangents, weights)
-        gain = lipschitz_of(after).detach() - lipschitz_of(before[source]).detach()
+        reached = lipschitz_of(before[source]).detach()
+        gain = torch.where(reached == -math.inf, -math.inf, lipschitz_of(after).detach() - reached)
         own = before[source].scale
         weights = torch.ones_like(width) if own is None else own.expand(width.shape)
         if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
