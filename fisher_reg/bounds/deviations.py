@@ -43,6 +43,7 @@ from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.rules.slopes import range_within, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import Sensitivity
 from fisher_reg.bounds.tracing import Trace
+from fisher_reg.bounds.tracing.capture import detaches
 
 
 @dataclass(frozen=True)
@@ -434,6 +435,8 @@ class Deviations:
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
         if rule is arithmetic._flips:
             return node.target in (operator.neg, torch.neg, "neg")
+        if detaches(node):  # the identity, or zero where a Jacobian is meant to leave it out
+            return False
         return rule in _AFFINE_CALLS
 
 
