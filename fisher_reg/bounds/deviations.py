@@ -39,7 +39,7 @@ from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.layer import Deviation
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
-from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, layer_name
 from fisher_reg.bounds.rules.slopes import range_within, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import Sensitivity
 from fisher_reg.bounds.tracing import Trace
@@ -194,8 +194,7 @@ class Deviations:
     def _in_doubt(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
         """Return one for the entries of the windows of a max pooling that are not settled, else zero."""
         hidden, unsettled = self.trace.values[source], self._unsettled(module, source, value)
-        kind = type(module).__name__
-        if kind != "MaxPool2d" or _doubled(module.dilation) != (1, 1):
+        if not isinstance(module, nn.MaxPool2d) or _doubled(module.dilation) != (1, 1):
             return torch.ones_like(hidden)
         with torch.enable_grad():
             point = torch.zeros_like(hidden).requires_grad_()
@@ -388,7 +387,7 @@ class Deviations:
         It stays the largest if its lowest value is above the highest of all others.
         """
         hidden, width = self.trace.values[source], self.widths[source]
-        kind = type(module).__name__
+        kind = layer_name(module)
         axes = int(kind[-2])
         pool = getattr(F, f"{'adaptive_' if kind.startswith('Adaptive') else ''}max_pool{axes}d")
         options: dict[str, Any] = (
