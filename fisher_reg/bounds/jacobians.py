@@ -111,7 +111,8 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
 def tangents_of(trace: Trace) -> dict[fx.Node, Tensor]:
     """Return the Jacobians of the values at the examples, ``(B, d, *S)``: d forward-mode passes.
 
-    None are returned where they would take too much memory, or where a layer has no forward mode.
+    None are returned where they would take too much memory, or where the graph has no forward mode: a layer without
+    one, or a view of memory that is laid out otherwise there.
     """
     point = trace.values[trace.input]
     nodes = [node for node in trace.graph.nodes if node in trace.batched and _is_real(trace.values[node])]
@@ -131,7 +132,7 @@ def tangents_of(trace: Trace) -> dict[fx.Node, Tensor]:
                     for node, kept in found.items():
                         tangent = forward_ad.unpack_dual(run.values[node]).tangent
                         kept.append(torch.zeros_like(trace.values[node]) if tangent is None else tangent.clone())
-    except NotImplementedError:
+    except RuntimeError:
         return {}
     return {node: torch.stack(kept, 1) for node, kept in found.items()}
 
