@@ -83,7 +83,7 @@ def local_fisher_bound(
     if radius is None:
         return _at_inputs(model, inputs, likelihood, input_std, tightening)
     check_inputs(inputs)
-    check_radius(radius)
+    check_radius(radius, len(inputs))
     traced = traced_model(model, inputs, likelihood)
     around = _Around(traced, likelihood, input_std, tightening)
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
@@ -187,7 +187,7 @@ def certified_divergence(
     if input_std is not None:
         check_input_std(input_std)
     check_inputs(inputs)
-    check_radius(radius)
+    check_radius(radius, len(inputs))
     traced = traced_model(model, inputs, Categorical())
     around = _Around(traced, Categorical(), input_std, tightening)
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
