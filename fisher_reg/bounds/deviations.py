@@ -39,10 +39,11 @@ from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.layer import Deviation
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
-from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, layer_name
 from fisher_reg.bounds.rules.slopes import range_within, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import Sensitivity
 from fisher_reg.bounds.tracing import Trace
+from fisher_reg.bounds.tracing.capture import detaches
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Tangents(Mapping[fx.Node, Tensor]):
 def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
     """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
     matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
-    flat = matrix.flatten(2)
+    flat = matrix.reshape(*matrix.shape[:2], -1)
     gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
     largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
     return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()
@@ -208,7 +209,7 @@ class Deviations:
             rows = self._row_error(node, sensitivity, error, before, call)
             self.row_errors[node] = rows
             scaled = rows if sensitivity.scale is None else rows * sensitivity.scale.detach()
-            error = torch.minimum(error, torch.linalg.vector_norm(scaled.flatten(1), dim=1).log())
+            error = torch.minimum(error, torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1).log())
             lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))
             error = torch.minimum(error, torch.logaddexp(size, lipschitz))
         elif isinstance(self.trace.values[node], tuple | list):
@@ -230,7 +231,7 @@ class Deviations:
         steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
         scale = before[source].scale
         weights = steepest if scale is None else steepest * scale.detach()
-        rest = steepest.flatten(1).amax(1).log() + error_of(before[source]).detach()
+        rest = steepest.reshape(len(steepest), -1).amax(1).log() + error_of(before[source]).detach()
         return torch.minimum(lipschitz, torch.logaddexp(self.tangents.log_norm(source, weights), rest))
 
     def _row_error(
@@ -290,7 +291,8 @@ class Deviations:
             scale = before[source].scale
             weights = change if scale is None else change * scale.detach()
             return self.tangents.log_norm(source, weights)
-        gain = lipschitz_of(after).detach() - lipschitz_of(before[source]).detach()
+        reached = lipschitz_of(before[source]).detach()
+        gain = torch.where(reached == -math.inf, -math.inf, lipschitz_of(after).detach() - reached)
         own = before[source].scale
         weights = torch.ones_like(width) if own is None else own.expand(width.shape)
         if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
@@ -300,12 +302,11 @@ class Deviations:
     def _in_doubt(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
         """Return one for the entries of the windows of a max pooling that are not settled, else zero."""
         hidden, unsettled = self.trace.values[source], self._unsettled(module, source, value)
-        kind = type(module).__name__
-        if kind != "MaxPool2d" or _doubled(module.dilation) != (1, 1):
+        if not isinstance(module, nn.MaxPool2d) or _doubled(module.dilation) != (1, 1):
             return torch.ones_like(hidden)
         with torch.enable_grad():
             point = torch.zeros_like(hidden).requires_grad_()
-            shares = F.avg_pool2d(point, module.kernel_size, module.stride, module.padding, module.ceil_mode)  # type: ignore
+            shares = F.avg_pool2d(point, module.kernel_size, module.stride, module.padding, module.ceil_mode)
             (found,) = torch.autograd.grad((shares * unsettled).sum(), point)
         return (found > 0).to(hidden)
 
@@ -347,6 +348,8 @@ class Deviations:
             module = self.trace.modules[str(node.target)]
             rule: Any = find_rule(module)
             axis = {linear.linear_rule: -1, linear.conv_rule: 1}.get(rule)
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                return None  # a window may hold an entry and its copy
             return None if axis is None else (module.weight, axis)  # type: ignore[return-value]
         rule = getattr(find_function_rule(node.target), "apply", None)
         axis = {linear._linear: -1, linear._convolution: 1}.get(rule)
@@ -475,7 +478,7 @@ class Deviations:
         def zero(item: fx.Node) -> Any:
             value = width(item)
             if isinstance(value, tuple | list):
-                return type(value)(torch.zeros_like(part) for part in value)
+                return type(value)(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in value)
             return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         if any(item in self.varying and entries.get(item) is None for item in node.all_input_nodes):
@@ -527,7 +530,7 @@ class Deviations:
 
     def _winners(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """Return the place of the largest entry of each window of a max pooling, in its plane."""
-        kind = type(module).__name__
+        kind = layer_name(module)
         name = f"{'adaptive_' if kind.startswith('Adaptive') else ''}max_pool{kind[-2]}d"
         winner: Tensor = getattr(F, name)(hidden, **_options(module), return_indices=True)[1]
         return winner
@@ -535,11 +538,7 @@ class Deviations:
     def _runner_up(self, module: nn.Module, upper: Tensor, winner: Tensor) -> Tensor:
         """Return the highest upper end in each window except that of its winner, infinite where it is not known."""
         options = _options(module)
-        if (
-            not type(module).__name__.endswith("2d")
-            or "output_size" in options
-            or _doubled(options["padding"]) != (0, 0)
-        ):
+        if not layer_name(module).endswith("2d") or "output_size" in options or _doubled(options["padding"]) != (0, 0):
             return torch.full_like(winner, torch.inf, dtype=upper.dtype)
         if _doubled(options["dilation"]) != (1, 1) or options["ceil_mode"]:
             return torch.full_like(winner, torch.inf, dtype=upper.dtype)
@@ -570,6 +569,8 @@ class Deviations:
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
         if rule is arithmetic._flips:
             return node.target in (operator.neg, torch.neg, "neg")
+        if detaches(node):  # the identity, or zero where a Jacobian is meant to leave it out
+            return False
         return rule in _AFFINE_CALLS
 
 
@@ -624,7 +625,7 @@ def error_of(sensitivity: Sensitivity) -> Tensor:
 
 def _options(module: nn.Module) -> dict[str, Any]:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    names = ("output_size",) if type(module).__name__.startswith("Adaptive") else names  # type: ignore[assignment]
+    names = ("output_size",) if layer_name(module).startswith("Adaptive") else names  # type: ignore[assignment]
     return {name: getattr(module, name) for name in names}
 
 

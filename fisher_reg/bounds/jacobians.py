@@ -112,7 +112,8 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
 def tangents_of(trace: Trace) -> Tangents:
     """Return the Jacobians of the values at the examples, ``(B, d, *S)``: d forward-mode passes.
 
-    None are returned where they would take too much memory, or where a layer has no forward mode.
+    None are returned where they would take too much memory, or where the graph has no forward mode: a layer without
+    one, or a view of memory that is laid out otherwise there.
     """
     point = trace.values[trace.input]
     nodes, size = _values(trace), point[0].numel()
@@ -134,7 +135,7 @@ def tangents_of(trace: Trace) -> Tangents:
                         primal, tangent = forward_ad.unpack_dual(run.values[node])
                         moved = torch.zeros_like(primal) if tangent is None else tangent.clone()
                         kept.append(moved.view(count, *trace.values[node].shape))
-    except NotImplementedError:
+    except RuntimeError:
         return Tangents({})
     return Tangents({node: torch.cat(kept).transpose(0, 1) for node, kept in found.items()})
 

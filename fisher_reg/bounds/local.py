@@ -103,7 +103,7 @@ def local_fisher_bound(
     if radius is None:
         return _at_inputs(model, inputs, likelihood, input_std, tightening)
     check_inputs(inputs)
-    check_radius(radius)
+    check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
     parts = [
         around.candidates(radii[place]) for place, around in _parts(model, inputs, likelihood, input_std, tightening)
@@ -205,7 +205,7 @@ def certified_divergence(
     if input_std is not None:
         check_input_std(input_std)
     check_inputs(inputs)
-    check_radius(radius)
+    check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
     parts = [
         around.largest_curvature(radii[place])

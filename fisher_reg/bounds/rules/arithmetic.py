@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fisher_reg.bounds.rules.call import Call, Operand, layer_of
-from fisher_reg.bounds.rules.layer import Ball, diagonal_gain
+from fisher_reg.bounds.rules.layer import Ball, diagonal_gain, largest_of_each
 from fisher_reg.bounds.rules.registry import (
     find_function_rule,
     register,
@@ -60,7 +60,7 @@ def _multiply(call: Call) -> Sensitivity:
 
 def _product_at(call: Call, first: Operand, second: Operand) -> Sensitivity:
     """At the example, and over a region, the product rule holds: ``d(a b) = b da + a db``."""
-    sizes = [largest_modulus(item).reshape(len(item.value), -1).amax(1) for item in (second, first)]
+    sizes = [largest_of_each(largest_modulus(item)) for item in (second, first)]
     terms = [_broadcast(item, call.value).plain() for item in (first, second)]
     return Sensitivity(log_sum([shifted(term, log(size)) for term, size in zip(terms, sizes, strict=True)]))
 

@@ -13,7 +13,19 @@ from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 from fisher_reg.bounds.sensitivity import Number, Sensitivity, log, shifted
 
-__all__ = ["Ball", "Deviation", "Gain", "Layer", "Norms", "Number", "Rule", "ScaledGain", "Tokens", "diagonal_gain"]
+__all__ = [
+    "Ball",
+    "Deviation",
+    "Gain",
+    "Layer",
+    "Norms",
+    "Number",
+    "Rule",
+    "ScaledGain",
+    "Tokens",
+    "diagonal_gain",
+    "largest_of_each",
+]
 
 _SMALLEST = 1e-12
 """A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
@@ -131,6 +143,11 @@ class Layer:
 
 Rule = Callable[[Any, Layer], "Number | Gain"]
 """From a module and its call to its Lipschitz constant or its gain."""
+
+
+def largest_of_each(numbers: Tensor) -> Tensor:
+    """Return the largest number of each example ``(B,)``, which may have one number only."""
+    return numbers.reshape(len(numbers), -1).amax(1)
 
 
 def diagonal_gain(factor: Tensor, layer: Layer) -> ScaledGain:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
@@ -74,6 +75,11 @@ def asks_for_shape(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "element_size")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
+
+
+def detaches(node: fx.Node) -> bool:
+    """Say whether the node returns its input, and hides from autograd where it comes from."""
+    return node.op in ("call_function", "call_method") and name_of(node.target) in ("detach", "detach_")
 
 
 @contextmanager
