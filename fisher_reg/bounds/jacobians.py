@@ -117,7 +117,7 @@ def tangents_of(trace: Trace) -> Tangents:
     """
     point = trace.values[trace.input]
     nodes, size = _values(trace), point[0].numel()
-    if size * sum(trace.values[node].numel() for node in nodes) > 2 * _MAX_NUMBERS:
+    if size > _MAX_INPUTS or size * sum(trace.values[node].numel() for node in nodes) > 2 * _MAX_NUMBERS:
         return Tangents({})
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
     run = Run(trace.module)
@@ -140,6 +140,8 @@ def tangents_of(trace: Trace) -> Tangents:
     return Tangents({node: torch.cat(kept).transpose(0, 1) for node, kept in found.items()})
 
 
+_MAX_INPUTS = 512
+"""Largest number of entries of an input for which the Jacobians of all values are formed."""
 _MAX_BATCH = 128
 """Of examples and directions that go through the network together."""
 
@@ -147,6 +149,8 @@ _MAX_BATCH = 128
 def num_examples(trace: Trace) -> int:
     """Return for how many examples at once the Jacobians of all values fit in memory; very many if not for one."""
     size = trace.values[trace.input][0].numel()
+    if size > _MAX_INPUTS:
+        return 2**31
     per_example = size * sum(trace.values[node].numel() for node in _values(trace)) // len(trace.result)
     return 2**31 if per_example > _MAX_NUMBERS else _MAX_NUMBERS // max(per_example, 1)
 

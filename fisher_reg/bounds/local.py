@@ -71,7 +71,8 @@ def local_fisher_bound(
 
     *In a ball*: for every :math:`x'` with :math:`\|x' - x\|_2 \le r`, ``"expansion"``, the Jacobian at the input and
     all that slopes and maxima of poolings can add to it within the ball (:mod:`fisher_reg.bounds.jacobians`; one label
-    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``.
+    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``. For inputs of up to 512
+    entries the product uses the Jacobians of all values too, which is closer and slower.
 
     Args:
         model: As in :func:`lipschitz_bound`.
