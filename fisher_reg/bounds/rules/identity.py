@@ -36,7 +36,7 @@ def register_rules() -> None:
         nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
     )(passes)
     register(same, "input memory_format", "float", "double", "half", "bfloat16", torch.clone, "clone", "contiguous")
-    register(same, "input", "alias", "lift_fresh_copy")
+    register(same, "input", "alias", "lift_fresh_copy", "detach", "detach_", torch.detach)
     register(same, None, "to", "_to_copy", "type_as", "type", shape_only="*")
     register(drop, "input p training inplace", F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
     register(drop, "input p mode training", "stochastic_depth")

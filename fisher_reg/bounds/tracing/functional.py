@@ -113,7 +113,6 @@ def made_functional(module: fx.GraphModule, inputs: Tensor) -> None:
                 clone = graph.call_method("clone", (target,))
             run.order[clone] = run.order[by]
             by.replace_input_with(target, clone)
-    _without_cuts(graph)
     _without_dead_code(graph)
     module.recompile()
 
@@ -155,19 +154,6 @@ _OPERATORS: dict[Any, Any] = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-
-
-def _without_cuts(graph: fx.Graph) -> None:
-    """Let derivatives pass where a value that depends on the input is detached: they are those of the function."""
-    varying: set[fx.Node] = set()
-    for node in list(graph.nodes):
-        if node.op == "placeholder" or any(item in varying for item in node.all_input_nodes):
-            varying.add(node)
-        if node in varying and node.target in _CUTS:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-
-
-_CUTS = ("detach", "detach_", torch.detach, torch.ops.aten.detach.default)
 
 
 def _without_dead_code(graph: fx.Graph) -> None:
