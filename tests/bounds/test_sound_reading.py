@@ -655,7 +655,7 @@ MADE = {
     "group norm of torch": (lambda m, x: torch.native_group_norm(x, m.c, m.c, 1, 4, 3, 2, 1e-1)[0], False),
     "batch norm of torch": (
         lambda m, x: torch.ops.aten._native_batch_norm_legit_no_training(
-            x, m.c, m.c, m.c.detach(), m.c.detach() ** 2, 0.1, 1e-5
+            x, m.c, m.c, torch.zeros(4).double(), 0.1 * torch.ones(4).double(), 0.1, 1e-5
         )[0],
         False,
     ),

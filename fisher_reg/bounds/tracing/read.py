@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.tracing.capture import captured_by_export, captured_by_fx
-from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference
+from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference, takes_other_sizes
 from fisher_reg.bounds.tracing.functional import Run, made_functional
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
@@ -83,11 +83,11 @@ def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = 
         raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
     check(logits, len(inputs))
     check_independence(model, inputs)
-    module, takes_other_sizes = _read(model, inputs)
+    module, is_flexible = _read(model, inputs)
     run = Run(module)
     run(inputs)
     batched = frozenset(_batched(module, inputs, run.values))
-    return Trace(module, dict(module.named_modules()), run.values, batched, takes_other_sizes)
+    return Trace(module, dict(module.named_modules()), run.values, batched, is_flexible)
 
 
 def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
@@ -108,7 +108,7 @@ def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
             cause = cause or error
             continue
         if difference is None:
-            return module, sizes
+            return module, sizes and takes_other_sizes(model, inputs)
         failures.append(f"{name} reads another function than the module computes: {_first_line(difference)}.")
     raise NoBoundError(
         f"{type(model).__name__} cannot be traced. {' '.join(failures)}\n"
