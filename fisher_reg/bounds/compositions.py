@@ -107,6 +107,7 @@ def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> 
 
 def traced_at_few(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
     """Trace the model at as few of the inputs as it takes, for a bound that depends on their shape only."""
+    check_inputs(inputs)
     if len(inputs) <= 2:
         return traced_model(model, inputs, likelihood)
     try:

@@ -33,6 +33,7 @@ from fisher_reg.bounds.rules import (
     reductions,
     resampling,
     shapes,
+    writes,
 )
 from fisher_reg.bounds.rules.activations import activation_gain
 from fisher_reg.bounds.rules.call import Call
@@ -343,7 +344,7 @@ class Deviations:
                 return type(value)(torch.zeros_like(part) for part in value)
             return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        if any(item in self.varying and item not in self.widths for item in node.all_input_nodes):
+        if any(item in self.varying and self.widths.get(item) is None for item in node.all_input_nodes):
             return None
         at, origin = call(width), call(zero)
         if isinstance(at, tuple | list):
@@ -459,6 +460,13 @@ _AFFINE_CALLS = (
     arithmetic._sum,
     linear._linear,
     linear._convolution,
+    linear._matrix_product,
+    linear._shifted_product,
+    writes._scatter,
+    writes._overwrite,
+    writes._where,
+    writes._masked_fill,
+    writes._put,
     normalization._functional_batch_norm,
     resampling._interpolate,
 )

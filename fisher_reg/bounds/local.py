@@ -16,6 +16,7 @@ from fisher_reg.bounds.operator_norms.measures import CertifiedNorms, KnownNorms
 from fisher_reg.bounds.propagate import Composition
 from fisher_reg.bounds.region import Region, check_radius
 from fisher_reg.bounds.report import BoundTerm, UpperBound
+from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace
@@ -254,6 +255,11 @@ def _said(radii: Tensor) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def _is_cut(node: fx.Node) -> bool:
+    """Say whether no gradient passes the call, though its value depends on the input."""
+    return node.op in ("call_function", "call_method") and name_of(node.target).rstrip("_") == "detach"
+
+
 class _Around:
     """A traced network, and what can be said of it around its examples.
 
@@ -345,6 +351,8 @@ class _Around:
             return None
         composition = self.compositions(radii)[0]
         assert composition.deviations is not None
+        if any(_is_cut(node) for node in composition.deviations.varying):
+            return None  # a backward pass does not see what is behind it
         remainders = composition.deviations.remainders
         if self._rows is None:
             self._rows = rows(self.traced, [item.node for item in remainders], self.input_std)
