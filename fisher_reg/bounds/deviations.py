@@ -37,6 +37,8 @@ from fisher_reg.bounds.rules import (
 )
 from fisher_reg.bounds.rules.activations import activation_gain
 from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.elementwise import quotient_width
+from fisher_reg.bounds.rules.extents import distance_to
 from fisher_reg.bounds.rules.layer import Deviation
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
@@ -118,6 +120,8 @@ class Deviations:
                 found = _smaller(found, self._from_length(node, value, sensitivity))
                 if node in self.tangents:
                     found = torch.minimum(found, self._from_rows(node, value, sensitivity))
+                if sensitivity.range is not None:
+                    found = torch.minimum(found, distance_to(sensitivity.range, value))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
                 own = torch.linalg.vector_norm(self.widths[node].flatten(1), dim=1)
@@ -278,6 +282,8 @@ class Deviations:
         if hasattr(rule, "module_form") and isinstance(value, Tensor):
             (source,) = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
             return self._of_module(rule.module_form(call), source, before[source])
+        if hasattr(rule, "width"):
+            return rule.width(call) if isinstance(value, Tensor) else None
         if rule is linear._linear:
             (source,) = [item for item in node.all_input_nodes if item in self.widths]
             return self._through_weight(call.argument("weight"), source, before[source], F.linear)
@@ -307,14 +313,14 @@ class Deviations:
 
     def _of_product(self, call: Call, value: Tensor, divides: bool) -> Tensor | None:
         varying = [item for item in call.operands.values() if not item.is_constant]
-        if any(item.deviation is None for item in varying) or (divides and len(varying) == 2):
+        if divides and not call.operands["other"].is_constant:
+            return quotient_width(call)
+        if any(item.deviation is None for item in varying):
             return None
         if len(varying) == 1:
             (other,) = [item.value for item in call.operands.values() if item is not varying[0]][:1]
             factor = torch.as_tensor(other, dtype=torch.float64, device=value.device).abs()
             width = varying[0].deviation.width  # type: ignore[union-attr]
-            if divides and varying[0] is not call.operands.get("input"):
-                return None
             return (width / factor if divides else width * factor).expand(value.shape)
         (first, second) = ((item.value.abs(), item.deviation.width) for item in varying)  # type: ignore[union-attr]
         moved: Tensor = first[0] * second[1] + second[0] * first[1] + first[1] * second[1]
@@ -427,6 +433,8 @@ class Deviations:
         rule = getattr(find_function_rule(node.target), "apply", None)
         if hasattr(rule, "module_form"):
             return isinstance(call.value, Tensor) and find_rule(rule.module_form(call)) in AVERAGE_RULES
+        if hasattr(rule, "is_affine"):
+            return bool(rule.is_affine(call))
         if rule in (arithmetic._multiply, arithmetic._divide):
             varying = [name for name, item in call.operands.items() if not item.is_constant]
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
@@ -460,8 +468,6 @@ _AFFINE_CALLS = (
     arithmetic._sum,
     linear._linear,
     linear._convolution,
-    linear._matrix_product,
-    linear._shifted_product,
     writes._scatter,
     writes._overwrite,
     writes._where,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.rules.registry import find_rule
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
 _TRACING = threading.RLock()  # the tracers of torch work on the whole process
@@ -24,7 +24,7 @@ def captured_by_fx(model: nn.Module) -> fx.GraphModule:
     tensor otherwise is misread: the caller compares.
     """
     root = _Root(model)
-    with _TRACING, _leaf_parameters(root):
+    with _TRACING, _leaf_parameters(root), _open_layers():
         graph = _Tracer().trace(root)
     return fx.GraphModule(root, graph)
 
@@ -32,7 +32,7 @@ def captured_by_fx(model: nn.Module) -> fx.GraphModule:
 def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     """Return the graph of the ATen operators for inputs of this size; what is written in place is written out."""
     root = _Root(model)
-    with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic():
+    with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic(), _open_layers():
         warnings.simplefilter("ignore")
         program = torch.export.export(root, (inputs,), strict=False)
         exported = program.run_decompositions({}).module()
@@ -90,6 +90,30 @@ def _without_root(path: str) -> str:
     return path.removeprefix(".")
 
 
+@contextmanager
+def _open_layers() -> Generator[None, None, None]:
+    """Have the encoder layers of torch call their parts, instead of one operator for all of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def calls_unknown_functions(module: fx.GraphModule) -> bool:
+    """Say whether the graph calls a function of a library as a whole, which has no rule."""
+    return any(
+        node.op == "call_function" and find_function_rule(node.target) is None and not _is_torchs_own(node.target)
+        for node in module.graph.nodes
+    )
+
+
+def _is_torchs_own(target: Any) -> bool:
+    home = getattr(target, "__module__", None) or "torch"
+    return home.split(".")[0] in ("torch", "_operator", "builtins", "math", "operator")
+
+
 class _Root(nn.Module):
     """Calls the model as its user does: with its hooks and the defaults of its forward."""
 
@@ -124,4 +148,10 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        if find_rule(m) is not None:
+            return True
+        return not isinstance(m, _CONTAINERS) and super().is_leaf_module(m, module_qualified_name)
+
+
+_CONTAINERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""Modules of torch whose forward is traced."""
