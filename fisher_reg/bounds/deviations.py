@@ -124,9 +124,9 @@ class Deviations:
                     found = torch.minimum(found, distance_to(sensitivity.range, value))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
-                own = torch.linalg.vector_norm(self.widths[node].flatten(1), dim=1)
-                batched = node in self.trace.batched
-                own = own if batched else torch.linalg.vector_norm(self.widths[node])
+                batched, width = node in self.trace.batched, self.widths[node]
+                vectors = width.reshape(len(width) if batched else 1, -1)
+                own = torch.linalg.vector_norm(vectors, dim=1).view(-1 if batched else ())
                 self.lengths[node] = torch.minimum(self.lengths.get(node, own), own)
         elif isinstance(value, tuple | list):
             self.widths[node] = found

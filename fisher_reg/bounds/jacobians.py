@@ -42,6 +42,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -100,10 +101,10 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
     with torch.enable_grad():
         point = inputs.detach().clone().requires_grad_()
         logits = function(point)
-        gradients = [
-            torch.autograd.grad(logits[:, number].sum(), point, retain_graph=True)[0]
-            for number in range(logits.shape[1])
-        ]
+        outputs = logits.sum(0) if logits.requires_grad else ()  # they may be constant
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        gradients = [torch.autograd.grad(output, point, **options)[0] for output in outputs]
+        gradients = gradients or [torch.zeros_like(point)] * logits.shape[1]
     of_input = torch.stack([gradient.flatten(1) for gradient in gradients], 1)
     return Rows(logits.detach(), _in_pixels(of_input, inputs, input_std), {})
 

@@ -401,7 +401,7 @@ def _gain(module: nn.Module, layer: Layer, name: str) -> Gain:
 
 
 _RETURNS = (
-    "A rule returns the Lipschitz constant of the module, a number >= 0 or a real tensor, (), or (B,) for each example; "
+    "A rule returns the Lipschitz constant of the module, a number >= 0 or a real tensor, () or (B,); "
     "or a Gain or ScaledGain with such a norm and positive coordinates."
 )
 

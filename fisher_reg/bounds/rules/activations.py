@@ -117,14 +117,19 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
     known = next((found(module) for kind, found in RANGES.items() if isinstance(module, kind)), None)
     if layer.is_local:
-        return ScaledGain(slopes_at(module, layer.input).abs().flatten(1).amax(1), known, scale=layer.scale)
+        return ScaledGain(_largest(slopes_at(module, layer.input).abs()), known, scale=layer.scale)
     within = None
     if layer.deviation is not None:
         within = slopes_within(module, layer.input, layer.deviation.width)
     if within is None:
         return ScaledGain(largest, known, scale=layer.scale)
-    steepest = torch.maximum(within[0].abs(), within[1].abs()).flatten(1).amax(1)
+    steepest = _largest(torch.maximum(within[0].abs(), within[1].abs()))
     return ScaledGain(steepest.clamp_max(as_double(largest).to(steepest)), known, scale=layer.scale)
+
+
+def _largest(slopes: Tensor) -> Tensor:
+    """Return the largest for each example, ``(B,)``."""
+    return slopes.reshape(len(slopes), -1).amax(1)
 
 
 def activation_module(target: Any) -> nn.Module | None:

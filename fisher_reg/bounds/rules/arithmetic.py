@@ -109,7 +109,7 @@ def _scaled(call: Call, factor: Tensor) -> Sensitivity:
             else None
         )
         return Sensitivity(shifted(sensitivity, log(size)), sensitivity.scale, kept)
-    layer = replace(layer_of(call), scale=sensitivity.scale)
+    layer = replace(layer_of(call, None), scale=sensitivity.scale)
     return (
         diagonal_gain(factor, layer).after(Sensitivity(sensitivity.log_norm, sensitivity.scale))
         if factor.any()

@@ -227,11 +227,11 @@ def _sensitivity_of(argument: Any, sensitivities: dict[fx.Node, Sensitivity]) ->
     return tuple(found) if any(not sensitivity.is_constant for sensitivity in found) else CONSTANT
 
 
-def layer_of(call: Call) -> Layer:
-    """Return the call as the call of a layer of one input."""
+def layer_of(call: Call, of: str | None = "input") -> Layer:
+    """Return the call as the call of a layer of one input, the argument of a name; None for whichever it is."""
     sensitivity = call.sensitivity
-    if call.operands.get("input", call.source) is not call.source:
-        raise NoBoundError(f"{call.name}: another argument than its input depends on the input of the network.")
+    if of is not None and call.operands[of] is not call.source:
+        raise NoBoundError(f"{call.name}: another argument than its {of} depends on the input of the network.")
     return Layer(
         {"input": call.source.value},
         call.value,

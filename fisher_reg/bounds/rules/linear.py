@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -125,14 +126,15 @@ def product_with(call: Call, left: Operand, right: Operand) -> Gain:
     matrix, is_left = (right if source is left else left).value.double(), source is left
     if is_left and matrix.ndim == 2 and source.value.ndim >= 2:
         return linear_gain(matrix.mT, None, layer)
+    if is_left and matrix.ndim == 1:
+        return replace(linear_gain(matrix[None], None, layer), output_range=None)
     if matrix.ndim == 1:
-        matrix = matrix[:, None] if is_left else matrix[None]
+        matrix = matrix[None]
     shorter = source.value.shape[-1] if is_left or source.value.ndim == 1 else source.value.shape[-2]
     longer = matrix.shape[-1] if is_left else matrix.shape[-2]
     copies = call.value.numel() * shorter / (longer * source.value.numel())  # more than one where it is broadcast
     norms = [call.norms.matrix(item) for item in matrix.reshape(-1, *matrix.shape[-2:])]
-    forgotten = 1.0 if layer.scale is None else 1 / layer.scale.amin()
-    return Gain(torch.stack(norms).amax() * math.sqrt(copies) * forgotten)
+    return Gain(torch.stack(norms).amax() * math.sqrt(copies))
 
 
 def _convolution(call: Call) -> Gain:

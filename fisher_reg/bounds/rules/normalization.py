@@ -204,8 +204,14 @@ def register_rules() -> None:
         first_of_several=True,
     )
     register_layer(
-        _functional_layer_norm, "input normalized_shape weight bias eps", "native_layer_norm", first_of_several=True
+        _functional_layer_norm,
+        "input normalized_shape weight bias eps",
+        *(torch.native_layer_norm, "native_layer_norm"),
+        first_of_several=True,
     )
     register_layer(
-        _native_group_norm, "input weight bias N C HxW group eps", "native_group_norm", first_of_several=True
+        _native_group_norm,
+        "input weight bias N C HxW group eps",
+        *(torch.native_group_norm, "native_group_norm"),
+        first_of_several=True,
     )
