@@ -114,6 +114,8 @@ class Deviations:
             return
         found = self._width(node, value, before, call)
         if isinstance(value, Tensor):
+            if found is not None:
+                found = torch.where(found.isnan(), math.inf, found)
             if not is_head:
                 length = lipschitz_of(sensitivity.plain()).detach().exp() * self.region.radius
                 self.lengths[node] = length * (1 + _SMOOTHING)
@@ -347,7 +349,7 @@ class Deviations:
         def zero(item: fx.Node) -> Any:
             value = width(item)
             if isinstance(value, tuple | list):
-                return type(value)(torch.zeros_like(part) for part in value)
+                return type(value)(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in value)
             return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         if any(item in self.varying and self.widths.get(item) is None for item in node.all_input_nodes):

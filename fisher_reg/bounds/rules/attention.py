@@ -17,7 +17,7 @@ from fisher_reg.bounds.operator_norms.attention import (
 )
 from fisher_reg.bounds.operator_norms.ranges import ball_of, largest_entry, largest_length
 from fisher_reg.bounds.rules.call import Call, Operand
-from fisher_reg.bounds.rules.extents import range_of
+from fisher_reg.bounds.rules.extents import range_of, width_of
 from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
 from fisher_reg.bounds.rules.registry import register, register_bound_rule
 from fisher_reg.bounds.sensitivity import Sensitivity, log, log_sum, shifted
@@ -127,6 +127,18 @@ def _dot_product_attention_at(call: Call, scale: float) -> Sensitivity:
     return Sensitivity(log_sum(terms))
 
 
+def _dot_product_attention_width(call: Call) -> Tensor | None:
+    """Each output is a mean of values, and stays between the lowest and the highest of them."""
+    value = call.operands["value"]
+    width = width_of(value)
+    if width is None or value.value.shape[:-2] != call.value.shape[:-2]:
+        return None
+    lowest, highest = ((value.value + side).double() for side in (-width, width))
+    moved = torch.maximum(highest.amax(-2, keepdim=True) - call.value, call.value - lowest.amin(-2, keepdim=True))
+    return moved.clamp_min(0)
+
+
+_dot_product_attention.width = _dot_product_attention_width  # type: ignore[attr-defined]
 _POINT = Ball(torch.zeros(()).double(), torch.zeros(()).double())
 
 

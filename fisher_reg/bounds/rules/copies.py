@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
+from fisher_reg.bounds.operator_norms.ranges import Interval, Range, largest_entry
 from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain
 from fisher_reg.bounds.rules.registry import register, register_bound_rule
@@ -52,10 +53,18 @@ def copy_entries(call: Call) -> Sensitivity:
     sensitivity = call.sensitivity
     places = _places(call.again, source.value)
     log_norm = shifted(sensitivity, 0.5 * log(_most_used(places, source.value.numel())))
-    parts = [Sensitivity(log_norm, _scale_at(sensitivity.scale, source.value, place)) for place in places]
+    known = _range_with_zeros(sensitivity.range)
+    parts = [Sensitivity(log_norm, _scale_at(sensitivity.scale, source.value, place), known) for place in places]
     if isinstance(call.value, list | tuple):
         return Sensitivity(log_norm, parts=tuple(parts))
     return parts[0]
+
+
+def _range_with_zeros(known: Range | None) -> Interval | None:
+    if isinstance(known, Interval):
+        return Interval(min(known.low, 0.0), max(known.high, 0.0))
+    size = largest_entry(known)
+    return Interval(-size, size) if size < math.inf else None
 
 
 def _copied_by_module(module: nn.Module, layer: Layer) -> ScaledGain:
@@ -126,7 +135,7 @@ def register_rules() -> None:
     register(copy_entries, None, torch.diag_embed, "diag_embed", torch.movedim, "movedim", torch.moveaxis, "moveaxis")
     register(copy_entries, None, torch.swapdims, "swapdims", torch.ravel, "ravel", torch.fliplr, "fliplr")
     register(copy_entries, None, torch.flipud, "flipud", torch.tensor_split, "tensor_split", torch.adjoint, "adjoint")
-    register(copy_entries, None, F.channel_shuffle, "channel_shuffle", F.native_channel_shuffle)
+    register(copy_entries, None, F.channel_shuffle, "channel_shuffle")
     register(copy_entries, None, torch.broadcast_to, "broadcast_to", torch.t, torch.unflatten)
     register(_attribute, "input name", getattr)
     register(_add_up, None, F.fold, "col2im")

@@ -138,6 +138,7 @@ def _clamp_at(side: str) -> Callable[[Call], Gain]:
         ends = (end, math.inf) if side == "min" else (-math.inf, end)
         return ScaledGain(1.0, Interval(*ends) if is_number else None, scale=call.sensitivity.scale)
 
+    rule.width = _clamped_width  # type: ignore[attr-defined]
     return rule
 
 

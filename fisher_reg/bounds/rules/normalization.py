@@ -142,13 +142,25 @@ def forgotten(scale: Tensor | None) -> Any:
 
 
 def _functional_batch_norm(call: Call) -> Gain:
+    return diagonal_gain(_batch_norm_factor(call), layer_of(call))
+
+
+def _batch_norm_factor(call: Call) -> Tensor:
     mean, variance, weight = (call.argument(name) for name in ("running_mean", "running_var", "weight"))
     if call.argument("training", False) or mean is None or variance is None:
         raise NoBoundError(f"{call.name} normalises with the statistics of the batch, which couples the examples.")
     weight = None if weight is None else weight.double()
     factor, _ = scale_and_shift(mean.double(), variance.double(), weight, None, call.argument("eps", 1e-5))
     shape = (1, -1, *[1] * (call.value.ndim - 2))
-    return diagonal_gain(factor.view(shape), layer_of(call))
+    return factor.view(shape)
+
+
+def _batch_norm_width(call: Call) -> Tensor | None:
+    around = call.operands["input"].around
+    return None if around is None else around.width * _batch_norm_factor(call).detach().abs()
+
+
+_functional_batch_norm.width = _batch_norm_width  # type: ignore[attr-defined]
 
 
 def _functional_layer_norm(call: Call) -> Gain:

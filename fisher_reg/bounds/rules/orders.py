@@ -22,6 +22,13 @@ def _ordered(call: Call) -> Sensitivity:
     return Sensitivity(log_norm, parts=(Sensitivity(log_norm), Sensitivity(log_norm)))
 
 
+def _running(call: Call) -> Sensitivity:
+    """The largest so far: no entry is picked more than n times."""
+    size = call.operands["input"].value.shape[call.argument("dim")]
+    log_norm = shifted(call.sensitivity.plain(), 0.5 * log(size))
+    return Sensitivity(log_norm, parts=(Sensitivity(log_norm), Sensitivity(log_norm)))
+
+
 def _largest_or_larger(call: Call) -> Sensitivity:
     """``max(x, dim)`` and ``max(x)``, or ``max(x, other)`` of two tensors entry by entry."""
     other = call.operands.get("dim")
@@ -43,4 +50,4 @@ def register_rules() -> None:
     register(_ordered, "input dim descending stable", torch.sort, "sort", torch.msort, "msort")
     register(_ordered, "input k dim largest sorted", torch.topk, "topk")
     register(_ordered, "input k dim keepdim", torch.kthvalue, "kthvalue")
-    register(_ordered, "input dim", torch.cummax, torch.cummin, "cummax", "cummin")
+    register(_running, "input dim", torch.cummax, torch.cummin, "cummax", "cummin")

@@ -225,7 +225,8 @@ def _most(width: Tensor, dim: int) -> Tensor:
 
 def register_rules() -> None:
     """Register the rules of this family."""
-    register(_norm, "input p dim keepdim dtype", torch.norm, "norm")
+    register(_norm, "input p dim keepdim out dtype", torch.norm)
+    register(_norm, "input p dim keepdim dtype out", "norm")
     register(_norm, "input ord dim keepdim dtype", torch.linalg.norm, torch.linalg.vector_norm, "linalg_vector_norm")
     register(_normalize, "input p dim eps out", F.normalize)
     register(_deviates, "input dim unbiased keepdim correction", torch.std, "std")
