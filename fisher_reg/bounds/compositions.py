@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -109,9 +110,7 @@ def without_log_softmax(traced: Trace) -> Trace:
     copies: dict[fx.Node, fx.Node] = {}
     for node in traced.graph.nodes:
         if node is not last:
-            copies[node] = graph.node_copy(
-                node, lambda item: copies[last.all_input_nodes[0] if item is last else item]
-            )
+            copies[node] = graph.node_copy(node, lambda item: copies[last.all_input_nodes[0] if item is last else item])
     values = {copies[node]: value for node, value in traced.values.items() if node in copies}
     values[copies[traced.output]] = traced.values[last.all_input_nodes[0]]
     batched = frozenset(copies[node] for node in traced.batched if node in copies)
@@ -119,6 +118,7 @@ def without_log_softmax(traced: Trace) -> Trace:
 
 
 def _is_log_softmax(traced: Trace, node: fx.Node) -> bool:
+    dim: Any
     if node.op == "call_module":
         module = traced.modules[str(node.target)]
         dim = module.dim if type(module) is nn.LogSoftmax and find_rule(module) is not None else None

@@ -203,7 +203,10 @@ REFUSED = {
     "the weights of an attention": (_attention_weights, "the first output only"),
     "the second of two outputs": (lambda self, x: self.fc(self.twice(x)[1]), "the first output only"),
     "a tuple that grows": (lambda self, x: self.fc((self.twice(x) + (x,))[0]), "the first output only"),
-    "control flow": (lambda self, x: self.fc(x) if x[0, 0] > 0 else x, "depends on the other examples|cannot be traced"),
+    "control flow": (
+        lambda self, x: self.fc(x) if x[0, 0] > 0 else x,
+        "depends on the other examples|cannot be traced",
+    ),
     "a length": (lambda self, x: self.fc(x) * len(x), "depends on the other examples"),
 }
 

@@ -124,7 +124,9 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     if within is None:
         return ScaledGain(largest, known, scale=layer.scale)
     steepest = _largest(torch.maximum(within[0].abs(), within[1].abs()))
-    return ScaledGain(steepest.nan_to_num(nan=math.inf).clamp_max(as_double(largest).to(steepest)), known, scale=layer.scale)
+    return ScaledGain(
+        steepest.nan_to_num(nan=math.inf).clamp_max(as_double(largest).to(steepest)), known, scale=layer.scale
+    )
 
 
 def _largest(slopes: Tensor) -> Tensor:

@@ -146,5 +146,3 @@ def register_rules() -> None:
     copy_entries.width = _add_up.width = _replayed  # type: ignore[attr-defined]
     for rule in (copy_entries, _add_up, _along_axis):
         rule.is_affine = lambda call: True  # type: ignore[attr-defined]
-
-

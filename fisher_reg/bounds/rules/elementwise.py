@@ -196,8 +196,9 @@ def quotient_width(call: Call) -> Tensor | None:
     width = torch.zeros_like(top) if above.is_constant else width_of(above)
     if width is None:
         return None
-    moved = width / smallest + top * below.around.width / (below.value.abs() * smallest)
-    return moved.nan_to_num(nan=math.inf).expand(call.value.shape)
+    moved: Tensor = width / smallest + top * below.around.width / (below.value.abs() * smallest)
+    moved = moved.nan_to_num(nan=math.inf)
+    return moved.expand(call.value.shape)
 
 
 def _extreme(call: Call) -> Sensitivity:
@@ -217,7 +218,8 @@ def _extreme_width(call: Call) -> Tensor | None:
     known = [width for width in widths if width is not None]
     if len(known) < len(widths):
         return None
-    return torch.stack([width.expand(call.value.shape) for width in known]).amax(0)
+    largest: Tensor = torch.stack([width.expand(call.value.shape) for width in known]).amax(0)
+    return largest
 
 
 def register_rules() -> None:
@@ -229,7 +231,8 @@ def register_rules() -> None:
     register_layer(_clamp, "input min max", torch.clamp, torch.clip, "clamp", "clip")
     register_layer(_clamp_at("min"), "input min", torch.clamp_min, "clamp_min")
     register_layer(_clamp_at("max"), "input max", torch.clamp_max, "clamp_max")
-    register(_extreme, "input other", torch.maximum, torch.minimum, "maximum", "minimum", torch.fmax, torch.fmin)
+    register(_extreme, "input other", torch.maximum, torch.minimum, "maximum", "minimum")
+    register(_extreme, "input other", torch.fmax, torch.fmin, "fmax", "fmin")
     _of_one_number.width = _width_of_one_number  # type: ignore[attr-defined]
     _clamp.width = _clamped_width  # type: ignore[attr-defined]
     _absolute.width = _clamped_width  # type: ignore[attr-defined]

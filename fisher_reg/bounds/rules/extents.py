@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fisher_reg.bounds.operator_norms.ranges import Interval, Range, Tokens, largest_entry, largest_length
+from fisher_reg.bounds.operator_norms.ranges import Interval, Range, Tokens, largest_entry
 from fisher_reg.bounds.rules.call import Call, Operand
 from fisher_reg.bounds.sensitivity import Sensitivity
 
@@ -47,17 +47,6 @@ def worst(sizes: Tensor, operand: Operand, call: Call) -> Tensor:
     """Return the largest of sizes whose first axis is that of the operand: per example where its values are known."""
     is_apart = operand.is_apart and (call.at_example or operand.around is not None)
     return sizes.reshape(len(sizes), -1).amax(1) if is_apart and not operand.is_constant else sizes.amax()
-
-
-def largest_vectors(operand: Operand, call: Call, dim: int = -1) -> Tensor:
-    """Return how long the vectors along an axis can be, without that axis."""
-    lengths = torch.linalg.vector_norm(largest_modulus(operand, call), dim=dim)
-    if call.at_example or operand.is_constant:
-        return lengths
-    ndim = operand.value.ndim
-    if dim % ndim == ndim - 1:
-        lengths = lengths.clamp_max(largest_length(range_of(operand), operand.value.shape[-1]))
-    return lengths
 
 
 def width_of(operand: Operand) -> Tensor | None:

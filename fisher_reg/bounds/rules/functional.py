@@ -76,5 +76,3 @@ def register_rules() -> None:
     register_layer(as_module(nn.Softshrink), "input lambd", F.softshrink, "softshrink")
     register(_soft_minimum, "input dim _stacklevel dtype", F.softmin)
     register(drop, "input p training inplace", F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout)
-
-

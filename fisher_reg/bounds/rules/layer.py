@@ -13,7 +13,19 @@ from fisher_reg.bounds.operator_norms.conv import Geometry
 from fisher_reg.bounds.operator_norms.ranges import Ball, Interval, Range, Tokens
 from fisher_reg.bounds.sensitivity import Number, Sensitivity, log, shifted
 
-__all__ = ["Ball", "Deviation", "Gain", "Interval", "Layer", "Norms", "Number", "Rule", "ScaledGain", "Tokens", "diagonal_gain"]
+__all__ = [
+    "Ball",
+    "Deviation",
+    "Gain",
+    "Interval",
+    "Layer",
+    "Norms",
+    "Number",
+    "Rule",
+    "ScaledGain",
+    "Tokens",
+    "diagonal_gain",
+]
 
 _SMALLEST = 1e-12
 """A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""

@@ -95,9 +95,7 @@ def _transposed_conv(module: _ConvTransposeNd, layer: Layer) -> ScaledGain:
     # It is the adjoint of the convolution that goes from the size of its output to that of its input.
     size = tuple(layer.output.shape[2:])
     padding = tuple(int(amount) for amount in module.padding)
-    return transposed_gain(
-        module.weight, Geometry(size, module.stride, padding, module.dilation, module.groups), layer
-    )
+    return transposed_gain(module.weight, Geometry(size, module.stride, padding, module.dilation, module.groups), layer)
 
 
 def transposed_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:

@@ -134,7 +134,8 @@ def _shifted_width(call: Call) -> Tensor | None:
     moved = product_width(left, right)
     if added is None or moved is None:
         return None
-    return abs(call.argument("beta", 1)) * added + abs(call.argument("alpha", 1)) * moved
+    total: Tensor = abs(call.argument("beta", 1)) * added + abs(call.argument("alpha", 1)) * moved
+    return total
 
 
 def _is_affine(call: Call) -> bool:
@@ -212,11 +213,11 @@ def _einsum(call: Call) -> Sensitivity:
     first = pattern.left[:1]
     is_apart = bool(first) and first == pattern.right[:1] == pattern.output[:1]
     groups = (pattern.stack, pattern.rows, pattern.summed), (pattern.stack, pattern.summed, pattern.columns)
-    stacks = [
+    first_stack, second_stack = (
         _stacked(operand, labels, group, is_apart)
         for operand, labels, group in zip((left, right), (pattern.left, pattern.right), groups, strict=True)
-    ]
-    return product(call, *stacks, torch.matmul(stacks[0].value, stacks[1].value))
+    )
+    return product(call, first_stack, second_stack, torch.matmul(first_stack.value, second_stack.value))
 
 
 def _stacked(operand: Operand, labels: str, groups: tuple[str, str, str], is_apart: bool) -> Operand:

@@ -31,7 +31,7 @@ def _running(call: Call) -> Sensitivity:
 
 def _largest_or_larger(call: Call) -> Sensitivity:
     """``max(x, dim)`` and ``max(x)``, or ``max(x, other)`` of two tensors entry by entry."""
-    other = call.operands.get("dim")
+    other = call.operands.get("other", call.operands.get("dim"))
     if other is None or not isinstance(other.value, Tensor):
         return _ordered(call)
     terms = []
@@ -45,7 +45,7 @@ def _largest_or_larger(call: Call) -> Sensitivity:
 
 def register_rules() -> None:
     """Register the rules of this family."""
-    register(_largest_or_larger, "input dim keepdim", torch.max, torch.min, "max", "min")
+    register(_largest_or_larger, "input dim keepdim other", torch.max, torch.min, "max", "min")
     register(_ordered, "input dim keepdim", torch.median, "median", torch.nanmedian, "nanmedian")
     register(_ordered, "input dim descending stable", torch.sort, "sort", torch.msort, "msort")
     register(_ordered, "input k dim largest sorted", torch.topk, "topk")

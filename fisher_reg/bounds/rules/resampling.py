@@ -23,7 +23,11 @@ def _upsample_module(module: nn.Upsample, layer: Layer) -> ScaledGain:
 
 
 def interpolation_gain(
-    mode: str, align_corners: bool | None, layer: Layer, *, factors: float | Sequence[float] | None = None,
+    mode: str,
+    align_corners: bool | None,
+    layer: Layer,
+    *,
+    factors: float | Sequence[float] | None = None,
     antialias: bool = False,
 ) -> ScaledGain:
     """Bound an interpolation to the size of the output, which is one linear map per axis.
@@ -74,7 +78,13 @@ def _interpolated_axis(
 def _interpolate(call: Call) -> Gain:
     factors = None if call.argument("recompute_scale_factor") else call.argument("scale_factor")
     mode = call.argument("mode", "nearest")
-    return interpolation_gain(mode, call.argument("align_corners"), layer_of(call), factors=factors, antialias=call.argument("antialias", False))
+    return interpolation_gain(
+        mode,
+        call.argument("align_corners"),
+        layer_of(call),
+        factors=factors,
+        antialias=call.argument("antialias", False),
+    )
 
 
 def _upsample(mode: str, antialias: bool = False) -> Callable[[Call], Gain]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.operator_norms.ranges import Interval, Range, Tokens, ball_of, largest_entry
 from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.copies import copy_entries
 from fisher_reg.bounds.rules.identity import same
-from fisher_reg.bounds.operator_norms.ranges import Interval, Range, Tokens, ball_of, largest_entry
 from fisher_reg.bounds.rules.layer import Layer, ScaledGain
 from fisher_reg.bounds.rules.registry import (
     find_function_rule,
@@ -53,8 +53,7 @@ def _replayed(call: Call, entries: Tensor) -> Any:
 
 
 def _moved_ranges(call: Call, sensitivity: Sensitivity) -> Sequence[Range | None]:
-    """Return the range of each output: that of its vectors if each is still a part of one before, else of its entries.
-    """
+    """Return the range of each output: that of its vectors if each is a part of one before, else of its entries."""
     count = len(call.value) if isinstance(call.value, list | tuple) else 1
     known, value = sensitivity.range, call.source.value
     if known is None or isinstance(known, Interval):

@@ -5,8 +5,8 @@ r"""The bound rules of functions of the vectors along some axes: norms, directio
   :math:`1 / \epsilon` times the identity below.
 - :math:`\log \sum e^{v}` has the gradient p with :math:`\|p\| \le 1`. The Jacobian of the log-softmax is
   :math:`I - \mathbf 1 p^\top`, of norm at most :math:`1 + \sqrt K \|p\|`.
-- The Jacobian of the softmax, :math:`\mathrm{diag}(p) - p p^\top`, has norm 1/2 at most, and :math:`2 \max p_i (1 - p_i)`
-  by Gershgorin.
+- The Jacobian of the softmax, :math:`\mathrm{diag}(p) - p p^\top`, has norm 1/2 at most, and
+  :math:`2 \max p_i (1 - p_i)` by Gershgorin.
 """
 
 from __future__ import annotations
@@ -53,23 +53,29 @@ def _order(call: Call) -> float:
     return float(order)
 
 
+def _lengths(values: Tensor, dim: tuple[int, ...], order: float = 2.0) -> Tensor:
+    """Return the norms of the vectors along axes, which are kept."""
+    found: Tensor = torch.linalg.vector_norm(values, ord=order, dim=dim, keepdim=True)
+    return found
+
+
 def _norm_width(call: Call) -> Tensor | None:
     width = width_of(call.operands["input"])
     if width is None:
         return None
-    moved = torch.linalg.vector_norm(width, ord=_order(call), dim=_axes(call), keepdim=True)
+    moved = _lengths(width, _axes(call), _order(call))
     return moved.reshape(call.value.shape)
 
 
 def shortest_vectors(operand: Operand, call: Call, dim: tuple[int, ...]) -> Tensor:
     """Return how short the vectors along axes can be, with those axes kept; zero where nothing is known."""
     value = operand.value.double()
-    lengths = torch.linalg.vector_norm(value, dim=dim, keepdim=True)
+    lengths = _lengths(value, dim)
     if call.at_example:
         return lengths
     if operand.around is None:
         return torch.zeros_like(lengths)
-    moved = torch.linalg.vector_norm(operand.around.width, dim=dim, keepdim=True)
+    moved = _lengths(operand.around.width, dim)
     return (lengths - moved).clamp_min(0)
 
 
@@ -104,13 +110,13 @@ def _varies(call: Call) -> Sensitivity:
 
 def _centred_length(source: Operand, call: Call, dim: tuple[int, ...]) -> Tensor:
     value = source.value.double()
-    centred = torch.linalg.vector_norm(value - value.mean(dim, keepdim=True), dim=dim, keepdim=True)
+    centred = _lengths(value - value.mean(dim, keepdim=True), dim)
     if call.at_example:
         return centred
-    anywhere = torch.linalg.vector_norm(largest_modulus(source, call), dim=dim, keepdim=True)
+    anywhere = _lengths(largest_modulus(source, call), dim)
     if source.around is None:
         return anywhere
-    return torch.minimum(anywhere, centred + torch.linalg.vector_norm(source.around.width, dim=dim, keepdim=True))
+    return torch.minimum(anywhere, centred + _lengths(source.around.width, dim))
 
 
 def _freedom(call: Call) -> float:
@@ -118,7 +124,7 @@ def _freedom(call: Call) -> float:
     value = call.operands["input"].value
     count = math.prod(value.shape[axis] for axis in _axes(call))
     correction = call.argument("correction", call.argument("unbiased", True))
-    freedom = count - (1 if correction is None else float(correction))
+    freedom: float = count - (1 if correction is None else float(correction))
     if freedom <= 0:
         raise NoBoundError(f"{call.name} divides by no degree of freedom.")
     return freedom
@@ -129,8 +135,8 @@ def _variance_width(call: Call) -> Tensor | None:
     if source.around is None:
         return None
     value = source.value.double()
-    centred = torch.linalg.vector_norm(value - value.mean(dim, keepdim=True), dim=dim, keepdim=True)
-    moved = torch.linalg.vector_norm(source.around.width, dim=dim, keepdim=True)
+    centred = _lengths(value - value.mean(dim, keepdim=True), dim)
+    moved = _lengths(source.around.width, dim)
     is_variance = call.function == "var"
     width = moved * (2 * centred + moved) / _freedom(call) if is_variance else moved / math.sqrt(_freedom(call))
     return width.reshape(call.value.shape)
@@ -143,7 +149,9 @@ def _variance_and_mean(call: Call) -> Sensitivity:
     mean = Sensitivity(shifted(call.sensitivity.plain(), -0.5 * math.log(count)))
     assert variance.log_norm is not None
     assert mean.log_norm is not None
-    return Sensitivity(torch.logaddexp(*torch.broadcast_tensors(variance.log_norm, mean.log_norm)), parts=(variance, mean))
+    return Sensitivity(
+        torch.logaddexp(*torch.broadcast_tensors(variance.log_norm, mean.log_norm)), parts=(variance, mean)
+    )
 
 
 def _log_sum_exp(call: Call) -> Sensitivity:
@@ -161,7 +169,8 @@ def _log_softmax_norm(dim: int, layer: Layer) -> Tensor:
     if not layer.is_local:
         return torch.tensor(1 + math.sqrt(size), dtype=torch.float64)
     lengths = torch.linalg.vector_norm(layer.input.double().softmax(dim), dim=dim)
-    return 1 + math.sqrt(size) * lengths.reshape(len(lengths), -1).amax(1)
+    largest: Tensor = lengths.reshape(len(lengths), -1).amax(1)
+    return 1 + math.sqrt(size) * largest
 
 
 def _log_softmax_module(module: nn.LogSoftmax, layer: Layer) -> Gain:
@@ -227,7 +236,8 @@ def register_rules() -> None:
     """Register the rules of this family."""
     register(_norm, "input p dim keepdim out dtype", torch.norm)
     register(_norm, "input p dim keepdim dtype out", "norm")
-    register(_norm, "input ord dim keepdim dtype", torch.linalg.norm, torch.linalg.vector_norm, "linalg_vector_norm")
+    register(_norm, "input ord dim keepdim dtype", torch.linalg.norm, torch.linalg.vector_norm)
+    register(_norm, "input ord dim keepdim dtype", "linalg_norm", "linalg_vector_norm")
     register(_normalize, "input p dim eps out", F.normalize)
     register(_deviates, "input dim unbiased keepdim correction", torch.std, "std")
     register(_varies, "input dim unbiased keepdim correction", torch.var, "var")

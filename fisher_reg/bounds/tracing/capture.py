@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
@@ -44,6 +45,7 @@ def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
         output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
     _without_copies(exported.graph)
+    _with_directions(exported.graph)
     return exported
 
 
@@ -113,6 +115,32 @@ def _open_layers() -> Generator[None, None, None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _with_directions(graph: fx.Graph) -> None:
+    """Write a value over its own length as one call again: as a quotient it has no constant over all inputs."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        vectors, below = node.args
+        expanded = below if _calls(below, aten.expand.default) else None
+        clamped = expanded.args[0] if expanded is not None else below
+        if not _calls(clamped, aten.clamp_min.default):
+            continue
+        length, eps = clamped.args
+        if not _calls(length, aten.linalg_vector_norm.default) or length.args[0] is not vectors:
+            continue
+        order, dim, keepdim = (*length.args[1:], *(2, None, False)[len(length.args) - 1 :])
+        if order != 2 or not isinstance(dim, list | tuple) or len(dim) != 1 or keepdim is not True:
+            continue
+        with graph.inserting_before(node):
+            direction = graph.call_function(F.normalize, (vectors, 2.0, dim[0], eps))
+        direction.meta = dict(node.meta)
+        node.replace_all_uses_with(direction)
+        graph.erase_node(node)
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
 def calls_unknown_functions(module: fx.GraphModule) -> bool:
