@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +16,9 @@ from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
 from fisher_reg.bounds.region import Region
 from fisher_reg.bounds.report import BoundTerm
+from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.rules.layer import Norms
+from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tighten.balance import balanced_scales
 from fisher_reg.bounds.tightening import Tightening
@@ -106,6 +109,33 @@ def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
     if inputs.device.type == "mps":
         raise ValueError("A bound is computed in float64, which MPS does not have. Bound model.cpu() at inputs.cpu().")
     return deployed_module(model, torch.float64)
+
+
+def without_log_softmax(traced: Trace) -> Trace:
+    """Return a trace that ends before a log-softmax over the classes: it only shifts the logits together."""
+    last = traced.output.args[0]
+    if not isinstance(last, fx.Node) or len(last.users) > 1 or not _is_log_softmax(traced, last):
+        return traced
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in traced.graph.nodes:
+        if node is not last:
+            copies[node] = graph.node_copy(node, lambda item: copies[last.all_input_nodes[0] if item is last else item])
+    values = {copies[node]: value for node, value in traced.values.items() if node in copies}
+    values[copies[traced.output]] = traced.values[last.all_input_nodes[0]]
+    batched = frozenset(copies[node] for node in traced.batched if node in copies)
+    return Trace(fx.GraphModule(traced.module, graph), traced.modules, values, batched, traced.takes_other_sizes)
+
+
+def _is_log_softmax(traced: Trace, node: fx.Node) -> bool:
+    dim: Any
+    if node.op == "call_module":
+        module = traced.modules[str(node.target)]
+        dim = module.dim if type(module) is nn.LogSoftmax and find_rule(module) is not None else None
+    else:
+        is_one = node.op != "placeholder" and name_of(node.target) in ("log_softmax", "_log_softmax")
+        dim = (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")) if is_one else None
+    return traced.result.ndim == 2 and isinstance(dim, int) and dim % 2 == 1
 
 
 def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:

@@ -36,6 +36,8 @@ from fisher_reg.bounds.rules import (
 )
 from fisher_reg.bounds.rules.activations import activation_gain
 from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.elementwise import quotient_width
+from fisher_reg.bounds.rules.extents import distance_to
 from fisher_reg.bounds.rules.layer import Deviation
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
@@ -158,12 +160,16 @@ class Deviations:
             return
         found = self._width(node, value, before, call)
         if isinstance(value, Tensor):
+            if found is not None:
+                found = torch.where(found.isnan(), math.inf, found)
             if not is_head:
                 length = lipschitz_of(sensitivity.plain()).detach().exp() * self.region.radius
                 self.lengths[node] = length * (1 + _SMOOTHING)
                 found = _smaller(found, self._from_length(node, value, sensitivity))
                 if node in self.tangents:
                     found = torch.minimum(found, self._from_rows(node, value, sensitivity))
+                if sensitivity.range is not None:
+                    found = torch.minimum(found, distance_to(sensitivity.range, value))
             if found is not None:
                 self.widths[node] = found * (1 + _SMOOTHING)
                 batched, width = node in self.trace.batched, self.widths[node]
@@ -334,6 +340,8 @@ class Deviations:
         if activation is not None and len(inputs) == 1:
             return range_within(activation, self.trace.values[inputs[0]], self.widths[inputs[0]])
         rule: Any = None if call is None else getattr(find_function_rule(node.target), "apply", None)
+        if call is not None and hasattr(rule, "width"):
+            return rule.width(call) if isinstance(value, Tensor) else None
         if call is not None and rule in (arithmetic._multiply, arithmetic._divide):
             return self._of_product(call, value, rule is arithmetic._divide)
         found = self._carried(self.widths, node, value, before, call)
@@ -449,7 +457,9 @@ class Deviations:
 
     def _of_product(self, call: Call, value: Tensor, divides: bool) -> Tensor | None:
         varying = [item for item in call.operands.values() if not item.is_constant]
-        if any(item.deviation is None for item in varying) or (divides and len(varying) == 2):
+        if divides and not call.operands["other"].is_constant:
+            return quotient_width(call)
+        if any(item.deviation is None for item in varying):
             return None
         if len(varying) == 1:
             return self._scaled(varying[0].deviation.width, call, value, divides)  # type: ignore[union-attr]
@@ -564,6 +574,8 @@ class Deviations:
         rule = getattr(find_function_rule(node.target), "apply", None)
         if hasattr(rule, "module_form"):
             return isinstance(call.value, Tensor) and find_rule(rule.module_form(call)) in AVERAGE_RULES
+        if hasattr(rule, "is_affine"):
+            return bool(rule.is_affine(call))
         if rule in (arithmetic._multiply, arithmetic._divide):
             varying = [name for name, item in call.operands.items() if not item.is_constant]
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
@@ -599,8 +611,6 @@ _AFFINE_CALLS = (
     arithmetic._sum,
     linear._linear,
     linear._convolution,
-    linear._matrix_product,
-    linear._shifted_product,
     writes._scatter,
     writes._overwrite,
     writes._where,

@@ -192,6 +192,9 @@ class _Composer:
         known = self.deviations is not None and node in self.trace.batched
         return self.deviations.of(node) if known else None  # type: ignore[union-attr]
 
+    def _around_of(self, node: fx.Node) -> tuple[Deviation | None, bool]:
+        return None if self.deviations is None else self.deviations.of(node), node in self.trace.batched
+
     def _knows(self, nodes: Iterable[fx.Node]) -> bool:
         """Say whether the values that depend on the input are at hand, an example each along their first axis."""
         varying = [node for node in nodes if not self.sensitivities[node].is_constant]
@@ -235,7 +238,11 @@ class _Composer:
         if rule.first_of_several and isinstance(value, list | tuple):
             self._check_users(node)
             value = value[0]
-        call = make_call(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local, self._deviation_of)
+        call = make_call(
+            *(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local, self._deviation_of),
+            around_of=self._around_of,
+            at_example=self.is_local,
+        )
         if call is None:
             return CONSTANT
         self.calls[node] = call

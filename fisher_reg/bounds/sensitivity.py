@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
+from fisher_reg.bounds.operator_norms.ranges import Range
 
 Number = float | Tensor
 
@@ -28,7 +28,7 @@ class Sensitivity:
 
     log_norm: Tensor | None
     scale: Tensor | None = None
-    range: Tokens | Ball | None = None
+    range: Range | None = None
     parts: tuple[Sensitivity, ...] = ()
 
     @property

@@ -160,6 +160,28 @@ def dot_product_attention_gains(num_queries: int, scale: float, query: Ball, key
     return AttentionGains(query=radius * key.radius, key=root / math.sqrt(2) * radius * query.norm, value=root)
 
 
+def dot_product_attention_norms_at(
+    probabilities: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> AttentionGains:
+    r"""Bound the Jacobians of dot-product attention at given tokens, as in the module's text.
+
+    Args:
+        probabilities: ``(*S, m, n)``, the attention P there.
+        query: ``(*S, m, h)``.
+        key: ``(*S, n, h)``.
+        value: ``(*S, n, e)``.
+        scale: c, multiplies the scores.
+
+    Returns:
+        :math:`c \max_i \|C_i\|`, the smaller of :math:`c \|D Q\|` and the Schur test, and :math:`\|P\|`, of shape S.
+    """
+    shape = probabilities.shape[:-2]
+    flat = (item.double().reshape(-1, *item.shape[-2:]) for item in (probabilities, value, scale * key, scale * query))
+    terms = [_terms_at(*head) for head in zip(*flat, strict=True)]
+    queries, keys = (torch.stack(term) for term in zip(*terms, strict=True))
+    return AttentionGains(queries.amax(-1).view(shape), keys.view(shape), _norm(probabilities.double()))
+
+
 def layer_norm_tokens(gamma: Tensor, beta: Tensor) -> Tokens:
     r"""Return the range of a layer norm: :math:`\gamma \odot y + \beta` with :math:`\|y\| \le \sqrt d`."""
     return Tokens(torch.as_tensor(gamma), torch.as_tensor(beta), math.sqrt(gamma.numel()))

@@ -11,7 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fisher_reg.bounds.rules.call import Call
-from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain, largest_of_each
+from fisher_reg.bounds.rules.extents import POSITIVE
+from fisher_reg.bounds.rules.layer import Gain, Interval, Layer, ScaledGain, largest_of_each
 from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
 from fisher_reg.bounds.rules.slopes import slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import as_double
@@ -86,6 +87,20 @@ LOWEST_SLOPES: dict[type[nn.Module], float] = {
 """Smallest slope over all numbers, where it is above minus the largest."""
 
 
+RANGES: dict[type[nn.Module], Callable[[Any], Interval]] = {
+    nn.ReLU: lambda module: POSITIVE,
+    nn.ReLU6: lambda module: Interval(0.0, 6.0),
+    nn.Hardtanh: lambda module: Interval(module.min_val, module.max_val),
+    nn.Hardsigmoid: lambda module: Interval(0.0, 1.0),
+    nn.Tanh: lambda module: Interval(-1.0, 1.0),
+    nn.Sigmoid: lambda module: Interval(0.0, 1.0),
+    nn.Softplus: lambda module: POSITIVE,
+    nn.Softsign: lambda module: Interval(-1.0, 1.0),
+    nn.LogSigmoid: lambda module: Interval(-math.inf, 0.0),
+}
+"""Where the values of an activation lie."""
+
+
 def slope_range(module: nn.Module) -> tuple[float, float] | None:
     """Return the smallest and the largest slope of an activation, None for another module or an unknown one."""
     kind = type(module)
@@ -100,15 +115,18 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     A one-per-channel parameter is taken at its largest.
     """
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
+    known = next((found(module) for kind, found in RANGES.items() if isinstance(module, kind)), None)
     if layer.is_local:
-        return ScaledGain(largest_of_each(slopes_at(module, layer.input).abs()), scale=layer.scale)
+        return ScaledGain(largest_of_each(slopes_at(module, layer.input).abs()), known, scale=layer.scale)
     within = None
     if layer.deviation is not None:
         within = slopes_within(module, layer.input, layer.deviation.width)
     if within is None:
-        return ScaledGain(largest, scale=layer.scale)
+        return ScaledGain(largest, known, scale=layer.scale)
     steepest = largest_of_each(torch.maximum(within[0].abs(), within[1].abs()))
-    return ScaledGain(steepest.clamp_max(as_double(largest).to(steepest)), scale=layer.scale)
+    return ScaledGain(
+        steepest.nan_to_num(nan=math.inf).clamp_max(as_double(largest).to(steepest)), known, scale=layer.scale
+    )
 
 
 def activation_module(target: Any) -> nn.Module | None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from fisher_reg.bounds.rules.call import Call, Operand, layer_of
-from fisher_reg.bounds.rules.layer import Ball, diagonal_gain, largest_of_each
+from fisher_reg.bounds.rules.elementwise import quotient
+from fisher_reg.bounds.rules.extents import largest_modulus, worst
+from fisher_reg.bounds.rules.layer import Ball, Interval, diagonal_gain
 from fisher_reg.bounds.rules.registry import (
     find_function_rule,
     register,
@@ -31,13 +33,24 @@ def _sum(call: Call) -> Sensitivity:
         raise NoBoundError(f"{call.name} joins tuples of tensors; concatenate the tensors.")
     terms = [_broadcast(operand, call.value) for operand in call.operands.values() if not operand.is_constant]
     if len(terms) == 1:
-        return terms[0]
+        return replace(terms[0], range=_shifted_range(call))
     scales = [term.scale for term in terms if term.scale is not None]
     scale = None
     if scales:  # the smaller coordinates: no term gets longer in them
         ones = [torch.ones((), dtype=torch.float64, device=call.value.device)] * (len(terms) - len(scales))
         scale = torch.stack([item.expand(call.value.shape) for item in (*scales, *ones)]).amin(0)
     return Sensitivity(log_sum([term.within(scale) for term in terms]), scale)
+
+
+def _shifted_range(call: Call) -> Interval | None:
+    """Return the interval of a value after a number is added, as in ``variance + eps``."""
+    (source,) = (item for item in call.operands.values() if not item.is_constant)
+    known = source.sensitivity.range if isinstance(source.sensitivity, Sensitivity) else None
+    others = [item.value for name, item in call.operands.items() if item is not source and name != "alpha"]
+    is_sum = call.function in ("add", "iadd")
+    if not isinstance(known, Interval) or len(others) != 1 or isinstance(others[0], Tensor) or not is_sum:
+        return None
+    return Interval(known.low + others[0], known.high + others[0])
 
 
 def _broadcast(operand: Operand, value: Tensor) -> Sensitivity:
@@ -51,7 +64,7 @@ def _broadcast(operand: Operand, value: Tensor) -> Sensitivity:
 
 def _multiply(call: Call) -> Sensitivity:
     operands = [item for item in call.operands.values() if isinstance(item.value, Tensor) and not item.is_constant]
-    if len(operands) == 2 and (call.is_local or all(item.deviation for item in operands)):
+    if len(operands) == 2:
         return _product_at(call, *operands)
     source = call.source
     (factor,) = (operand.value for operand in call.operands.values() if operand is not source)
@@ -59,16 +72,14 @@ def _multiply(call: Call) -> Sensitivity:
 
 
 def _product_at(call: Call, first: Operand, second: Operand) -> Sensitivity:
-    """At the example, and over a region, the product rule holds: ``d(a b) = b da + a db``."""
-    sizes = [largest_of_each(largest_modulus(item)) for item in (second, first)]
+    """Where the factors are bounded the product rule holds: ``d(a b) = b da + a db``."""
+    sizes = [worst(largest_modulus(item, call), item, call) for item in (second, first)]
+    if not all(bool(size.isfinite().all()) for size in sizes):
+        raise NoBoundError(
+            f"{call.name} combines two values that depend on the input, which has no global Lipschitz constant."
+        )
     terms = [_broadcast(item, call.value).plain() for item in (first, second)]
     return Sensitivity(log_sum([shifted(term, log(size)) for term, size in zip(terms, sizes, strict=True)]))
-
-
-def largest_modulus(operand: Operand) -> Tensor:
-    """Return how large each entry is at the example, or can be over the region."""
-    size: Tensor = operand.value.double().abs()
-    return size if operand.deviation is None else size + operand.deviation.width
 
 
 def _add_product(call: Call) -> Sensitivity:
@@ -81,8 +92,8 @@ def _add_product(call: Call) -> Sensitivity:
 
 
 def _divide(call: Call) -> Sensitivity:
-    if call.source is not call.operands["input"]:
-        raise NoBoundError(f"{call.name} divides by a value that depends on the input: no global constant.")
+    if not call.operands["other"].is_constant:
+        return quotient(call)
     return _scaled(call, 1 / as_double(call.argument("other")))
 
 
@@ -138,5 +149,5 @@ def register_rules() -> None:
     register(_multiply, "input other", operator.mul, torch.mul, "mul")
     register(_add_product, "input tensor1 tensor2 value", torch.addcmul, "addcmul")
     register(_divide, "input other", operator.truediv, torch.div, "div")
-    register(_flips, "input", operator.neg, torch.neg, "neg", torch.abs, "abs")
+    register(_flips, "input", operator.neg, torch.neg, "neg")
     register(_concatenate, "tensors dim", torch.cat, torch.concat, torch.stack, "cat", "stack", "concat")

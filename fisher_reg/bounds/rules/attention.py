@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from fisher_reg.bounds.operator_norms.attention import (
     AttentionWeights,
     dot_product_attention_gains,
+    dot_product_attention_norms_at,
     self_attention_lipschitz,
     self_attention_norm_at,
 )
+from fisher_reg.bounds.operator_norms.ranges import ball_of, largest_entry, largest_length
 from fisher_reg.bounds.rules.call import Call, Operand
+from fisher_reg.bounds.rules.extents import range_of, width_of
 from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
 from fisher_reg.bounds.rules.registry import register, register_bound_rule
 from fisher_reg.bounds.sensitivity import Sensitivity, log, log_sum, shifted
@@ -59,9 +62,9 @@ def _tokens_around(layer: Layer) -> Tokens | None:
 
 def _ball_around(operand: Operand) -> Ball | None:
     """Return the range of the vectors along the last axis over the region; those of one head share their centre."""
-    if operand.deviation is None:
+    if operand.around is None:
         return None
-    vectors, width = operand.value, torch.linalg.vector_norm(operand.deviation.width, dim=-1)
+    vectors, width = operand.value, torch.linalg.vector_norm(operand.around.width, dim=-1)
     centres = vectors.mean(-2, keepdim=True)
     radius = (torch.linalg.vector_norm(vectors - centres, dim=-1) + width).max()
     return Ball(radius, (torch.linalg.vector_norm(vectors, dim=-1) + width).max())
@@ -83,6 +86,8 @@ def _dot_product_attention(call: Call) -> Sensitivity:
     call.argument("attn_mask")
     scale = call.argument("scale")
     scale = query.value.shape[-1] ** -0.5 if scale is None else scale
+    if call.at_example:
+        return _dot_product_attention_at(call, scale)
     terms = []
     for number, item in enumerate((query, key, value)):
         if not isinstance(item.sensitivity, Sensitivity) or item.is_constant:
@@ -96,6 +101,44 @@ def _dot_product_attention(call: Call) -> Sensitivity:
     return Sensitivity(log_sum(terms))
 
 
+def _dot_product_attention_at(call: Call, scale: float) -> Sensitivity:
+    """Bound the Jacobian at the example, with the attention there."""
+    operands = [call.operands[name] for name in ("query", "key", "value")]
+    query, key, value = (item.value.double() for item in operands)
+    if call.argument("enable_gqa", False):
+        key, value = (item.repeat_interleave(query.shape[-3] // item.shape[-3], -3) for item in (key, value))
+    shape = call.value.shape[:-2]
+    query, key, value = (item.expand(*shape, *item.shape[-2:]) for item in (query, key, value))
+    scores = scale * query @ key.mT
+    if call.argument("is_causal", False):
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    mask = call.argument("attn_mask")
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    gains = dot_product_attention_norms_at(scores.softmax(-1).nan_to_num(0.0), query, key, value, scale)
+    terms = []
+    for item, gain in zip(operands, (gains.query, gains.key, gains.value), strict=True):
+        if item.is_constant or not isinstance(item.sensitivity, Sensitivity):
+            continue
+        is_apart = all(other.is_apart for other in operands) and call.value.ndim > 2
+        size = gain.reshape(len(gain), -1).amax(1) if is_apart else gain.amax()
+        copies = _heads(call.value) / _heads(item.value)
+        terms.append(shifted(item.sensitivity.plain(), log(size) + 0.5 * math.log(copies)))
+    return Sensitivity(log_sum(terms))
+
+
+def _dot_product_attention_width(call: Call) -> Tensor | None:
+    """Each output is a mean of values, and stays between the lowest and the highest of them."""
+    value = call.operands["value"]
+    width = width_of(value)
+    if width is None or value.value.shape[:-2] != call.value.shape[:-2]:
+        return None
+    lowest, highest = ((value.value + side).double() for side in (-width, width))
+    moved = torch.maximum(highest.amax(-2, keepdim=True) - call.value, call.value - lowest.amin(-2, keepdim=True))
+    return moved.clamp_min(0)
+
+
+_dot_product_attention.width = _dot_product_attention_width  # type: ignore[attr-defined]
 _POINT = Ball(torch.zeros(()).double(), torch.zeros(()).double())
 
 
@@ -111,12 +154,17 @@ def _ball(call: Call, operand: Operand) -> Ball:
         centred = vectors - vectors.mean(-2, keepdim=True)
         radius, norm = (torch.linalg.vector_norm(item, dim=-1).amax() for item in (centred, vectors))
         return Ball(radius, norm)
-    sensitivity = operand.sensitivity
-    if isinstance(sensitivity, Sensitivity) and isinstance(sensitivity.range, Ball):
-        return sensitivity.range.of_tokens
-    around = _ball_around(operand)
-    if around is not None:
-        return around
+    known, around = range_of(operand), _ball_around(operand)
+    found = [] if around is None else [around]
+    if isinstance(known, Ball):
+        found.append(known.of_tokens)
+    elif isinstance(known, Tokens):
+        found.append(ball_of(known))
+    elif largest_entry(known) < math.inf:
+        length = torch.tensor(largest_length(known, operand.value.shape[-1]), dtype=torch.float64)
+        found.append(Ball(length, length))
+    if found:
+        return Ball(*(torch.stack(sizes).amin() for sizes in zip(*((b.radius, b.norm) for b in found), strict=True)))
     raise NoBoundError(
         f"{call.name}: dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer "
         "norm and linear layer stand right before this one to bound it. Only pre-norm attention has a global bound."

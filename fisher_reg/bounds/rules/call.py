@@ -16,11 +16,21 @@ from fisher_reg.errors import NoBoundError
 
 @dataclass(frozen=True)
 class Operand:
-    """An argument of a call: its value, its sensitivity (that of a constant, for a number), and its deviation."""
+    """An argument of a call.
+
+    Attributes:
+        value: At the examples.
+        sensitivity: That of a constant, for a number.
+        deviation: Over a region, where the first axis of the value is that of the examples.
+        around: Likewise for any tensor.
+        is_apart: Whether the first axis of the value is that of the examples.
+    """
 
     value: Any
     sensitivity: Sensitivity | tuple[Sensitivity, ...]
     deviation: Deviation | None = None
+    around: Deviation | None = None
+    is_apart: bool = True
 
     @property
     def is_constant(self) -> bool:
@@ -38,8 +48,9 @@ class Call:
         operands: The arguments by name.
         value: What it returned.
         again: Calls it once more with another first argument.
-        is_local: Whether the constant at the example is wanted.
+        is_local: Whether the constant at the example is wanted, and the first axis of what varies is that of examples.
         norms: What computes the norms of weights.
+        at_example: Whether the constant at the examples is wanted, for each or for all of them together.
     """
 
     name: str
@@ -48,6 +59,12 @@ class Call:
     again: Callable[[Any], Any]
     is_local: bool
     norms: Norms
+    at_example: bool = False
+
+    @property
+    def function(self) -> str:
+        """The name of what is called."""
+        return self.name[self.name.rfind("(") + 1 : -1]
 
     @property
     def source(self) -> Operand:
@@ -119,6 +136,8 @@ def make_call(
     norms: Norms,
     is_local: bool,
     deviation_of: Callable[[fx.Node], Deviation | None] = lambda node: None,
+    around_of: Callable[[fx.Node], tuple[Deviation | None, bool]] = lambda node: (None, True),
+    at_example: bool = False,
 ) -> Call | None:
     """Bind the arguments of a node to their names.
 
@@ -131,6 +150,8 @@ def make_call(
         norms: What computes the norms of weights.
         is_local: Whether the constant at the example is wanted.
         deviation_of: From a node to how far its value may be from the one at the example, over a region.
+        around_of: Likewise for every tensor, and whether its first axis is that of the examples.
+        at_example: Whether the constant at all examples together is wanted at least.
 
     Returns:
         The call; None where the value does not depend on the input, only its shape may.
@@ -147,6 +168,7 @@ def make_call(
             fetch(argument),
             _sensitivity_of(argument, sensitivities) if is_read else CONSTANT,
             deviation_of(argument) if is_read and isinstance(argument, fx.Node) else None,
+            *(around_of(argument) if is_read and isinstance(argument, fx.Node) else (None, True)),
         )
     if all(operand.is_constant for operand in operands.values()):
         return None
@@ -161,7 +183,7 @@ def make_call(
             return function(**keywords | {next(iter(arguments)): first})
         return function(*rest, **keywords) if isinstance(node.target, str) else function(first, *rest, **keywords)
 
-    return Call(name, operands, value, again, is_local, norms)
+    return Call(name, operands, value, again, is_local, norms, at_example)
 
 
 def _named(node: fx.Node, names: Sequence[str] | None, name: str) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fisher_reg.bounds.operator_norms.conv import Geometry
-from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
+from fisher_reg.bounds.operator_norms.ranges import Ball, Interval, Range, Tokens
 from fisher_reg.bounds.sensitivity import Number, Sensitivity, log, shifted
 
 __all__ = [
     "Ball",
     "Deviation",
     "Gain",
+    "Interval",
     "Layer",
     "Norms",
     "Number",
@@ -57,7 +58,7 @@ class Gain:
     """
 
     norm: Number
-    output_range: Tokens | Ball | None = None
+    output_range: Range | None = None
     domain: str | None = None
     of_one_input: bool = False
 
@@ -117,7 +118,7 @@ class Layer:
     inputs: Mapping[str, Tensor]
     output: Any
     norms: Norms
-    input_range: Tokens | Ball | None = None
+    input_range: Range | None = None
     sources: Mapping[str, str | None] = field(default_factory=dict)
     is_local: bool = False
     deviation: Deviation | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import replace
 
 import torch
@@ -47,6 +46,10 @@ def in_coordinates(weight: Tensor, input_scale: Tensor, output_scale: Tensor | N
 
 
 def _image(weight: Tensor, bias: Tensor | None, layer: Layer) -> Ball | None:
+    if isinstance(layer.input_range, Ball) and layer.input_range.columns is None:
+        norm = layer.norms.matrix(weight.double())
+        shift = 0.0 if bias is None else bias.double().norm()
+        return Ball(norm * layer.input_range.radius, norm * layer.input_range.norm + shift)
     if not isinstance(layer.input_range, Tokens):
         return None
     tokens, matrix = layer.input_range, weight.double()
@@ -92,10 +95,14 @@ def _transposed_conv(module: _ConvTransposeNd, layer: Layer) -> ScaledGain:
     # It is the adjoint of the convolution that goes from the size of its output to that of its input.
     size = tuple(layer.output.shape[2:])
     padding = tuple(int(amount) for amount in module.padding)
-    geometry = Geometry(size, module.stride, padding, module.dilation, module.groups)
-    weight, channels = module.weight.double(), layer.scale_along(1)
+    return transposed_gain(module.weight, Geometry(size, module.stride, padding, module.dilation, module.groups), layer)
+
+
+def transposed_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
+    """Bound a transposed convolution, as :func:`conv_gain` does a convolution."""
+    channels = layer.scale_along(1)
     rest = [1] * (weight.ndim - 2)
-    norm = layer.norms.transposed_convolution(weight / channels.view(-1, 1, *rest), geometry)
+    norm = layer.norms.transposed_convolution(weight.double() / channels.view(-1, 1, *rest), geometry)
     return ScaledGain(norm)
 
 
@@ -109,20 +116,8 @@ def _linear(call: Call) -> Gain:
     return linear_gain(call.argument("weight"), call.argument("bias"), layer_of(call))
 
 
-def _matrix_product(call: Call) -> Gain:
+def product_with(call: Call, left: Operand, right: Operand) -> Gain:
     """``x @ W`` is a linear map of the last axis, ``A @ x`` one of the axis before."""
-    left, right = call.operands.values()
-    return _product_with(call, left, right)
-
-
-def _shifted_product(call: Call) -> Gain:
-    call.argument("input")
-    gain = _product_with(call, call.operands["mat1"], call.operands["mat2"])
-    factor = abs(call.argument("alpha", 1))
-    return gain if factor == 1 else replace(gain, norm=gain.norm * factor, output_range=None)
-
-
-def _product_with(call: Call, left: Operand, right: Operand) -> Gain:
     source = call.source
     sensitivity = call.sensitivity
     layer = Layer({"input": source.value}, call.value, call.norms, sensitivity.range, scale=sensitivity.scale)
@@ -163,9 +158,6 @@ def register_rules() -> None:
     register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)(conv_rule)
     register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)(_transposed_conv)
     register_layer(_linear, "input weight bias", F.linear, "linear")
-    register_layer(_matrix_product, "input other", operator.matmul, torch.matmul, "matmul")
-    register_layer(_matrix_product, "input mat2", torch.mm, torch.bmm, "mm", "bmm")
-    register_layer(_shifted_product, "input mat1 mat2 beta alpha", torch.addmm, "addmm")
     register_layer(
         _convolution,
         "input weight bias stride padding dilation groups",

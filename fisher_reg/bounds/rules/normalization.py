@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fisher_reg.bounds.operator_norms.attention import layer_norm_tokens
 from fisher_reg.bounds.rules.call import Call, layer_of
-from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain, diagonal_gain
+from fisher_reg.bounds.rules.layer import Gain, Interval, Layer, ScaledGain, diagonal_gain
 from fisher_reg.bounds.rules.registry import register_bound_rule, register_layer
 from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation.batch_norm import scale_and_shift
@@ -69,7 +71,16 @@ def layer_norm_gain(gamma: Tensor | None, beta: Tensor | None, eps: float, axes:
 
 
 def _group_norm(module: nn.GroupNorm, layer: Layer) -> ScaledGain:
-    return group_norm_gain(module.weight, module.eps, module.num_groups, layer)
+    gain = group_norm_gain(module.weight, module.eps, module.num_groups, layer)
+    return replace(gain, output_range=_group_norm_range(module.weight, module.bias, module.num_groups, layer))
+
+
+def _group_norm_range(weight: Tensor | None, bias: Tensor | None, num_groups: int, layer: Layer) -> Interval:
+    """Return the range of the entries: those of a normalised group of n are a vector of length at most root n."""
+    size = math.sqrt(layer.output[0].numel() / num_groups)
+    factor = 1.0 if weight is None else float(weight.detach().abs().amax())
+    largest = factor * size + (0.0 if bias is None else float(bias.detach().abs().amax()))
+    return Interval(-largest, largest)
 
 
 def _instance_norm(module: _InstanceNorm, layer: Layer) -> ScaledGain:
@@ -93,12 +104,15 @@ def group_norm_gain(gamma: Tensor | None, eps: float, num_groups: int, layer: La
 
 
 def _rms_norm(module: nn.RMSNorm, layer: Layer) -> ScaledGain:
-    # The Jacobian is Gamma (I - y y' / d) / rms, of norm at most 1 / rms before Gamma.
-    eps = torch.finfo(layer.input.dtype).eps if module.eps is None else module.eps
-    axes = len(module.normalized_shape)
+    return rms_norm_gain(module.weight, module.eps, len(module.normalized_shape), layer)
+
+
+def rms_norm_gain(weight: Tensor | None, eps: float | None, axes: int, layer: Layer) -> ScaledGain:
+    """Bound a root-mean-square norm: its Jacobian is ``Gamma (I - y y' / d) / rms``, at most ``Gamma / rms``."""
+    eps = torch.finfo(layer.input.dtype).eps if eps is None else eps
     norm = _normalisation_norm(lambda entries: entries.flatten(-axes), eps, layer, centred=False)
     shape = layer.output.shape[-axes:]
-    gamma = torch.ones(shape, device=layer.output.device) if module.weight is None else module.weight
+    gamma = torch.ones(shape, device=layer.output.device) if weight is None else weight
     gained = diagonal_gain(gamma.double(), Layer(layer.inputs, layer.output, layer.norms))
     tokens = layer_norm_tokens(gamma.double().detach(), torch.zeros_like(gamma).double()) if axes == 1 else None
     return ScaledGain(norm * gained.norm, tokens, scale=gained.scale)
@@ -128,13 +142,25 @@ def forgotten(scale: Tensor | None) -> Any:
 
 
 def _functional_batch_norm(call: Call) -> Gain:
+    return diagonal_gain(_batch_norm_factor(call), layer_of(call))
+
+
+def _batch_norm_factor(call: Call) -> Tensor:
     mean, variance, weight = (call.argument(name) for name in ("running_mean", "running_var", "weight"))
     if call.argument("training", False) or mean is None or variance is None:
         raise NoBoundError(f"{call.name} normalises with the statistics of the batch, which couples the examples.")
     weight = None if weight is None else weight.double()
     factor, _ = scale_and_shift(mean.double(), variance.double(), weight, None, call.argument("eps", 1e-5))
     shape = (1, -1, *[1] * (call.value.ndim - 2))
-    return diagonal_gain(factor.view(shape), layer_of(call))
+    return factor.view(shape)
+
+
+def _batch_norm_width(call: Call) -> Tensor | None:
+    around = call.operands["input"].around
+    return None if around is None else around.width * _batch_norm_factor(call).detach().abs()
+
+
+_functional_batch_norm.width = _batch_norm_width  # type: ignore[attr-defined]
 
 
 def _functional_layer_norm(call: Call) -> Gain:
@@ -145,7 +171,11 @@ def _functional_layer_norm(call: Call) -> Gain:
 
 def _functional_group_norm(call: Call) -> Gain:
     eps = call.argument("eps", 1e-5)
-    return group_norm_gain(call.argument("weight"), eps, call.argument("num_groups"), layer_of(call))
+    layer, num_groups = layer_of(call), call.argument("num_groups")
+    gain = group_norm_gain(call.argument("weight"), eps, num_groups, layer)
+    return replace(
+        gain, output_range=_group_norm_range(call.argument("weight"), call.argument("bias"), num_groups, layer)
+    )
 
 
 def _native_group_norm(call: Call) -> Gain:

@@ -8,12 +8,13 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from fisher_reg.bounds.operator_norms.ranges import Ball, Interval, Range, Tokens, ball_of, largest_entry
 from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.copies import copy_entries
 from fisher_reg.bounds.rules.layer import Layer, ScaledGain
 from fisher_reg.bounds.rules.per_axis import channel_scale, per_axis_gain
 from fisher_reg.bounds.rules.registry import layer_name, register, register_bound_rule
 from fisher_reg.bounds.sensitivity import Sensitivity
-from fisher_reg.errors import NoBoundError
 
 
 def _constant_pad(module: Any, layer: Layer) -> ScaledGain:
@@ -28,15 +29,31 @@ def _copying_pad(module: Any, layer: Layer) -> ScaledGain:
 
 def _pad(call: Call) -> Sensitivity:
     if call.argument("mode", "constant") != "constant":
-        raise NoBoundError(f"{call.name} pads with copies; use a padding module, which has a rule.")
+        return copy_entries(call)
     sensitivity = call.sensitivity
-    if sensitivity.scale is None:
-        return Sensitivity(sensitivity.log_norm)
     widths = list(call.argument("pad"))
+    known = _padded_range(call, widths)
+    if sensitivity.scale is None:
+        return Sensitivity(sensitivity.log_norm, range=known)
     padded = F.pad(
         sensitivity.scale.expand(call.source.value.shape), widths, value=float(sensitivity.scale.detach().amax())
     )
-    return Sensitivity(sensitivity.log_norm, padded)
+    return Sensitivity(sensitivity.log_norm, padded, known)
+
+
+def _padded_range(call: Call, widths: list[int]) -> Range | None:
+    """Return the range with zeros added: whole vectors of zeros are as far from the centre as that is long."""
+    known = call.sensitivity.range
+    if known is None or not any(widths):
+        return known
+    if call.argument("value") not in (None, 0):
+        return None
+    if isinstance(known, Interval):
+        return Interval(min(known.low, 0.0), max(known.high, 0.0))
+    ball = ball_of(known) if isinstance(known, Tokens) else known
+    if any(widths[:2]) or ball.columns is not None:
+        return Interval(-largest_entry(known), largest_entry(known))
+    return Ball(ball.norm, ball.norm)
 
 
 def register_rules() -> None:

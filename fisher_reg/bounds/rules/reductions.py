@@ -1,19 +1,16 @@
-"""The bound rules of means, sums, largest entries and the softmax."""
+"""The bound rules of means, sums and largest entries."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_reg.bounds.rules.call import Call
-from fisher_reg.bounds.rules.layer import Layer
-from fisher_reg.bounds.rules.registry import register, register_bound_rule
+from fisher_reg.bounds.rules.layer import Interval
+from fisher_reg.bounds.rules.registry import register
 from fisher_reg.bounds.sensitivity import Sensitivity, log, shifted
-
-
-def _softmax_module(module: nn.Softmax, layer: Layer) -> float:
-    return 0.5  # the largest eigenvalue of diag(p) - p p'
 
 
 def _reduce(call: Call, log_factor: Tensor) -> Sensitivity:
@@ -29,7 +26,9 @@ def _reduce(call: Call, log_factor: Tensor) -> Sensitivity:
 
 
 def _mean(call: Call) -> Sensitivity:
-    return _reduce(call, 0.5 * log(call.copies))
+    known = call.sensitivity.range
+    found = _reduce(call, 0.5 * log(call.copies))
+    return replace(found, range=known) if isinstance(known, Interval) else found
 
 
 def _total(call: Call) -> Sensitivity:
@@ -41,15 +40,8 @@ def _largest(call: Call) -> Sensitivity:
     return _reduce(call, torch.zeros(()).double())
 
 
-def _softmax(call: Call) -> Sensitivity:
-    # diag(p) - p p' has norm 1/2 at most.
-    return Sensitivity(shifted(call.sensitivity.plain(), log(0.5)))
-
-
 def register_rules() -> None:
     """Register the rules of this family."""
-    register_bound_rule(nn.Softmax)(_softmax_module)
     register(_mean, "input dim keepdim", torch.mean, "mean")
     register(_total, "input dim keepdim", torch.sum, "sum")
     register(_largest, "input dim keepdim", torch.amax, torch.amin, "amax", "amin")
-    register(_softmax, "input dim dtype half_to_float _stacklevel", torch.softmax, F.softmax, "softmax", "_softmax")

@@ -125,7 +125,7 @@ def no_rule(what: str, where: str) -> NoBoundError:
 
 
 def register(
-    apply: Callable[[Call], Sensitivity] | Callable[[Call], Gain],
+    apply: Callable[[Call], Sensitivity | Gain],
     names: str | None,
     *targets: Any,
     is_layer: bool = False,

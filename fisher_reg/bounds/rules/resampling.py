@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
+from torch import Tensor, nn
 
 from fisher_reg.bounds.rules.call import Call, layer_of
 from fisher_reg.bounds.rules.layer import Gain, Layer, ScaledGain
@@ -22,7 +23,12 @@ def _upsample_module(module: nn.Upsample, layer: Layer) -> ScaledGain:
 
 
 def interpolation_gain(
-    mode: str, align_corners: bool | None, layer: Layer, *, factors: float | Sequence[float] | None = None
+    mode: str,
+    align_corners: bool | None,
+    layer: Layer,
+    *,
+    factors: float | Sequence[float] | None = None,
+    antialias: bool = False,
 ) -> ScaledGain:
     """Bound an interpolation to the size of the output, which is one linear map per axis.
 
@@ -30,6 +36,7 @@ def interpolation_gain(
         mode: That of :func:`torch.nn.functional.interpolate`.
         align_corners: Likewise.
         layer: The call.
+        antialias: That of :func:`torch.nn.functional.interpolate`.
         factors: Of each axis, where they were given: they say where the outputs lie, which the sizes only round.
 
     Returns:
@@ -39,29 +46,60 @@ def interpolation_gain(
         NoBoundError: For a mode without a rule.
     """
     one_axis = {"bilinear": "linear", "trilinear": "linear", "bicubic": "bicubic"}.get(mode, mode)
-    if one_axis not in ("nearest", "nearest-exact", "linear", "area"):
-        raise NoBoundError(f"Interpolation by {mode!r} has no bound rule; nearest, linear and area have one.")
+    if one_axis not in ("nearest", "nearest-exact", "linear", "area", "bicubic"):
+        raise NoBoundError(f"Interpolation by {mode!r} has no bound rule.")
     sizes = layer.output.shape[2:]
-    axis = partial(nn.functional.interpolate, mode=one_axis, align_corners=align_corners)
+    axis = partial(_interpolated_axis, mode=one_axis, align_corners=align_corners, antialias=antialias)
     if factors is None:
         return per_axis_gain([partial(axis, size=size) for size in sizes], layer)
     factors = [factors] * len(sizes) if isinstance(factors, int | float) else factors
     return per_axis_gain([partial(axis, scale_factor=factor) for factor in factors], layer)
 
 
+def _interpolated_axis(
+    rows: Tensor,
+    *,
+    mode: str,
+    align_corners: bool | None,
+    antialias: bool,
+    size: int | None = None,
+    scale_factor: float | None = None,
+) -> Tensor:
+    """Interpolate rows ``(B, 1, n)``; torch does so bicubically, and with antialias, on planes only."""
+    if mode != "bicubic" and not antialias:
+        return F.interpolate(rows, size, scale_factor, mode, align_corners)
+    plane = "bilinear" if mode == "linear" else mode
+    sizes = None if size is None else (size, 1)
+    factors = None if scale_factor is None else (scale_factor, 1.0)
+    planes = F.interpolate(rows[..., None], sizes, factors, plane, align_corners, antialias=antialias)
+    return planes[..., 0]
+
+
 def _interpolate(call: Call) -> Gain:
-    if call.argument("antialias", False):
-        raise NoBoundError(f"{call.name} has no bound rule with antialias.")
     factors = None if call.argument("recompute_scale_factor") else call.argument("scale_factor")
     mode = call.argument("mode", "nearest")
-    return interpolation_gain(mode, call.argument("align_corners"), layer_of(call), factors=factors)
+    return interpolation_gain(
+        mode,
+        call.argument("align_corners"),
+        layer_of(call),
+        factors=factors,
+        antialias=call.argument("antialias", False),
+    )
 
 
-def _upsample(mode: str) -> Callable[[Call], Gain]:
+def _upsample(mode: str, antialias: bool = False) -> Callable[[Call], Gain]:
     """Return the rule of an operator that is an interpolation of one mode."""
     return lambda call: interpolation_gain(
-        mode, call.argument("align_corners"), layer_of(call), factors=call.argument("scale_factors")
+        mode, call.argument("align_corners"), layer_of(call), factors=_factors(call), antialias=antialias
     )
+
+
+def _factors(call: Call) -> Any:
+    """Return the factors of each axis, or None: an operator has them together or apart."""
+    together = call.argument("scale_factors")
+    apart = [call.argument(name) for name in ("scales", "scales_d", "scales_h", "scales_w") if name in call.operands]
+    apart = [item for item in apart if item is not None]
+    return apart if together is None and apart else together
 
 
 def register_rules() -> None:
@@ -70,9 +108,13 @@ def register_rules() -> None:
     register_bound_rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)(moved_module)
     for mode, names in (
         ("linear", ("upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d")),
+        ("bicubic", ("upsample_bicubic2d",)),
         ("nearest", ("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")),
     ):
-        register_layer(_upsample(mode), "input output_size align_corners scale_factors", *names)
+        names_of = "input output_size align_corners scale_factors scales scales_d scales_h scales_w"
+        register_layer(_upsample(mode), names_of, *names)
+    register_layer(_upsample("bicubic", True), names_of, "_upsample_bicubic2d_aa")
+    register_layer(_upsample("linear", True), names_of, "_upsample_bilinear2d_aa")
     register_layer(
         _interpolate, "input size scale_factor mode align_corners recompute_scale_factor antialias", F.interpolate
     )

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.operator_norms.ranges import Interval, Range, Tokens, ball_of, largest_entry
 from fisher_reg.bounds.rules.call import Call
+from fisher_reg.bounds.rules.copies import copy_entries
 from fisher_reg.bounds.rules.identity import same
-from fisher_reg.bounds.rules.layer import Ball, Layer, ScaledGain
+from fisher_reg.bounds.rules.layer import Layer, ScaledGain
 from fisher_reg.bounds.rules.registry import (
     find_function_rule,
     register,
@@ -50,20 +52,29 @@ def _replayed(call: Call, entries: Tensor) -> Any:
     return call.again(entries.expand(call.source.value.shape).contiguous())  # an expanded tensor refuses a view
 
 
-def _moved_ranges(call: Call, sensitivity: Sensitivity) -> Sequence[Ball | None]:
-    """Return the range of each output in which a vector along the last axis is still a part of one before."""
+def _moved_ranges(call: Call, sensitivity: Sensitivity) -> Sequence[Range | None]:
+    """Return the range of each output: that of its vectors if each is a part of one before, else of its entries."""
     count = len(call.value) if isinstance(call.value, list | tuple) else 1
-    ball, value = sensitivity.range, call.source.value
-    if not isinstance(ball, Ball):
-        return [None] * count
+    known, value = sensitivity.range, call.source.value
+    if known is None or isinstance(known, Interval):
+        return [known] * count
+    ball = ball_of(known) if isinstance(known, Tokens) else known
+    entries = Interval(-largest_entry(known), largest_entry(known))
     owner = torch.arange(value[..., 0].numel(), device=value.device).view(value.shape[:-1])[..., None]
     columns = torch.arange(value.shape[-1], device=value.device) if ball.columns is None else ball.columns
     moved = [_replayed(call, entries) for entries in (owner, columns)]
     owners, places = moved if isinstance(call.value, list | tuple) else [[item] for item in moved]
-    return [
-        replace(ball, columns=place) if bool((part == part[..., :1]).all()) else None
-        for part, place in zip(owners, places, strict=True)
-    ]
+    found: list[Range | None] = []
+    for part, place in zip(owners, places, strict=True):
+        is_one_vector = part.ndim > 0 and bool((part == part[..., :1]).all())
+        is_whole = is_one_vector and ball.columns is None and _is_counted(place, value.shape[-1])
+        found.append(known if is_whole else replace(ball, columns=place) if is_one_vector else entries)
+    return found
+
+
+def _is_counted(places: Tensor, size: int) -> bool:
+    """Say whether the entries along the last axis are all those of a vector, in their order."""
+    return places.shape[-1] == size and bool((places == torch.arange(size, device=places.device)).all())
 
 
 def _index(call: Call) -> Sensitivity:
@@ -79,15 +90,18 @@ def _index(call: Call) -> Sensitivity:
     if isinstance(source.value, list | tuple):
         return source.sensitivity  # the outputs of a module, of which only the first is ever taken
     indices = index if isinstance(index, tuple) else (index,)
+    if not call.operands["index"].is_constant:
+        raise NoBoundError(f"{call.name} is indexed by a value that depends on the input, which is not continuous.")
     if not all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in indices):
-        raise NoBoundError(f"{call.name} is indexed with a list or tensor, which may repeat elements.")
+        return copy_entries(call)
     return move_entries(call)
 
 
 def _copies(call: Call) -> Sensitivity:
     sensitivity = call.sensitivity
     scale = None if sensitivity.scale is None else call.again(sensitivity.scale.expand(call.source.value.shape))
-    return Sensitivity(shifted(sensitivity, 0.5 * log(call.copies)), scale)
+    known = sensitivity.range if isinstance(sensitivity.range, Interval) else None
+    return Sensitivity(shifted(sensitivity, 0.5 * log(call.copies)), scale, known)
 
 
 def register_rules() -> None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.rules.call import name_of
-from fisher_reg.bounds.rules.registry import find_rule
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
 _TRACING = threading.RLock()  # the tracers of torch work on the whole process
@@ -25,7 +26,7 @@ def captured_by_fx(model: nn.Module) -> fx.GraphModule:
     tensor otherwise is misread: the caller compares.
     """
     root = _Root(model)
-    with _TRACING, _leaf_parameters(root):
+    with _TRACING, _leaf_parameters(root), _open_layers():
         graph = _Tracer().trace(root)
     return fx.GraphModule(root, graph)
 
@@ -33,7 +34,7 @@ def captured_by_fx(model: nn.Module) -> fx.GraphModule:
 def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     """Return the graph of the ATen operators for inputs of this size; what is written in place is written out."""
     root = _Root(model)
-    with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic():
+    with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic(), _open_layers():
         warnings.simplefilter("ignore")
         program = torch.export.export(root, (inputs,), strict=False)
         exported = program.run_decompositions({}).module()
@@ -45,6 +46,7 @@ def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
         output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
     _without_copies(exported.graph)
+    _with_directions(exported.graph)
     return exported
 
 
@@ -110,6 +112,57 @@ def _without_root(path: str) -> str:
     return path.removeprefix(".")
 
 
+@contextmanager
+def _open_layers() -> Generator[None, None, None]:
+    """Have the encoder layers of torch call their parts, instead of one operator for all of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _with_directions(graph: fx.Graph) -> None:
+    """Write a value over its own length as one call again: as a quotient it has no constant over all inputs."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        vectors, below = node.args
+        expanded = below if _calls(below, aten.expand.default) else None
+        clamped = expanded.args[0] if expanded is not None else below
+        if not _calls(clamped, aten.clamp_min.default):
+            continue
+        length, eps = clamped.args
+        settings: tuple[Any, ...] = tuple(length.args[1:]) if isinstance(length, fx.Node) else ()
+        if not _calls(length, aten.linalg_vector_norm.default) or length.args[0] is not vectors:
+            continue
+        order, dim, keepdim = (*settings, *(2, None, False)[len(settings) :])
+        if order != 2 or not isinstance(dim, list | tuple) or len(dim) != 1 or keepdim is not True:
+            continue
+        with graph.inserting_before(node):
+            direction = graph.call_function(F.normalize, (vectors, 2.0, dim[0], eps))
+        direction.meta = dict(node.meta)
+        node.replace_all_uses_with(direction)
+        graph.erase_node(node)
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def calls_unknown_functions(module: fx.GraphModule) -> bool:
+    """Say whether the graph calls a function of a library as a whole, which has no rule."""
+    return any(
+        node.op == "call_function" and find_function_rule(node.target) is None and not _is_torchs_own(node.target)
+        for node in module.graph.nodes
+    )
+
+
+def _is_torchs_own(target: Any) -> bool:
+    home = getattr(target, "__module__", None) or "torch"
+    return home.split(".")[0] in ("torch", "_operator", "builtins", "math", "operator")
+
+
 class _Root(nn.Module):
     """Calls the model as its user does: with its hooks and the defaults of its forward."""
 
@@ -144,4 +197,10 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return find_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        if find_rule(m) is not None:
+            return True
+        return not isinstance(m, _CONTAINERS) and super().is_leaf_module(m, module_qualified_name)
+
+
+_CONTAINERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+"""Modules of torch whose forward is traced."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.rules.registry import find_rule
-from fisher_reg.bounds.tracing.capture import captured_by_export, captured_by_fx
+from fisher_reg.bounds.tracing.capture import calls_unknown_functions, captured_by_export, captured_by_fx
 from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference, takes_other_sizes
 from fisher_reg.bounds.tracing.functional import Run, made_functional
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
@@ -97,6 +97,7 @@ def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
         ("torch.export", lambda: captured_by_export(model, inputs), False),
     )
     failures = []
+    whole: fx.GraphModule | None = None
     cause: BaseException | None = None
     for name, capture, sizes in tracers:
         try:
@@ -107,9 +108,14 @@ def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
             failures.append(f"{name}: {_first_line(error)}{_line_of(error)}")
             cause = cause or error
             continue
+        if difference is None and calls_unknown_functions(module) and not name.endswith("export"):
+            whole = module  # the other tracer may see what the function does
+            continue
         if difference is None:
             return module, sizes and takes_other_sizes(model, inputs)
         failures.append(f"{name} reads another function than the module computes: {_first_line(difference)}.")
+    if whole is not None:
+        return whole, takes_other_sizes(model, inputs)
     raise NoBoundError(
         f"{type(model).__name__} cannot be traced. {' '.join(failures)}\n"
         "Make its control flow independent of the data and write it without changes in place, or put the part in a "
