@@ -108,7 +108,9 @@ def log_fisher_bound(
     model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
 ) -> Tensor:
     """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
-    traced = traced_model(model, inputs[:1], likelihood)
+    if input_std is not None:
+        check_input_std(input_std)
+    traced = traced_at_few(model, inputs, likelihood)
     with torch.inference_mode(False), torch.enable_grad():
         composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
         log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.deviations import Tangents
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
@@ -44,7 +45,7 @@ def compositions_of(
     is_local: bool = False,
     region: Region | None = None,
     norms: Norms | None = None,
-    tangents: Mapping[fx.Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
 ) -> list[Composition]:
     """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
 
@@ -88,13 +89,23 @@ def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likel
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
     """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
+    module = checked_module(model, inputs)
+    with differentiable(inputs) as safe_inputs, torch.no_grad(), Noise(inputs.device).replayed():
+        return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+
+
+def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy of the model in evaluation mode and in float64 that shares its parameters.
+
+    Raises:
+        ValueError: For inputs that are no batch of numbers, a model that is no module, or a device without float64.
+    """
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    with differentiable(inputs) as safe_inputs:
-        module = deployed_module(model, torch.float64)
-        with torch.no_grad(), Noise(inputs.device).replayed():
-            return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+    if inputs.device.type == "mps":
+        raise ValueError("A bound is computed in float64, which MPS does not have. Bound model.cpu() at inputs.cpu().")
+    return deployed_module(model, torch.float64)
 
 
 def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:
@@ -107,6 +118,7 @@ def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> 
 
 def traced_at_few(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
     """Trace the model at as few of the inputs as it takes, for a bound that depends on their shape only."""
+    check_inputs(inputs)
     if len(inputs) <= 2:
         return traced_model(model, inputs, likelihood)
     try:

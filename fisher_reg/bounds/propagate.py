@@ -12,23 +12,24 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.deviations import Deviations
+from fisher_reg.bounds.deviations import Deviations, Tangents
 from fisher_reg.bounds.region import Region
 from fisher_reg.bounds.rules.call import Call, make_call, name_of
 from fisher_reg.bounds.rules.layer import Deviation, Gain, Layer, Norms, ScaledGain
 from fisher_reg.bounds.rules.linear import in_coordinates, linear_rule, scales_outputs
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, no_rule
-from fisher_reg.bounds.sensitivity import CONSTANT, Sensitivity, log, log_sum, side_by_side
+from fisher_reg.bounds.sensitivity import CONSTANT, Sensitivity, as_double, log, log_sum, side_by_side
 from fisher_reg.bounds.tighten.averaging import average
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
+from fisher_reg.bounds.tracing import Trace, asks_for_shape, recomputed, where
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
 
@@ -73,7 +74,7 @@ def compose(
     differentiable: bool = False,
     output_scales: Mapping[fx.Node, Tensor] | None = None,
     region: Region | None = None,
-    tangents: Mapping[fx.Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
 ) -> Composition:
     """Compose the rules of the layers of a traced model into one constant.
 
@@ -94,7 +95,7 @@ def compose(
         NoBoundError: For a part without a rule.
         NonFiniteWeightsError: For weights that are not finite.
     """
-    deviations = None if region is None else Deviations(trace, region, tangents or {})
+    deviations = None if region is None else Deviations(trace, region, tangents or Tangents({}))
     composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {}, deviations)
     with torch.enable_grad():
         for node in trace.graph.nodes:
@@ -135,11 +136,17 @@ class _Composer:
     head: tuple[Tensor, Tensor] | None = None
     head_name: str = ""
     head_node: fx.Node | None = None
+    values: dict[fx.Node, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = dict(self.trace.values)
 
     def visit(self, node: fx.Node) -> None:
         """Find the sensitivity of the value of the node."""
-        value = self.trace.values[node]
+        value = self.values[node]
         sensitivity = self._sensitivity(node, value)
+        if self.differentiable and sensitivity.is_constant:
+            self.values[node] = self._with_gradient(node, value)
         if self.tightening.averaged and not (self._at_example or self.differentiable or self._is_head(node, value)):
             sensitivity = self._averaged(node, sensitivity)
         if self.deviations is not None and not (self.head is not None and self.head_node is node):
@@ -152,7 +159,8 @@ class _Composer:
 
     def _averaged(self, node: fx.Node, sensitivity: Sensitivity) -> Sensitivity:
         """Return the sensitivity of the end of a block, if it is one, bounded with its activation if that is better."""
-        block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
+        with torch.no_grad():
+            block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
         if block is None or block.source not in self.sensitivities:
             return sensitivity
         source = self.sensitivities[block.source]
@@ -162,9 +170,9 @@ class _Composer:
         before, after = source.scale, sensitivity.scale
         matrix = block.matrix
         if before is not None:
-            matrix = matrix / _of_one(before, self.trace.values[block.source]).reshape(1, -1)
+            matrix = matrix / before.expand(self.values[block.source].shape).amin(0).reshape(1, -1)
         if after is not None:
-            matrix = matrix * _of_one(after, self.trace.values[node]).reshape(-1, 1)
+            matrix = matrix * after.expand(self.values[node].shape).amax(0).reshape(-1, 1)
         log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()
         assert sensitivity.log_norm is not None
         assert source.log_norm is not None
@@ -190,7 +198,18 @@ class _Composer:
         return all(node in self.trace.batched for node in varying)
 
     def _fetch(self, argument: Any) -> Any:
-        return fx.map_arg(argument, lambda node: self.trace.values[node])
+        return fx.map_arg(argument, lambda node: self.values[node])
+
+    def _with_gradient(self, node: fx.Node, value: Any) -> Any:
+        """Return a value that is made of the weights alone with its graph: the trace has computed it without."""
+        if node.op not in ("call_function", "call_method", "call_module") or asks_for_shape(node):
+            return value
+        weights = [self.values[item] for item in node.all_input_nodes]
+        target = node.target
+        if node.op == "call_module":
+            target = self.trace.modules[str(target)]
+            weights.append(list(target.parameters()))
+        return recomputed(target, self._fetch(node.args), self._fetch(node.kwargs)) if _has_graph(weights) else value
 
     def _sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         if node.op == "placeholder":
@@ -200,13 +219,25 @@ class _Composer:
             return CONSTANT
         if node.op == "output":
             return incoming[0]
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            if self.is_local:
+                return CONSTANT  # whole numbers and truth values have the derivative zero wherever they have one
+            raise NoBoundError(
+                f"'{where(node)}' makes whole numbers or truth values ({str(value.dtype).removeprefix('torch.')}) of a "
+                "value that depends on the input. That is not continuous in the input, and has no Lipschitz constant."
+            )
         if node.op == "call_module":
             return self._module_sensitivity(node, value)
         rule = find_function_rule(node.target)
         if rule is None:
             raise no_rule(f"the {node.op.removeprefix('call_')} {name_of(node.target)}", where(node))
         is_local = self.is_local and self._knows(node.all_input_nodes)
+        if rule.first_of_several and isinstance(value, list | tuple):
+            self._check_users(node)
+            value = value[0]
         call = make_call(rule, node, self.sensitivities, value, self._fetch, self.norms, is_local, self._deviation_of)
+        if call is None:
+            return CONSTANT
         self.calls[node] = call
         if self._is_head(node, value) and name_of(node.target) == "linear":
             return self._head_sensitivity(node, call.argument("weight"), call.sensitivity, call.source.value)
@@ -222,13 +253,15 @@ class _Composer:
 
     def _module_sensitivity(self, node: fx.Node, value: Any) -> Sensitivity:
         module = self.trace.modules[str(node.target)]
-        if not isinstance(value, Tensor) and any(_takes_another(user) for user in node.users):
-            raise NoBoundError(
-                f"Of what '{where(node)}' returns, the rule speaks of the first output only; another is used."
-            )
+        if not isinstance(value, Tensor):
+            self._check_users(node)
+        if self.differentiable:
+            _set_weights(module)
         operands = {name: item for name, item in _bind(node, module).items() if isinstance(item, fx.Node)}
         varying = [item for item in operands.values() if not self.sensitivities[item].is_constant]
         single = self.sensitivities[varying[0]] if len(set(varying)) == 1 else None
+        if single is not None and varying[0] is not next(iter(operands.values())):
+            single = Sensitivity(single.plain().log_norm)  # the rule asks for the range of the first input
         if single is not None and self._is_head(node, value) and find_rule(module) is linear_rule:
             weight: Any = module.weight
             return self._head_sensitivity(node, weight, single, self._fetch(varying[0]))
@@ -236,6 +269,10 @@ class _Composer:
             gain = _gain(module, self._layer(node, module, operands, single, value), where(node))
         if single is not None and (len(varying) == 1 or gain.of_one_input):
             source = single
+        elif single is not None and isinstance(gain, ScaledGain):  # the others may be meant in coordinates or without
+            assert single.log_norm is not None
+            others = [torch.maximum(single.log_norm, single.within(None))] * (len(varying) - 1)
+            source = Sensitivity(side_by_side([single.log_norm, *others]))
         else:
             plain = [self.sensitivities[item].plain().log_norm for item in varying]
             source = Sensitivity(side_by_side([item for item in plain if item is not None]))
@@ -243,6 +280,12 @@ class _Composer:
         if self._batch_norm_after(node, value) is not None:
             label = f"{label} + batch norm"
         return self._after(node, label, source, gain)
+
+    def _check_users(self, node: fx.Node) -> None:
+        if any(_takes_another(user) for user in node.users):
+            raise NoBoundError(
+                f"Of what '{where(node)}' returns, the rule speaks of the first output only; another is used."
+            )
 
     def _after(self, node: fx.Node, label: str, source: Sensitivity, gain: Gain) -> Sensitivity:
         log_norm = log(gain.norm)
@@ -311,11 +354,6 @@ class _Composer:
         return source
 
 
-def _of_one(scale: Tensor, value: Tensor) -> Tensor:
-    """Return the coordinates of the value of one example, the smallest over the examples."""
-    return scale.expand(value.shape).amin(0)
-
-
 def _with_norm_one(gain: Gain) -> Gain:
     if isinstance(gain, ScaledGain):
         return ScaledGain(1.0, gain.output_range, gain.domain, gain.of_one_input, gain.scale)
@@ -335,10 +373,69 @@ def _gain(module: nn.Module, layer: Layer, name: str) -> Gain:
     if rule is None:
         raise no_rule(type(module).__name__, name)
     try:
-        gain = rule(module, layer)
+        returned = rule(module, layer)
     except NoBoundError as error:
         raise NoBoundError(f"At '{name}': {error}") from error
-    return gain if isinstance(gain, Gain) else Gain(gain)
+    what = f"The bound rule of {type(module).__name__} ({getattr(rule, '__qualname__', rule)}) at '{name}'"
+    gain = returned if isinstance(returned, Gain) else Gain(returned)
+    norm = _checked_norm(gain.norm, layer, what)
+    if isinstance(gain, ScaledGain) and gain.scale is not None:
+        is_tensor = isinstance(gain.scale, Tensor) and gain.scale.is_floating_point()
+        if not is_tensor:
+            raise TypeError(f"{what} returned coordinates that are no real tensor: {gain.scale!r}. {_RETURNS}")
+        if not bool((gain.scale.isfinite() & (gain.scale > 0)).all()) and not _is_ours(rule):
+            raise ValueError(f"{what} returned coordinates that are not positive and finite: {gain.scale}. {_RETURNS}")
+    if not bool((norm >= 0).all() & norm.isfinite().all()):
+        if bool(norm.isnan().any()) and (_is_ours(rule) or _has_nan(module)):
+            raise NonFiniteWeightsError(f"'{name}' has no norm. Check its weights and buffers for NaN.")
+        if not _is_ours(rule) or bool((norm < 0).any()):
+            raise ValueError(f"{what} returned {gain.norm}, which is not finite and >= 0. {_RETURNS}")
+    return replace(gain, norm=norm)
+
+
+_RETURNS = (
+    "A rule returns the Lipschitz constant of the module, a number >= 0 or a real tensor, () or (B,); "
+    "or a Gain or ScaledGain with such a norm and positive coordinates."
+)
+
+
+def _checked_norm(norm: Any, layer: Layer, what: str) -> Tensor:
+    """Return what a rule has returned as a tensor, at the global level ``()``."""
+    if isinstance(norm, Tensor):
+        is_real = norm.dtype != torch.bool and not norm.is_complex()
+        if not is_real or norm.shape not in ((), (1,), layer.input.shape[:1]):
+            shape, kind = tuple(norm.shape), str(norm.dtype).removeprefix("torch.")
+            raise TypeError(f"{what} returned a tensor of shape {shape} and type {kind}. {_RETURNS}")
+        wide = norm.double()
+        return wide if wide.ndim and layer.is_local else wide.amax()
+    if isinstance(norm, bool) or not isinstance(norm, Real):
+        raise TypeError(f"{what} returned {norm!r}, a {type(norm).__name__}. {_RETURNS}")
+    return as_double(float(norm))
+
+
+def _is_ours(rule: Any) -> bool:
+    function = getattr(rule, "func", rule)
+    return str(getattr(function, "__module__", "")).startswith("fisher_reg.")
+
+
+def _has_nan(module: nn.Module) -> bool:
+    return any(bool(item.isnan().any()) for item in (*module.parameters(), *module.buffers()))
+
+
+def _has_graph(values: Iterable[Any]) -> bool:
+    found: list[Tensor] = []
+    for value in values:
+        found.extend(
+            item for item in (value if isinstance(value, list | tuple) else (value,)) if isinstance(item, Tensor)
+        )
+    return any(item.requires_grad for item in found)
+
+
+def _set_weights(module: nn.Module) -> None:
+    """Compute a weight that a hook of :mod:`torch.nn.utils` sets: the trace has computed it without a graph."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            hook(module, ())
 
 
 def _takes_another(node: fx.Node) -> bool:

@@ -193,7 +193,7 @@ def _attention():
 
 REFUSED = {
     "a product of two values": (lambda self, x: self.fc(x * x), "two values that depend on the input"),
-    "a number made of the input": (lambda self, x: self.fc(x * x.mean().item()), "No bound rule for the method item"),
+    "a number made of the input": (lambda self, x: self.fc(x * x.mean().item()), "depends on the other examples"),
     "an index that may repeat": (lambda self, x: self.fc(x[:, [0] * 6]), "may repeat elements"),
     "dropout in evaluation": (lambda self, x: self.fc(F.dropout(x, 0.9)), "random, also in evaluation"),
     "addition with a factor": (lambda self, x: self.fc(torch.add(x, x, alpha=100)), "called with a factor"),
@@ -203,7 +203,10 @@ REFUSED = {
     "the weights of an attention": (_attention_weights, "the first output only"),
     "the second of two outputs": (lambda self, x: self.fc(self.twice(x)[1]), "the first output only"),
     "a tuple that grows": (lambda self, x: self.fc((self.twice(x) + (x,))[0]), "the first output only"),
-    "control flow": (lambda self, x: self.fc(x) if x.sum() > 0 else x, "cannot be traced"),
+    "control flow": (
+        lambda self, x: self.fc(x) if x[0, 0] > 0 else x,
+        "depends on the other examples|cannot be traced",
+    ),
     "a length": (lambda self, x: self.fc(x) * len(x), "depends on the other examples"),
 }
 

@@ -8,6 +8,7 @@ from fisher_reg.bounds.rules import (
     activations,
     arithmetic,
     attention,
+    constants,
     identity,
     linear,
     normalization,
@@ -16,12 +17,15 @@ from fisher_reg.bounds.rules import (
     reductions,
     resampling,
     shapes,
+    steps,
+    writes,
 )
 
 for family in (
     activations,
     arithmetic,
     attention,
+    constants,
     identity,
     linear,
     normalization,
@@ -30,5 +34,7 @@ for family in (
     reductions,
     resampling,
     shapes,
+    steps,
+    writes,
 ):
     family.register_rules()

@@ -20,6 +20,9 @@ from fisher_reg.errors import NoBoundError
 GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.sqrt(2) * math.exp(-1.0) / math.sqrt(2 * math.pi)
 """Largest slope of ``x Phi(x)``, at ``x = sqrt(2)`` where its second derivative ``(2 - x^2) phi(x)`` vanishes."""
 
+_SMALLEST_THRESHOLD = 15.0
+"""Above it the jump of a softplus, relative to its value, is below the rounding of float32."""
+
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 
@@ -34,9 +37,13 @@ def _prelu(module: nn.PReLU) -> Tensor:
 
 
 def _softplus(module: nn.Softplus) -> float:
-    if module.beta * module.threshold < 0:
-        raise NoBoundError(f"{module} jumps at a negative threshold.")
-    return 1.0  # a sigmoid; the jump at the threshold is a change of slope below it
+    # Where beta x passes the threshold t, torch goes on with x: it jumps by log1p(exp(-t)) / beta.
+    if not (module.threshold >= _SMALLEST_THRESHOLD and module.beta != 0):
+        raise NoBoundError(
+            f"{module} jumps at its threshold and is not continuous in the input; choose a threshold of at least "
+            f"{_SMALLEST_THRESHOLD:.0f} (the default is 20)."
+        )
+    return 1.0  # a sigmoid
 
 
 SLOPES: dict[type[nn.Module], Callable[[Any], float | Tensor]] = {
@@ -106,7 +113,7 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
 
 def activation_module(target: Any) -> nn.Module | None:
     """Return the module form of an activation function with its default settings."""
-    return nn.ReLU() if target in (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_") else None
+    return nn.ReLU() if target in (F.relu, torch.relu, "relu") else None
 
 
 def _functional_prelu(call: Call) -> Gain:
@@ -117,21 +124,21 @@ def register_rules() -> None:
     """Register the rules of this family."""
     register_bound_rule(*SLOPES)(activation_gain)
     register_layer(_functional_prelu, "input weight", F.prelu, torch.prelu, "prelu")
-    register_layer(as_module(nn.ReLU), "input inplace", F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+    register_layer(as_module(nn.ReLU), "input inplace", F.relu, torch.relu, "relu")
     register_layer(as_module(nn.ReLU6), "input inplace", F.relu6, "relu6")
-    register_layer(as_module(nn.Hardtanh), "input min_val max_val inplace", F.hardtanh, "hardtanh", "hardtanh_")
-    register_layer(as_module(nn.ELU), "input alpha inplace", F.elu, "elu", "elu_")
+    register_layer(as_module(nn.Hardtanh), "input min_val max_val inplace", F.hardtanh, "hardtanh")
+    register_layer(as_module(nn.ELU), "input alpha inplace", F.elu, "elu")
     register_layer(as_module(nn.CELU), "input alpha inplace", F.celu, "celu")
     register_layer(as_module(nn.SELU), "input inplace", F.selu, "selu")
     register_layer(as_module(nn.GELU), "input approximate", F.gelu, "gelu")
-    register_layer(as_module(nn.SiLU), "input inplace", F.silu, "silu", "silu_")
+    register_layer(as_module(nn.SiLU), "input inplace", F.silu, "silu")
     register_layer(as_module(nn.Mish), "input inplace", F.mish, "mish")
-    register_layer(as_module(nn.Hardswish), "input inplace", F.hardswish, "hardswish", "hardswish_")
+    register_layer(as_module(nn.Hardswish), "input inplace", F.hardswish, "hardswish")
     register_layer(as_module(nn.Hardsigmoid), "input inplace", F.hardsigmoid, "hardsigmoid")
-    register_layer(as_module(nn.LeakyReLU), "input negative_slope inplace", F.leaky_relu, "leaky_relu", "leaky_relu_")
+    register_layer(as_module(nn.LeakyReLU), "input negative_slope inplace", F.leaky_relu, "leaky_relu")
     register_layer(as_module(nn.Softplus), "input beta threshold", F.softplus, "softplus")
     register_layer(as_module(nn.Softsign), "input", F.softsign)
     register_layer(as_module(nn.LogSigmoid), "input", F.logsigmoid, "log_sigmoid")
     register_layer(as_module(nn.Tanhshrink), "input", F.tanhshrink)
-    register_layer(as_module(nn.Tanh), "input", torch.tanh, F.tanh, "tanh", "tanh_")
-    register_layer(as_module(nn.Sigmoid), "input", torch.sigmoid, F.sigmoid, "sigmoid", "sigmoid_")
+    register_layer(as_module(nn.Tanh), "input", torch.tanh, F.tanh, "tanh")
+    register_layer(as_module(nn.Sigmoid), "input", torch.sigmoid, F.sigmoid, "sigmoid")

@@ -75,7 +75,8 @@ def _add_product(call: Call) -> Sensitivity:
     call.argument("input")
     if call.argument("value", 1) != 1:
         raise NoBoundError(f"{call.name} is called with a factor; write it as a product.")
-    (factor,) = (call.operands[name].value for name in ("tensor1", "tensor2") if call.operands[name].is_constant)
+    source = call.source
+    (factor,) = (call.operands[name].value for name in ("tensor1", "tensor2") if call.operands[name] is not source)
     return _scaled(call, as_double(factor))
 
 
@@ -97,7 +98,7 @@ def _scaled(call: Call, factor: Tensor) -> Sensitivity:
             else None
         )
         return Sensitivity(shifted(sensitivity, log(size)), sensitivity.scale, kept)
-    layer = replace(layer_of(call), scale=sensitivity.scale)
+    layer = replace(layer_of(call, None), scale=sensitivity.scale)
     return (
         diagonal_gain(factor, layer).after(Sensitivity(sensitivity.log_norm, sensitivity.scale))
         if factor.any()
@@ -132,10 +133,10 @@ def _concatenate(call: Call) -> Sensitivity:
 
 def register_rules() -> None:
     """Register the rules of this family."""
-    register(_sum, "input other", operator.add, operator.iadd, operator.sub, operator.isub)
-    register(_sum, "input other alpha", torch.add, torch.sub, "add", "add_", "sub", "sub_")
-    register(_multiply, "input other", operator.mul, operator.imul, torch.mul, "mul", "mul_")
+    register(_sum, "input other", operator.add, operator.sub)
+    register(_sum, "input other alpha", torch.add, torch.sub, "add", "sub")
+    register(_multiply, "input other", operator.mul, torch.mul, "mul")
     register(_add_product, "input tensor1 tensor2 value", torch.addcmul, "addcmul")
-    register(_divide, "input other", operator.truediv, operator.itruediv, torch.div, "div", "div_")
+    register(_divide, "input other", operator.truediv, torch.div, "div")
     register(_flips, "input", operator.neg, torch.neg, "neg", torch.abs, "abs")
     register(_concatenate, "tensors dim", torch.cat, torch.concat, torch.stack, "cat", "stack", "concat")

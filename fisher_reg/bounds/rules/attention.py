@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -78,27 +80,47 @@ def _dot_product_attention(call: Call) -> Sensitivity:
     query, key, value = (call.operands[name] for name in ("query", "key", "value"))
     if call.argument("dropout_p", 0.0) != 0:
         raise NoBoundError(f"{call.name} drops in evaluation.")
-    if call.argument("enable_gqa", False):
-        raise NoBoundError(f"{call.name} shares keys between heads, which has no bound rule.")
     call.argument("attn_mask")
-    sensitivities = [item.sensitivity for item in (query, key, value) if isinstance(item.sensitivity, Sensitivity)]
-    found = [
-        item.sensitivity.range.of_tokens
-        if isinstance(item.sensitivity, Sensitivity) and isinstance(item.sensitivity.range, Ball)
-        else _ball_around(item)
-        for item in (query, key, value)
-    ]
-    balls = [ball for ball in found if ball is not None]
-    if len(balls) < 3:
-        raise NoBoundError(
-            "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm and "
-            "linear layer stand right before this one to bound it. Only pre-norm attention has a global bound."
-        )
     scale = call.argument("scale")
     scale = query.value.shape[-1] ** -0.5 if scale is None else scale
-    gains = dot_product_attention_gains(query.value.shape[-2], scale, *balls)
-    sides = zip(sensitivities, (gains.query, gains.key, gains.value), strict=True)
-    return Sensitivity(log_sum([shifted(sensitivity.plain(), log(gain)) for sensitivity, gain in sides]))
+    terms = []
+    for number, item in enumerate((query, key, value)):
+        if not isinstance(item.sensitivity, Sensitivity) or item.is_constant:
+            continue
+        balls = [_POINT if item is value else _ball(call, other) for other in (query, key, value)]
+        gains = dot_product_attention_gains(query.value.shape[-2], scale, *balls)
+        gain = (gains.query, gains.key, gains.value)[number]
+        # Heads, groups of them or examples that share a value use copies of it.
+        copies = _heads(call.value) / _heads(item.value)
+        terms.append(shifted(item.sensitivity.plain(), log(gain) + 0.5 * math.log(copies)))
+    return Sensitivity(log_sum(terms))
+
+
+_POINT = Ball(torch.zeros(()).double(), torch.zeros(()).double())
+
+
+def _heads(value: Tensor) -> int:
+    """Return how many matrices there are along the last two axes."""
+    return math.prod(value.shape[:-2])
+
+
+def _ball(call: Call, operand: Operand) -> Ball:
+    """Return where the vectors of a query, key or value lie; those of a constant are known."""
+    if operand.is_constant:
+        vectors = operand.value.double()
+        centred = vectors - vectors.mean(-2, keepdim=True)
+        radius, norm = (torch.linalg.vector_norm(item, dim=-1).amax() for item in (centred, vectors))
+        return Ball(radius, norm)
+    sensitivity = operand.sensitivity
+    if isinstance(sensitivity, Sensitivity) and isinstance(sensitivity.range, Ball):
+        return sensitivity.range.of_tokens
+    around = _ball_around(operand)
+    if around is not None:
+        return around
+    raise NoBoundError(
+        f"{call.name}: dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer "
+        "norm and linear layer stand right before this one to bound it. Only pre-norm attention has a global bound."
+    )
 
 
 def register_rules() -> None:

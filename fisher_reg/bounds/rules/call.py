@@ -37,7 +37,7 @@ class Call:
         name: What a reader would call it.
         operands: The arguments by name.
         value: What it returned.
-        again: Calls it once more with another first tensor.
+        again: Calls it once more with another first argument.
         is_local: Whether the constant at the example is wanted.
         norms: What computes the norms of weights.
     """
@@ -88,11 +88,26 @@ class FunctionRule:
     """A rule for calls whose arguments have these names, in this order; any others where ``names`` is None.
 
     It returns the sensitivity of the value, or, for a layer of one input, its gain.
+
+    Attributes:
+        apply: The rule.
+        names: The names of the arguments.
+        is_layer: Whether it returns a gain.
+        shape_only: The arguments that give no more than a shape, a type or a device: the value does not depend on
+            theirs. ``*`` for all but the first.
+        first_of_several: Whether the call returns a tuple, of which the rule is about the first.
     """
 
     apply: Callable[[Call], Sensitivity | Gain]
     names: tuple[str, ...] | None
     is_layer: bool = False
+    shape_only: tuple[str, ...] = ()
+    first_of_several: bool = False
+
+    def reads(self, name: str, place: int) -> bool:
+        """Say whether the value depends on that of an argument."""
+        others = "*" in self.shape_only and place > 0
+        return name not in self.shape_only and not others
 
 
 def make_call(
@@ -104,7 +119,7 @@ def make_call(
     norms: Norms,
     is_local: bool,
     deviation_of: Callable[[fx.Node], Deviation | None] = lambda node: None,
-) -> Call:
+) -> Call | None:
     """Bind the arguments of a node to their names.
 
     Args:
@@ -118,32 +133,33 @@ def make_call(
         deviation_of: From a node to how far its value may be from the one at the example, over a region.
 
     Returns:
-        The call.
+        The call; None where the value does not depend on the input, only its shape may.
 
     Raises:
         NoBoundError: For a signature that the rule does not know, or no tensor as the value.
     """
     name = f"'{node}' ({name_of(node.target)})"
+    arguments = _named(node, rule.names, name)
+    operands = {}
+    for place, (key, argument) in enumerate(arguments.items()):
+        is_read = rule.reads(key, place)
+        operands[key] = Operand(
+            fetch(argument),
+            _sensitivity_of(argument, sensitivities) if is_read else CONSTANT,
+            deviation_of(argument) if is_read and isinstance(argument, fx.Node) else None,
+        )
+    if all(operand.is_constant for operand in operands.values()):
+        return None
     tensors = value if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise NoBoundError(f"{name} makes a {type(value).__name__} of a value that depends on the input.")
-    arguments = _named(node, rule.names, name)
-    operands = {
-        key: Operand(
-            fetch(argument),
-            _sensitivity_of(argument, sensitivities),
-            deviation_of(argument) if isinstance(argument, fx.Node) else None,
-        )
-        for key, argument in arguments.items()
-    }
 
-    def again(tensor: Any) -> Any:
-        rest, keywords = fetch(node.args[1:]), fetch(node.kwargs)
-        return (
-            getattr(tensor, node.target)(*rest, **keywords)
-            if isinstance(node.target, str)
-            else node.target(tensor, *rest, **keywords)
-        )
+    def again(first: Any) -> Any:
+        rest, keywords = fetch(node.args[1:]), dict(fetch(node.kwargs))
+        function: Any = getattr(first, node.target) if isinstance(node.target, str) else node.target
+        if not node.args:
+            return function(**keywords | {next(iter(arguments)): first})
+        return function(*rest, **keywords) if isinstance(node.target, str) else function(first, *rest, **keywords)
 
     return Call(name, operands, value, again, is_local, norms)
 
@@ -154,15 +170,29 @@ def _named(node: fx.Node, names: Sequence[str] | None, name: str) -> dict[str, A
         arguments = dict(zip(schema, node.args, strict=False)) | dict(node.kwargs)
         unknown = set() if names is None else set(arguments) - set(names)
     elif names is None:
-        return {str(index): item for index, item in enumerate(node.args)} | dict(node.kwargs)
+        return {str(index): item for index, item in enumerate(node.args)} | _first_tensor_first(node)
     else:
-        unknown = set(node.kwargs) - set(names)
+        keywords = {_SYNONYMS.get(key, key): item for key, item in _first_tensor_first(node).items()}
+        unknown = set(keywords) - set(names)
         if len(node.args) > len(names):
             raise NoBoundError(f"{name} is called with more arguments than its rule knows.")
-        arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        arguments = dict(zip(names, node.args, strict=False)) | keywords
     if unknown:
         raise NoBoundError(f"{name} is called with {sorted(unknown)} more arguments than its rule knows.")
     return arguments
+
+
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}
+"""Names of arguments that torch knows from NumPy, and its own."""
+
+
+def _first_tensor_first(node: fx.Node) -> dict[str, Any]:
+    """Return the keywords, in a call without positional arguments the one with the tensors first."""
+    keywords = dict(node.kwargs)
+    if node.args:
+        return keywords
+    first = next((key for key in keywords if key in ("input", "tensors", "tensor", "query")), next(iter(keywords)))
+    return {first: keywords.pop(first), **keywords}
 
 
 def _sensitivity_of(argument: Any, sensitivities: dict[fx.Node, Sensitivity]) -> Sensitivity | tuple[Sensitivity, ...]:
@@ -175,9 +205,11 @@ def _sensitivity_of(argument: Any, sensitivities: dict[fx.Node, Sensitivity]) ->
     return tuple(found) if any(not sensitivity.is_constant for sensitivity in found) else CONSTANT
 
 
-def layer_of(call: Call) -> Layer:
-    """Return the call as the call of a layer of one input."""
+def layer_of(call: Call, of: str | None = "input") -> Layer:
+    """Return the call as the call of a layer of one input, the argument of a name; None for whichever it is."""
     sensitivity = call.sensitivity
+    if of is not None and call.operands[of] is not call.source:
+        raise NoBoundError(f"{call.name}: another argument than its {of} depends on the input of the network.")
     return Layer(
         {"input": call.source.value},
         call.value,

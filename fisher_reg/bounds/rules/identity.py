@@ -35,8 +35,9 @@ def register_rules() -> None:
     register_bound_rule(
         nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
     )(passes)
-    register(same, "input", "float", "double", "alias", "lift_fresh_copy", "detach", "detach_", torch.clone)
-    register(same, "input dtype device layout memory_format other", "to", "_to_copy", "clone", "contiguous", "type_as")
+    register(same, "input memory_format", "float", "double", "half", "bfloat16", torch.clone, "clone", "contiguous")
+    register(same, "input", "alias", "lift_fresh_copy", "detach", "detach_", torch.detach)
+    register(same, None, "to", "_to_copy", "type_as", "type", shape_only="*")
     register(drop, "input p training inplace", F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
     register(drop, "input p mode training", "stochastic_depth")
     register(drop, "input p train", "dropout", "feature_dropout")

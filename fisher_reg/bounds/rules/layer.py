@@ -14,8 +14,17 @@ from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 from fisher_reg.bounds.sensitivity import Number, Sensitivity, log, shifted
 
 __all__ = [
-    *("Ball", "Deviation", "Gain", "Layer", "Norms", "Number", "Rule", "ScaledGain", "Tokens"),
-    *("diagonal_gain", "largest_of_each"),
+    "Ball",
+    "Deviation",
+    "Gain",
+    "Layer",
+    "Norms",
+    "Number",
+    "Rule",
+    "ScaledGain",
+    "Tokens",
+    "diagonal_gain",
+    "largest_of_each",
 ]
 
 _SMALLEST = 1e-12

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import operator
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fisher_reg.bounds.operator_norms.conv import Geometry
-from fisher_reg.bounds.rules.call import Call, layer_of
+from fisher_reg.bounds.rules.call import Call, Operand, layer_of
 from fisher_reg.bounds.rules.layer import Ball, Gain, Layer, ScaledGain, Tokens
 from fisher_reg.bounds.rules.registry import find_rule, register_bound_rule, register_layer
 from fisher_reg.errors import NoBoundError
@@ -105,6 +109,37 @@ def _linear(call: Call) -> Gain:
     return linear_gain(call.argument("weight"), call.argument("bias"), layer_of(call))
 
 
+def _matrix_product(call: Call) -> Gain:
+    """``x @ W`` is a linear map of the last axis, ``A @ x`` one of the axis before."""
+    left, right = call.operands.values()
+    return _product_with(call, left, right)
+
+
+def _shifted_product(call: Call) -> Gain:
+    call.argument("input")
+    gain = _product_with(call, call.operands["mat1"], call.operands["mat2"])
+    factor = abs(call.argument("alpha", 1))
+    return gain if factor == 1 else replace(gain, norm=gain.norm * factor, output_range=None)
+
+
+def _product_with(call: Call, left: Operand, right: Operand) -> Gain:
+    source = call.source
+    sensitivity = call.sensitivity
+    layer = Layer({"input": source.value}, call.value, call.norms, sensitivity.range, scale=sensitivity.scale)
+    matrix, is_left = (right if source is left else left).value.double(), source is left
+    if is_left and matrix.ndim == 2 and source.value.ndim >= 2:
+        return linear_gain(matrix.mT, None, layer)
+    if is_left and matrix.ndim == 1:
+        return replace(linear_gain(matrix[None], None, layer), output_range=None)
+    if matrix.ndim == 1:
+        matrix = matrix[None]
+    shorter = source.value.shape[-1] if is_left or source.value.ndim == 1 else source.value.shape[-2]
+    longer = matrix.shape[-1] if is_left else matrix.shape[-2]
+    copies = call.value.numel() * shorter / (longer * source.value.numel())  # more than one where it is broadcast
+    norms = [call.norms.matrix(item) for item in matrix.reshape(-1, *matrix.shape[-2:])]
+    return Gain(torch.stack(norms).amax() * math.sqrt(copies))
+
+
 def _convolution(call: Call) -> Gain:
     weight = call.argument("weight")
     axes = weight.ndim - 2
@@ -128,6 +163,9 @@ def register_rules() -> None:
     register_bound_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)(conv_rule)
     register_bound_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)(_transposed_conv)
     register_layer(_linear, "input weight bias", F.linear, "linear")
+    register_layer(_matrix_product, "input other", operator.matmul, torch.matmul, "matmul")
+    register_layer(_matrix_product, "input mat2", torch.mm, torch.bmm, "mm", "bmm")
+    register_layer(_shifted_product, "input mat1 mat2 beta alpha", torch.addmm, "addmm")
     register_layer(
         _convolution,
         "input weight bias stride padding dilation groups",

@@ -148,6 +148,10 @@ def _functional_group_norm(call: Call) -> Gain:
     return group_norm_gain(call.argument("weight"), eps, call.argument("num_groups"), layer_of(call))
 
 
+def _native_group_norm(call: Call) -> Gain:
+    return group_norm_gain(call.argument("weight"), call.argument("eps"), call.argument("group"), layer_of(call))
+
+
 def register_rules() -> None:
     """Register the rules of this family."""
     register_bound_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)(batch_norm_rule)
@@ -174,4 +178,22 @@ def register_rules() -> None:
         _functional_group_norm,
         "input num_groups weight bias eps cudnn_enabled",
         *(F.group_norm, torch.group_norm, "group_norm"),
+    )
+    register_layer(
+        _functional_batch_norm,
+        "input weight bias running_mean running_var momentum eps",
+        "_native_batch_norm_legit_no_training",
+        first_of_several=True,
+    )
+    register_layer(
+        _functional_layer_norm,
+        "input normalized_shape weight bias eps",
+        *(torch.native_layer_norm, "native_layer_norm"),
+        first_of_several=True,
+    )
+    register_layer(
+        _native_group_norm,
+        "input weight bias N C HxW group eps",
+        *(torch.native_group_norm, "native_group_norm"),
+        first_of_several=True,
     )

@@ -107,3 +107,9 @@ def register_rules() -> None:
         "input kernel_size stride padding dilation ceil_mode return_indices",
         *(F.max_pool2d, "max_pool2d"),
     )
+    register_layer(
+        as_module(nn.MaxPool2d),
+        "input kernel_size stride padding dilation ceil_mode",
+        "max_pool2d_with_indices",
+        first_of_several=True,
+    )

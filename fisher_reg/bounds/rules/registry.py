@@ -21,6 +21,13 @@ from fisher_reg.errors import NoBoundError
 
 RuleT = TypeVar("RuleT", bound=Rule)
 
+_HOW_TO_REGISTER = (
+    "Write\n"
+    "    @fisher_reg.register_bound_rule(YourModule)\n"
+    "    def _(module, layer):\n"
+    "        return 1.0  # its Lipschitz constant"
+)
+
 _RULES: dict[type[nn.Module], Rule] = {}
 FUNCTION_RULES: dict[Any, FunctionRule] = {}
 """From what the graph calls, a function or the name of a method, to its rule."""
@@ -37,6 +44,9 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
 
     Returns:
         A decorator that returns the function unchanged.
+
+    Raises:
+        TypeError: For anything but classes of modules, for none of them, and for a rule that cannot be called.
 
     Example:
         >>> class Halve(nn.Module):
@@ -66,8 +76,16 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
         >>> round(lipschitz_bound(model, torch.zeros(1, 2, 1, 1)).value, 6)  # |10 * 0.1|, not 10 * |mix|; centred
         1.0
     """
+    for module_type in module_types:
+        if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+            raise TypeError(f"register_bound_rule takes classes of modules; got {module_type!r}. {_HOW_TO_REGISTER}")
+    if not module_types:
+        raise TypeError(f"register_bound_rule needs the class that the rule is for. {_HOW_TO_REGISTER}")
 
     def decorate(rule: RuleT) -> RuleT:
+        given: Any = rule
+        if not callable(given) or (isinstance(given, type) and issubclass(given, nn.Module)):
+            raise TypeError(f"A bound rule is a function of a module and its layer; got {given!r}. {_HOW_TO_REGISTER}")
         for module_type in module_types:
             _RULES[module_type] = rule
         return rule
@@ -102,10 +120,7 @@ def no_rule(what: str, where: str) -> NoBoundError:
     """Describe the missing rule and how to add it."""
     return NoBoundError(
         f"No bound rule for {what} at '{where}' (or it has hooks, or another forward than its class). If it has a "
-        "Lipschitz constant that you know, put it in a module and register that:\n"
-        "    @fisher_reg.register_bound_rule(YourModule)\n"
-        "    def _(module, layer):\n"
-        "        return 1.0  # its Lipschitz constant"
+        f"Lipschitz constant that you know, put it in a module and register that. {_HOW_TO_REGISTER}"
     )
 
 
@@ -114,9 +129,21 @@ def register(
     names: str | None,
     *targets: Any,
     is_layer: bool = False,
+    shape_only: str = "",
+    first_of_several: bool = False,
 ) -> None:
-    """Register a rule for functions and for the names of methods, with the names of its arguments in their order."""
-    rule = FunctionRule(apply, None if names is None else tuple(names.split()), is_layer)
+    """Register a rule for functions and for the names of methods.
+
+    Args:
+        apply: The rule.
+        names: The names of the arguments in their order, or None.
+        *targets: The functions, and the names of the methods.
+        is_layer: As in :class:`FunctionRule`.
+        shape_only: The names of arguments whose values do not matter; ``*`` for all but the first.
+        first_of_several: As in :class:`FunctionRule`.
+    """
+    known = None if names is None else tuple(names.split())
+    rule = FunctionRule(apply, known, is_layer, tuple(shape_only.split()), first_of_several)
     FUNCTION_RULES.update(dict.fromkeys(targets, rule))
 
 

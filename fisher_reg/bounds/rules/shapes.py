@@ -93,8 +93,10 @@ def _copies(call: Call) -> Sensitivity:
 def register_rules() -> None:
     """Register the rules of this family."""
     register_bound_rule(nn.Flatten, nn.Unflatten)(moved_module)
-    register(_copies, None, "expand", "expand_as", "repeat")
+    register(_copies, None, "expand", "expand_as", "repeat", shape_only="*")
     register(_index, "input index", operator.getitem)
+    register(move_entries, None, "view_as", "reshape_as", shape_only="*")
+    register(move_entries, None, "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
     register(move_entries, None, torch.flatten, "flatten", torch.reshape, torch.permute, "reshape", "view", "permute")
     register(move_entries, None, torch.transpose, "transpose", "t")
     register(move_entries, None, torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze")

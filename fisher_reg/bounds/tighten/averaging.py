@@ -15,7 +15,6 @@ activation operators", SIAM Journal on Mathematics of Data Science 2(2), arXiv 1
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +134,7 @@ def _responses(trace: Trace, source: fx.Node, end: fx.Node, activation: fx.Node,
 def _linear_part(trace: Trace, node: fx.Node) -> Callable[[Tensor], Tensor]:
     """Return the node as a linear function of a batch, in double precision."""
     if node.op == "call_module":
-        module = copy.deepcopy(trace.modules[str(node.target)]).double().eval()
+        module = trace.modules[str(node.target)]  # in float64 and in evaluation
         return lambda batch: module(batch) - module(torch.zeros_like(batch[:1]))
     arguments = node.args[1:]
     return lambda batch: _call(node, batch, arguments)

@@ -7,6 +7,7 @@ the module has no bound.
 """
 
 from fisher_reg.bounds.tracing.capture import asks_for_shape, where
+from fisher_reg.bounds.tracing.functional import recomputed
 from fisher_reg.bounds.tracing.read import Trace, trace
 
-__all__ = ["Trace", "asks_for_shape", "trace", "where"]
+__all__ = ["Trace", "asks_for_shape", "recomputed", "trace", "where"]

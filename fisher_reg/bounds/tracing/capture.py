@@ -44,7 +44,21 @@ def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     (output,) = exported.graph.find_nodes(op="output")
     if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
         output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
+    _without_copies(exported.graph)
     return exported
+
+
+def _without_copies(graph: fx.Graph) -> None:
+    """Write a copy into another tensor as what it returns: the operator has no derivative."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        target, source = node.args[:2]
+        with graph.inserting_before(node):
+            expanded = graph.call_function(aten.expand_as.default, (source, target))
+            converted = graph.call_function(aten.type_as.default, (expanded, target))
+        expanded.meta, converted.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(converted)
+        graph.erase_node(node)
 
 
 def where(node: fx.Node) -> str:

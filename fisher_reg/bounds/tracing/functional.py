@@ -41,6 +41,14 @@ class Run(fx.Interpreter):
         return value
 
 
+def recomputed(target: Any, args: Any, kwargs: Any) -> Any:
+    """Return what a function, a module or the method of a name gives, in exact arithmetic."""
+    with ExactArithmetic():
+        return widened(
+            getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
+        )
+
+
 class _Writes(Run):
     """Finds the calls that write to a value that an earlier call made."""
 
