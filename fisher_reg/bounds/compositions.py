@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,8 @@ def compositions_of(
     """
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
-        scales.append(balanced_coordinates(traced, tightening, likelihood))
+        with suppress(NoBoundError):  # without a constant over all inputs there is nothing to descend
+            scales.append(balanced_coordinates(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense) if norms is None else norms
     return [
         compose(
