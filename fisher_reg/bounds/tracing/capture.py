@@ -136,7 +136,8 @@ def _with_directions(graph: fx.Graph) -> None:
         settings: tuple[Any, ...] = tuple(length.args[1:]) if isinstance(length, fx.Node) else ()
         if not _calls(length, aten.linalg_vector_norm.default) or length.args[0] is not vectors:
             continue
-        order, dim, keepdim = (*settings, *(2, None, False)[len(settings) :])
+        defaults: tuple[Any, ...] = (2, None, False)
+        order, dim, keepdim = settings + defaults[len(settings) :]
         if order != 2 or not isinstance(dim, list | tuple) or len(dim) != 1 or keepdim is not True:
             continue
         with graph.inserting_before(node):
