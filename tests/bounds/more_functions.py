@@ -21,7 +21,7 @@ PRODUCTS = {  # a constant over all inputs only where a normalisation bounds the
     "einsum": lambda m, x: torch.einsum("bik,bjk->bij", x, x.sin()),
     "einsum with an ellipsis": lambda m, x: torch.einsum("...ik,...jk->...ij", x[:, None], x[:, None]),
     "einsum over heads": lambda m, x: torch.einsum("bhid,bjd->bhij", x[:, None] * m.gamma[:, None, None], x),
-    "einsum with a constant": lambda m, x: torch.einsum("bik,ok->boi", x, m.w),
+    "einsum with a constant": lambda m, x: torch.einsum("bik,ok->boi", [x, m.w]),
     "a quotient": lambda m, x: x / (x.square().sum(1, keepdim=True) + 0.5),
     "a constant over a value": lambda m, x: m.gamma / (1.0 + x.abs()) + 1 / (x.square() + 0.1),
     "gates": lambda m, x: x * x.mean(2, keepdim=True).sigmoid(),
@@ -55,7 +55,9 @@ BOUNDED = {
         torch.clamp_min(x, 0.1) + x.clamp_min(0.2) + torch.clamp_max(x, 0) - x.clamp_max(1)
     ),
     "larger and smaller": lambda m, x: torch.maximum(x, x.flip(1)) + torch.minimum(x, 2 * x) + x.maximum(m.loud),
-    "smaller by method": lambda m, x: x.minimum(m.gamma) + torch.fmax(x, -x) + torch.fmin(x, x.flip(2)) + x.fmax(-x) + x.fmin(2 * x),
+    "smaller by method": lambda m, x: (
+        x.minimum(m.gamma) + torch.fmax(x, -x) + torch.fmin(x, x.flip(2)) + x.fmax(-x) + x.fmin(2 * x)
+    ),
     "largest": lambda m, x: torch.max(x, 1)[0] + x.max(1).values + x.min(dim=1)[0] + torch.min(x, 1).values,
     "largest of two": lambda m, x: torch.max(x, x.flip(2)) - x.min(m.loud),
     "median": lambda m, x: torch.median(x, 1)[0] + x.median(1).values + torch.nanmedian(x, 1)[0] + x.nanmedian(1)[0],
