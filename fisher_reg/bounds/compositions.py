@@ -24,7 +24,7 @@ from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tighten.balance import balanced_scales
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, trace
-from fisher_reg.bounds.tracing.compare import check_independence, eager
+from fisher_reg.bounds.tracing.compare import answer, check_independence
 from fisher_reg.errors import NoBoundError
 from fisher_reg.evaluation import Noise, check_inputs, deployed_module, differentiable
 from fisher_reg.likelihood import Likelihood
@@ -142,7 +142,7 @@ def _is_log_softmax(traced: Trace, node: fx.Node) -> bool:
 
 def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:
     """Return the logits of a module in float64 after checking that they are, and that each is of its example alone."""
-    logits: Tensor = eager(module, point)
+    logits: Tensor = answer(module, point)
     check_logits(logits, len(point), likelihood)
     check_independence(module, point)
     return logits

@@ -194,7 +194,6 @@ def _attention():
 REFUSED = {
     "a product of two values": (lambda self, x: self.fc(x * x), "two values that depend on the input"),
     "a number made of the input": (lambda self, x: self.fc(x * x.mean().item()), "depends on the other examples"),
-    "an index that may repeat": (lambda self, x: self.fc(x[:, [0] * 6]), "may repeat elements"),
     "dropout in evaluation": (lambda self, x: self.fc(F.dropout(x, 0.9)), "random, also in evaluation"),
     "addition with a factor": (lambda self, x: self.fc(torch.add(x, x, alpha=100)), "called with a factor"),
     "division with rounding": (lambda self, x: self.fc(torch.div(x, 2, rounding_mode="floor")), "rounding_mode"),

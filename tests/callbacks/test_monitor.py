@@ -96,7 +96,7 @@ def test_bounds_at_the_inputs_are_logged_by_their_means_over_the_probe(tmp_path)
         mean = upper.log10_value.mean().item()
         assert_close(logged[f"fisher/log10_bound_{level}"].item(), mean, rtol=1e-4, atol=0)
         assert_close(logged[f"fisher/log10_gap_{level}"].item(), mean - decades, rtol=1e-4, atol=1e-5)
-        assert logged[f"fisher/log10_gap_{level}"] > 0
+        assert logged[f"fisher/log10_gap_{level}"] > (-1e-4 if level == "local" else 0)  # that is exact here
     seconds = sum(logged[f"fisher/seconds_bound_{level}"] for level in ("global", "local", "blockwise"))
     assert 0 < seconds < logged["fisher/seconds"]
     labels = [line.get_label() for line in bound_versus_empirical(monitor.history).axes[0].lines[:3]]

@@ -127,45 +127,38 @@ def _refused(calls, message):
     return dict.fromkeys(calls, message)
 
 
-_NO_RULE = _refused(_CERTIFIED, "No bound rule")
+_NO_RULE = _refused((name for name in _CERTIFIED if name != "local bound"), "No bound rule")  # that needs none
+_NO_CONSTANT = _refused(("bound", "Lipschitz bound", "bound penalty"), "no global Lipschitz constant")
 _ALL_BUT_CHECK = tuple(name for name in ESTIMATES if name not in ("check", "black box"))
 REFUSALS = {
     "batch_norm_without_tracking": {
         **_refused(_ALL_BUT_CHECK, "keeps no running statistics"),
         **_refused(("check",), "keeps no running statistics"),
-        **_refused(("bound", "Lipschitz bound"), "more than 1 value per channel"),
-        **_refused(("local bound", "certified radius"), "keeps no running statistics"),
-        **_refused(("blockwise bound",), "not transposes"),
+        **_refused(BOUNDS, "depends on the other examples"),
     },
     "batch_norm_of_two_calls": _refused(("bound penalty",), "called 2 times"),
     "noise_in_every_mode": {
         **_refused(_ALL_BUT_CHECK, "random, also in evaluation"),
-        **_refused(_CERTIFIED, "random, also in evaluation"),
+        **_refused((*_CERTIFIED, "blockwise bound"), "random, also in evaluation"),
     },
     "bfloat16": _refused(("black box",), "nothing but rounding"),
-    "multi_head_attention": _refused(
-        ("bound", "Lipschitz bound", "certified radius", "bound penalty"), "no global Lipschitz constant"
-    ),
+    "multi_head_attention": _NO_CONSTANT,
+    **dict.fromkeys(("transformer_layer", "transformer"), _NO_CONSTANT),
+    **dict.fromkeys(("frozen_script", "optimized_script"), _refused((*BOUNDS, "bound penalty"), "TorchScript")),
+    "failing": _refused((*BOUNDS, "bound penalty"), "random, also in evaluation|fails on inputs|depends on the other"),
     "scripted_batch_norm": _NO_RULE | _refused(PENALTIES, "fixed inside a TorchScript module"),
     **dict.fromkeys(
         (
-            "local_response_norm",
             "rnn",
             "lstm",
             "gru",
             "rnn_cell",
             "lstm_cell",
             "gru_cell",
-            "transformer_layer",
-            "transformer",
             "scripted",
             "traced",
-            "frozen_script",
-            "optimized_script",
             "with_a_scripted_part",
-            "notes_in_python_attributes",
             "buffers_that_move",
-            "failing",
             "hooks",
             "a_hook_that_writes_to_a_list_of_its_module",
             "a_hook_that_writes_to_a_list_of_its_own",

@@ -45,6 +45,8 @@ def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
     (output,) = exported.graph.find_nodes(op="output")
     if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
         output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default  # the same, for values that are laid out otherwise
     _without_copies(exported.graph)
     _with_directions(exported.graph)
     return exported

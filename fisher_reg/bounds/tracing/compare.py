@@ -23,6 +23,26 @@ def eager(model: nn.Module, inputs: Tensor) -> Any:
         return widened(model(inputs.clone()))
 
 
+def answer(model: nn.Module, inputs: Tensor) -> Any:
+    """Return what :func:`eager` does.
+
+    Raises:
+        NoBoundError: For a part in TorchScript that holds weights in a precision of its own.
+        ValueError: For inputs that the model does not take.
+    """
+    try:
+        return eager(model, inputs)
+    except NoBoundError:
+        raise
+    except Exception as error:  # the user's own forward runs here and may raise anything
+        if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+            raise NoBoundError(
+                f"{type(model).__name__} has a part in TorchScript that cannot be read in float64: {error}\n"
+                "Bound the module before it is scripted or frozen."
+            ) from error
+        raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
+
+
 def check_independence(model: nn.Module, inputs: Tensor) -> None:
     """Refuse a model whose prediction of an example is random, or depends on the other examples or on their number.
 
