@@ -47,7 +47,9 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]]) -> Figure:
     levels = [key.removeprefix("fisher/log10_bound_") for key in keys if key.startswith("fisher/log10_bound_")]
     for level in levels:
         colour, line, name = _LEVELS.get(level, ("tab:red", "s-", f"{level} upper bound"))
-        axes.plot(epochs, series(f"fisher/log10_bound_{level}"), line, color=colour, label=name)
+        values = series(f"fisher/log10_bound_{level}")
+        known = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if not math.isnan(value)]
+        axes.plot([epoch for epoch, _ in known], [value for _, value in known], line, color=colour, label=name)
     curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}
     for name, colour in curves.items():
         decades = [_log10(value) for value in series(f"fisher/lambda_max_{name}")]

@@ -8,9 +8,10 @@ Two parts, each with a switch in ``conf/bounds.yaml``:
 * ``speed`` times the bounds of torchvision's large networks, and the norms of single convolutions beside other people's
   (:mod:`recipes.bounds_speed`).
 
-Leaves in Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``segments.csv`` (per network and
-number of segments), ``networks.csv`` and ``convolutions.csv``, and of them ``bounds.json`` (with versions, settings and
-the shares of the layers), ``bounds.md`` and ``bounds.png``.
+Leaves in Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``balls.csv`` (per network and
+radius, :mod:`recipes.bounds_balls`), ``segments.csv`` (per network and number of segments), ``networks.csv`` and
+``convolutions.csv``, and of them ``bounds.json`` (with versions, settings and the shares of the layers), ``bounds.md``
+and ``bounds.png``.
 """
 
 from __future__ import annotations
@@ -132,6 +133,25 @@ def tables(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         cells = gaps.map(_decades)
         result["The blockwise bound by number of segments: mean gap in decades."] = pd.concat(
             [pd.DataFrame({"segments": gaps.index.astype(str)}, index=gaps.index), cells], axis=1
+        )
+    if "balls" in frames:
+        rows = frames["balls"]
+        result["Bounds in a ball: log10, decades below the global bound, and points that tried to exceed them."] = (
+            pd.DataFrame(
+                {
+                    "network": rows.network,
+                    "radius": rows.radius,
+                    "global": rows.log10_global.map(_decades),
+                    "in the ball": rows.log10_bound.map(_decades),
+                    "gained, mean": rows.gained_mean.map(_decades),
+                    "gained, median": rows.gained_median.map(_decades),
+                    "found by attack": rows.log10_attacked.map(_decades),
+                    "attacks": rows.num_attacked.map("{:,}".format),
+                    "exceeded": rows.num_violations.map(str),
+                    "by": rows.evidence,
+                    "s": rows.seconds.map("{:.1f}".format),
+                }
+            )
         )
     if "networks" in frames:
         rows = frames["networks"]

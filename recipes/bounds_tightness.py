@@ -22,6 +22,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from fisher_reg import Tightening, blockwise_fisher_bound, fisher_spectral_norm
+from recipes.bounds_balls import balls
 from recipes.bounds_speed import LEVELS, timed
 from recipes.networks import prepared_data, trained_network
 from recipes.rank import chosen_images, share_correct
@@ -36,7 +37,7 @@ def tightness(
     """Train and measure a network of each of ``config.families``.
 
     Yields:
-        Rows of ``tightness`` and of ``segments`` in turn.
+        Rows of ``tightness``, of ``balls`` and of ``segments`` in turn.
 
     Raises:
         ValueError: For settings that :func:`cumulative` or this part cannot use.
@@ -64,6 +65,8 @@ def tightness(
         facts |= {"log10_lambda_max": float(lambdas.max()), "log10_lambda_median": float(lambdas.quantile(0.5))}
         few = slice(config.num_blockwise_images)
         yield "segments", _with_facts(facts, segments(network, images[few], lambdas[few]))
+        some = images[: config.num_ball_images]
+        yield "balls", _with_facts(facts, balls(network, some, list(config.radii), config.num_attacks))
         yield (
             "tightness",
             _with_facts(facts, ladder(network, images, lambdas, steps, config.baseline, config.num_rounds)),

@@ -142,7 +142,7 @@ def measure(network: nn.Module, images: Tensor, labels: Tensor, effort: Effort) 
         "linearised_distance": lambda: linearised_distance(network, images),
         "clever": lambda: effort.clever(network, images[: effort.num_clever]),
         "log10_blockwise": lambda: blockwise_fisher_bound(network, images[: effort.num_blockwise]).log10_value,
-        "log10_local": in_parts(lambda x: local_fisher_bound(network, x).log10_value),
+        "log10_local": in_parts(lambda x: local_fisher_bound(network, x).candidates["product"]),
         "log10_global": lambda: torch.tensor(fisher_bound(network, images).log10_value).expand(len(images)),
     }
     begin = time.perf_counter()

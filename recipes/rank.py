@@ -161,7 +161,7 @@ def measure(config: DictConfig) -> dict[str, float]:
     few = images[: config.num_blockwise_images]
     values = fisher_spectral_norm(network, images, solver=instantiate(config.solver)).eigenvalue
     overall = fisher_bound(network, images).log10_value
-    local = local_fisher_bound(network, images).log10_value
+    local = local_fisher_bound(network, images).candidates["product"]  # the value itself is lambda
     blockwise = blockwise_fisher_bound(network, few).log10_value
     exceeded = [values.log10() - bound > _ROUND_OFF for bound in (overall, local)]
     exceeded.append(values[: len(few)].log10() - blockwise > _ROUND_OFF)

@@ -17,6 +17,7 @@ from fisher_reg import (
     fisher_bound,
     fisher_spectral_norm,
 )
+from fisher_reg.likelihood import largest_distance
 from fisher_reg.outputs import check_logits
 from tests import cases
 
@@ -92,6 +93,103 @@ def test_the_largest_curvature_is_reached_by_even_odds_of_the_two_farthest_rows(
     assert_close(Categorical().largest_curvature(rows).item(), 25 / 4)
     assert_close(Categorical().curvature_at(logits, rows).item(), 25 / 4)
     assert Categorical().largest_curvature(torch.ones(3, 2)) == 0
+
+
+def _variances(logits):
+    """The dense Fisher matrices of categorical logits, from sums of positive terms: right also where they saturate."""
+    p = logits.softmax(1)
+    dense = -p[:, :, None] * p[:, None, :]
+    off_diagonal = dense - torch.diag_embed(dense.diagonal(dim1=1, dim2=2))
+    return off_diagonal - torch.diag_embed(off_diagonal.sum(2))
+
+
+SPREADS = [0.0, 1e-9, 0.1, 1.0, 5.0, 30.0, 200.0]
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("num_outputs", [2, 3, 40])
+def test_the_curvature_of_many_classes_is_that_of_dense_matrices(spread, num_outputs):
+    logits = spread * torch.randn(20, num_outputs, dtype=torch.float64)
+    logits[10:, 1] = logits[10:, 0] = logits[10:].amax(1)  # two classes that are equally likely
+    dense = _variances(logits)
+    expected = torch.linalg.eigvalsh(dense)[:, -1]
+    found = Categorical().curvature_at(logits)
+    assert_close(found, expected, rtol=1e-10, atol=0)
+    assert (found >= expected * (1 - 1e-14)).all()
+    variance = logits.sigmoid() * (-logits).sigmoid()
+    assert_close(Bernoulli().curvature_at(logits), variance.amax(1), rtol=1e-12, atol=0)
+    for width in (1, 5, 60):
+        rows = torch.randn(num_outputs, width, dtype=torch.float64)
+        expected = torch.linalg.eigvalsh(rows.mT @ dense @ rows)[:, -1]
+        assert_close(Categorical().curvature_at(logits, rows), expected, rtol=1e-9, atol=0)
+        expected = torch.linalg.eigvalsh(rows.mT @ (variance[:, :, None] * rows))[:, -1]
+        assert_close(Bernoulli().curvature_at(logits, rows), expected, rtol=1e-9, atol=0)
+
+
+def test_the_curvature_of_a_saturated_softmax_is_that_of_its_two_likeliest_classes():
+    for gap in (20.0, 100.0, 600.0):  # 2 p (1 - p), although p is one in double precision
+        logits = torch.tensor([[gap, 0.0, -torch.inf], [gap, -torch.inf, 0.0]], dtype=torch.float64)
+        expected = 2 * torch.tensor([gap, -gap], dtype=torch.float64).sigmoid().prod()
+        assert_close(Categorical().curvature_at(logits), expected.expand(2), rtol=1e-12, atol=0)
+    alone = torch.tensor([[0.0, -torch.inf, -torch.inf]], requires_grad=True)
+    value = Categorical().curvature_at(alone)
+    assert value == 0
+    assert torch.autograd.grad(value.sum(), alone)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), MarginTempered()])
+def test_the_curvature_has_the_gradient_of_the_dense_matrix(likelihood):
+    logits = torch.randn(4, 6, dtype=torch.float64).requires_grad_()
+    rows = torch.randn(6, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(likelihood.curvature_at, (logits,))
+    assert torch.autograd.gradcheck(likelihood.curvature_at, (logits, rows))
+
+
+def test_the_curvature_of_equal_logits_has_a_finite_gradient():
+    equal = torch.zeros(1, 6, dtype=torch.float64, requires_grad=True)
+    for likelihood in (Categorical(), Bernoulli()):
+        assert torch.autograd.grad(likelihood.curvature_at(equal).sum(), equal)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), MarginTempered()])
+def test_no_matrix_of_classes_by_classes_is_decomposed(likelihood, monkeypatch):
+    sizes, eigvalsh = [], torch.linalg.eigvalsh
+
+    def recorded(matrix):
+        sizes.append(matrix.shape[-1])
+        return eigvalsh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", recorded)
+    logits, rows = torch.randn(16, 2000), torch.randn(2000, 30)
+    assert likelihood.curvature_at(logits).shape == (16,)
+    assert sizes == []
+    assert likelihood.curvature_at(logits, rows).shape == (16,)
+    assert likelihood.curvature_at(logits[:, :5], rows[:5]).shape == (16,)
+    assert set(sizes) == {30, 5}
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (7, 200), (600, 3), (2000, 20)])
+def test_the_largest_distance_is_that_of_all_pairs(shape):
+    for offset, scale in ((0.0, 1.0), (1e6, 1.0), (0.0, 1e-100), (0.0, 1e100)):
+        rows = (offset + scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+        pairs = scale * torch.cdist(rows / scale, rows / scale, compute_mode="donot_use_mm_for_euclid_dist")
+        place = pairs.flatten().argmax().item()
+        value = largest_distance(rows)
+        assert_close(value / scale, pairs.max() / scale, rtol=1e-13, atol=0)
+        (gradient,) = torch.autograd.grad(value, rows)
+        at_rows = set(gradient.abs().sum(1).nonzero().flatten().tolist())
+        if scale == 1 and len(rows) > 1:
+            assert at_rows == {place // len(rows), place % len(rows)}
+            assert_close(gradient.norm(), torch.tensor(2.0, dtype=torch.float64).sqrt())
+
+
+def test_equal_rows_have_no_distance_and_rows_without_end_no_finite_one():
+    rows = torch.full((300, 4), 0.1, requires_grad=True)
+    value = largest_distance(rows)
+    assert value == 0
+    assert torch.autograd.grad(value, rows)[0].isfinite().all()
+    assert largest_distance(torch.tensor([[0.0], [torch.inf]])) == torch.inf
+    assert largest_distance(torch.tensor([[0.0], [torch.nan]])).isnan()
 
 
 def test_saturated_logits_have_finite_values_and_gradients():

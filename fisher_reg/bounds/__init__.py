@@ -17,12 +17,18 @@ Five nouns are enough to read this package:
 
 Data flows one way:
 
-1. ``tracing`` runs the network once and records the graph.
+1. ``tracing`` reads the network as a graph, in float64 and without changes in place, and compares it with the module:
+   a graph that gives other logits is not used.
 2. ``propagate`` visits the calls in order. It asks the rule of each (``rules``) for its gain, and makes the sensitivity
    of the output from those of the inputs. ``operator_norms`` has the mathematics: norms of matrices, of convolutions,
    and of attention.
 3. The head: a last linear layer is not a layer like the others, but is bounded together with the softmax.
-4. ``report`` keeps the result, ``api`` has the functions that a user calls.
+4. ``report`` keeps the result. ``api`` has the functions that a user calls for all inputs, ``local`` those for given
+   ones.
+
+A rule is asked in three ways: over all inputs; at given ones (``layer.is_local``), where it may use the values; and
+over a region around given ones (``layer.deviation``), a ball or a box, where it may use how far each entry can be from
+its value. ``deviations`` finds that, and ``jacobians`` adds what is known of the Jacobian at the examples.
 
 ``tighten`` makes the bound smaller and keeps it certified: it bounds whole blocks at once, or chooses coordinates of
 hidden channels in which the product of the norms is small. :class:`Tightening` says what is used.

@@ -136,9 +136,7 @@ def _global(
     else:
         check_inputs(inputs)
         region = region_of(domain, inputs)
-        traced = traced_model(
-            model, region.centre.expand(min(len(inputs), 2), *inputs.shape[1:]).to(inputs), likelihood
-        )
+        traced = traced_model(model, region.centre.expand(min(len(inputs), 2), *inputs.shape[1:]), likelihood)
     with torch.inference_mode(False), torch.enable_grad():
         composition, log_value = tightest(
             compositions_of(traced, likelihood, tightening, region=region), traced.result, head, power

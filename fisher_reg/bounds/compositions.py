@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.deviations import Tangents
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
@@ -47,7 +49,7 @@ def compositions_of(
     is_local: bool = False,
     region: Region | None = None,
     norms: Norms | None = None,
-    tangents: Mapping[fx.Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
 ) -> list[Composition]:
     """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
 
@@ -62,7 +64,8 @@ def compositions_of(
     """
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
-        scales.append(balanced_coordinates(traced, tightening, likelihood))
+        with suppress(NoBoundError):  # without a constant over all inputs there is nothing to descend
+            scales.append(balanced_coordinates(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense) if norms is None else norms
     return [
         compose(
@@ -91,14 +94,23 @@ def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likel
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
     """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
+    module = checked_module(model, inputs)
+    with differentiable(inputs) as safe_inputs, torch.no_grad(), Noise(inputs.device).replayed():
+        return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+
+
+def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Return a copy of the model in evaluation mode and in float64 that shares its parameters.
+
+    Raises:
+        ValueError: For inputs that are no batch of numbers, a model that is no module, or a device without float64.
+    """
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
         raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    with differentiable(inputs) as safe_inputs:
-        module = deployed_module(model, torch.float64)
-        with torch.no_grad(), Noise(inputs.device).replayed():
-            traced = trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
-    return without_log_softmax(traced) if likelihood.shift_invariant else traced
+    if inputs.device.type == "mps":
+        raise ValueError("A bound is computed in float64, which MPS does not have. Bound model.cpu() at inputs.cpu().")
+    return deployed_module(model, torch.float64)
 
 
 def without_log_softmax(traced: Trace) -> Trace:
@@ -114,7 +126,7 @@ def without_log_softmax(traced: Trace) -> Trace:
     values = {copies[node]: value for node, value in traced.values.items() if node in copies}
     values[copies[traced.output]] = traced.values[last.all_input_nodes[0]]
     batched = frozenset(copies[node] for node in traced.batched if node in copies)
-    return Trace(fx.GraphModule(traced.module, graph), traced.modules, values, batched)
+    return Trace(fx.GraphModule(traced.module, graph), traced.modules, values, batched, traced.takes_other_sizes)
 
 
 def _is_log_softmax(traced: Trace, node: fx.Node) -> bool:

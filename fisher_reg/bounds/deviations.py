@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +41,11 @@ from fisher_reg.bounds.rules.extents import distance_to
 from fisher_reg.bounds.rules.layer import Deviation
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
-from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
+from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, layer_name
 from fisher_reg.bounds.rules.slopes import range_within, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import Sensitivity
 from fisher_reg.bounds.tracing import Trace
+from fisher_reg.bounds.tracing.capture import detaches
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,61 @@ _SMOOTHING = 1e-9
 """Relative excess of all widths, far above the rounding of float64."""
 
 
+class Tangents(Mapping[fx.Node, Tensor]):
+    """The Jacobians of the values at the examples, ``(B, d, *S)`` each, with the norms that have been asked for.
+
+    Args:
+        jacobians: By node; none where they are not known.
+    """
+
+    def __init__(self, jacobians: Mapping[fx.Node, Tensor]) -> None:
+        self._jacobians = jacobians
+        self._norms: dict[tuple[fx.Node, bytes], Tensor] = {}
+        self._row_norms: dict[fx.Node, Tensor] = {}
+
+    def __getitem__(self, node: fx.Node) -> Tensor:
+        return self._jacobians[node]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self._jacobians)
+
+    def __len__(self) -> int:
+        return len(self._jacobians)
+
+    def row_norms(self, node: fx.Node) -> Tensor:
+        """Return the norms of the rows, of the shape of the value."""
+        if node not in self._row_norms:
+            self._row_norms[node] = torch.linalg.vector_norm(self._jacobians[node], dim=1)
+        return self._row_norms[node]
+
+    def log_norm(self, node: fx.Node, weights: Tensor | None) -> Tensor:
+        """Return the logs of the spectral norms with weighted rows, ``(B,)``."""
+        key = node, b"" if weights is None else weights.detach().cpu().contiguous().numpy().tobytes()
+        if key not in self._norms:
+            self._norms[key] = _log_norm(self._jacobians[node], weights)
+        return self._norms[key]
+
+
+def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
+    matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
+    flat = matrix.reshape(*matrix.shape[:2], -1)
+    gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
+    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
+    return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()
+
+
 @dataclass
 class Deviations:
     """Visits the calls in order and keeps the deviations of their values."""
 
     trace: Trace
     region: Region
-    tangents: Mapping[fx.Node, Tensor] = field(default_factory=dict)
+    tangents: Tangents = field(default_factory=lambda: Tangents({}))
     widths: dict[fx.Node, Any] = field(default_factory=dict)
     lengths: dict[fx.Node, Tensor] = field(default_factory=dict)
     remainders: list[Remainder] = field(default_factory=list)
+    row_errors: dict[fx.Node, Any] = field(default_factory=dict)
     varying: set[fx.Node] = field(default_factory=set)
 
     def of(self, node: fx.Node) -> Deviation | None:
@@ -111,6 +156,7 @@ class Deviations:
         if node.op == "placeholder":
             self.widths[node] = (self.region.width * (1 + _SMOOTHING)).expand(value.shape)
             self.lengths[node] = self.region.radius * (1 + _SMOOTHING)
+            self.row_errors[node] = torch.zeros_like(value)
             return
         found = self._width(node, value, before, call)
         if isinstance(value, Tensor):
@@ -142,11 +188,9 @@ class Deviations:
         return (length / scale).expand(value.shape)
 
     def _from_rows(self, node: fx.Node, value: Tensor, sensitivity: Sensitivity) -> Tensor:
-        """Return the widths by the rows of the Jacobian at the example, and what may be added to it."""
-        rows = torch.linalg.vector_norm(self.tangents[node], dim=1).view(value.shape)
-        error = error_of(sensitivity).detach().exp().view(-1, *[1] * (value.ndim - 1))
-        scale = 1.0 if sensitivity.scale is None else sensitivity.scale.detach()
-        widths: Tensor = (rows + error / scale) * self.region.radius.view(-1, *[1] * (value.ndim - 1))
+        """Return the widths by the rows of the Jacobian at the example, and what may be added to each."""
+        rows = self.tangents.row_norms(node) + self.row_errors[node]
+        widths: Tensor = rows * self.region.radius.view(-1, *[1] * (value.ndim - 1))
         return widths
 
     def refined(
@@ -165,59 +209,124 @@ class Deviations:
         if not self._is_affine(node, call):
             added = self._added(node, sensitivity, before, call)
             error = torch.logaddexp(error, added) if added is not None else lipschitz + math.log(2.0)
+            lipschitz = self._masked(node, lipschitz, before, call)
         if node in self.tangents:
-            size = _log_norm(self.tangents[node], sensitivity.scale)
+            size = self.tangents.log_norm(node, sensitivity.scale)
+            rows = self._row_error(node, sensitivity, error, before, call)
+            self.row_errors[node] = rows
+            scaled = rows if sensitivity.scale is None else rows * sensitivity.scale.detach()
+            error = torch.minimum(error, torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1).log())
             lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))
             error = torch.minimum(error, torch.logaddexp(size, lipschitz))
-        rows = torch.stack(torch.broadcast_tensors(lipschitz, error))
-        return replace(sensitivity, log_norm=rows)
+        elif isinstance(self.trace.values[node], tuple | list):
+            self.row_errors[node] = self._carried(self.row_errors, node, self.trace.values[node], before, call)
+        both = torch.stack(torch.broadcast_tensors(lipschitz, error))
+        return replace(sensitivity, log_norm=both)
+
+    def _masked(
+        self, node: fx.Node, lipschitz: Tensor, before: Mapping[fx.Node, Sensitivity], call: Call | None
+    ) -> Tensor:
+        r"""Return the constant after an activation: :math:`\|D M\| + \rho e` for its largest slopes D.
+
+        :math:`M^\top D'^2 M \preceq M^\top D^2 M` for all slopes with :math:`|D'| \le D`.
+        """
+        source = self._source_of_rows(node, before)
+        slopes = None if source is None else self._slopes(node, source, call)
+        if source is None or slopes is None:
+            return lipschitz
+        steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
+        scale = before[source].scale
+        weights = steepest if scale is None else steepest * scale.detach()
+        rest = steepest.reshape(len(steepest), -1).amax(1).log() + error_of(before[source]).detach()
+        return torch.minimum(lipschitz, torch.logaddexp(self.tangents.log_norm(source, weights), rest))
+
+    def _row_error(
+        self,
+        node: fx.Node,
+        after: Sensitivity,
+        error: Tensor,
+        before: Mapping[fx.Node, Sensitivity],
+        call: Call | None,
+    ) -> Tensor:
+        """Return how far each row of the Jacobian of a value can be from that at the example, in Euclidean norm."""
+        value = self.trace.values[node]
+        whole = error.detach().exp().view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
+        whole = whole if after.scale is None else whole / after.scale.detach()
+        found = None
+        source = self._source_of_rows(node, before)
+        if self._is_affine(node, call):
+            found = self._carried(self.row_errors, node, value, before, call)
+        elif source is not None and isinstance(self.row_errors.get(source), Tensor):
+            slopes = self._slopes(node, source, call)
+            rows, known = self.tangents.row_norms(source), self.row_errors[source]
+            if slopes is not None:
+                change = self._change_of_slope(node, source, call)
+                assert change is not None
+                found = torch.maximum(slopes[0].abs(), slopes[1].abs()) * known + change * rows
+            elif call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
+                found = self._row_error_of_maxima(self.trace.modules[str(node.target)], source, value, rows, known)
+        found = whole if not isinstance(found, Tensor) else torch.minimum(found, whole)
+        return found * (1 + _SMOOTHING)
+
+    def _row_error_of_maxima(
+        self, module: nn.Module, source: fx.Node, value: Tensor, rows: Tensor, known: Tensor
+    ) -> Tensor:
+        """Return the row errors of a max pooling: those of the winner, or of another entry in its place."""
+        winner = self._winners(module, self.trace.values[source])
+        of_winner = _gathered(rows, winner), _gathered(known, winner)
+        other = module(rows + known) + of_winner[0]
+        return torch.where(self._unsettled(module, source, value) > 0, other, of_winner[1])
+
+    def _source_of_rows(self, node: fx.Node, before: Mapping[fx.Node, Sensitivity]) -> fx.Node | None:
+        """Return the one input that varies, if its Jacobian at the example and its widths are known."""
+        varying = [item for item in node.all_input_nodes if not before[item].is_constant]
+        if len(varying) != 1 or varying[0] not in self.tangents or node not in self.trace.batched:
+            return None
+        return varying[0] if isinstance(self.widths.get(varying[0]), Tensor) else None
 
     def _added(
         self, node: fx.Node, after: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
     ) -> Tensor | None:
         r"""Return the log of :math:`\|(J_l(x') - J_l(x)) M\|` ``(B,)``, None where nothing is known of it."""
-        inputs = [item for item in node.all_input_nodes if item in self.tangents and not before[item].is_constant]
-        varying = [item for item in node.all_input_nodes if not before[item].is_constant]
-        if len(varying) != 1 or inputs != varying or node not in self.trace.batched:
+        source = self._source_of_rows(node, before)
+        if source is None:
             return None
-        (source,) = inputs
-        tangents, width = self.tangents[source], self.widths.get(source)
-        if not isinstance(width, Tensor):
-            return None
+        width = self.widths[source]
         change = self._change_of_slope(node, source, call)
         if change is not None:  # the change is diagonal
             scale = before[source].scale
             weights = change if scale is None else change * scale.detach()
-            return _log_norm(tangents, weights)
-        gain = lipschitz_of(after).detach() - lipschitz_of(before[source]).detach()
+            return self.tangents.log_norm(source, weights)
+        reached = lipschitz_of(before[source]).detach()
+        gain = torch.where(reached == -math.inf, -math.inf, lipschitz_of(after).detach() - reached)
         own = before[source].scale
         weights = torch.ones_like(width) if own is None else own.expand(width.shape)
         if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
             weights = weights * self._in_doubt(self.trace.modules[str(node.target)], source, self.trace.values[node])
-        return gain + math.log(2.0) + _log_norm(tangents, weights)
+        return gain + math.log(2.0) + self.tangents.log_norm(source, weights)
 
     def _in_doubt(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
         """Return one for the entries of the windows of a max pooling that are not settled, else zero."""
         hidden, unsettled = self.trace.values[source], self._unsettled(module, source, value)
-        kind = type(module).__name__
-        if kind != "MaxPool2d" or _doubled(module.dilation) != (1, 1):
+        if not isinstance(module, nn.MaxPool2d) or _doubled(module.dilation) != (1, 1):
             return torch.ones_like(hidden)
         with torch.enable_grad():
             point = torch.zeros_like(hidden).requires_grad_()
-            shares = F.avg_pool2d(point, module.kernel_size, module.stride, module.padding, module.ceil_mode)  # type: ignore
+            shares = F.avg_pool2d(point, module.kernel_size, module.stride, module.padding, module.ceil_mode)
             (found,) = torch.autograd.grad((shares * unsettled).sum(), point)
         return (found > 0).to(hidden)
 
+    def _slopes(self, node: fx.Node, source: fx.Node, call: Call | None) -> tuple[Tensor, Tensor] | None:
+        """Return the smallest and the largest slope of an activation over the region, None for another layer."""
+        activation = self._activation(node, call)
+        return None if activation is None else slopes_within(activation, self.trace.values[source], self.widths[source])
+
     def _change_of_slope(self, node: fx.Node, source: fx.Node, call: Call | None) -> Tensor | None:
         """Return by how much the slope of an activation can differ from that at the example, None for another layer."""
-        activation = self._activation(node, call)
-        if activation is None:
+        activation, slopes = self._activation(node, call), self._slopes(node, source, call)
+        if activation is None or slopes is None:
             return None
-        hidden = self.trace.values[source]
-        slopes = slopes_within(activation, hidden, self.widths[source])
-        if slopes is None:
-            return None
-        here = slopes_at(activation, hidden)
+        here = slopes_at(activation, self.trace.values[source])
         return torch.maximum(slopes[1] - here, here - slopes[0]).clamp_min(0)
 
     def _length_along(self, node: fx.Node, sensitivity: Sensitivity, ndim: int) -> Tensor:
@@ -226,92 +335,125 @@ class Deviations:
         return length.view(-1, *[1] * (ndim - 1)) if node in self.trace.batched else length.max()
 
     def _width(self, node: fx.Node, value: Any, before: Mapping[fx.Node, Sensitivity], call: Call | None) -> Any:
-        if node.op == "call_module":
-            inputs = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
-            if len(inputs) != 1 or not isinstance(value, Tensor):
-                return None
+        activation = self._activation(node, call)
+        inputs = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
+        if activation is not None and len(inputs) == 1:
+            return range_within(activation, self.trace.values[inputs[0]], self.widths[inputs[0]])
+        rule: Any = None if call is None else getattr(find_function_rule(node.target), "apply", None)
+        if call is not None and hasattr(rule, "width"):
+            return rule.width(call) if isinstance(value, Tensor) else None
+        if call is not None and rule in (arithmetic._multiply, arithmetic._divide):
+            return self._of_product(call, value, rule is arithmetic._divide)
+        found = self._carried(self.widths, node, value, before, call)
+        weight = self._weight(node, call)
+        if weight is None or not isinstance(found, Tensor) or len(inputs) != 1:
+            return found
+        return torch.minimum(found, self._by_rows(*weight, inputs[0], found, before[inputs[0]]))
+
+    def _weight(self, node: fx.Node, call: Call | None) -> tuple[Tensor, int] | None:
+        """Return the weight of a linear layer or convolution, and the axis of its output's channels."""
+        if call is None:
             module = self.trace.modules[str(node.target)]
-            return self._of_module(module, inputs[0], before[inputs[0]])
-        return None if call is None else self._of_call(node, value, before, call)
+            rule: Any = find_rule(module)
+            axis = {linear.linear_rule: -1, linear.conv_rule: 1}.get(rule)
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                return None  # a window may hold an entry and its copy
+            return None if axis is None else (module.weight, axis)  # type: ignore[return-value]
+        rule = getattr(find_function_rule(node.target), "apply", None)
+        axis = {linear._linear: -1, linear._convolution: 1}.get(rule)
+        return None if axis is None else (call.argument("weight"), axis)
 
-    def _of_module(self, module: nn.Module, source: fx.Node, before: Sensitivity) -> Tensor | None:
-        width, hidden = self.widths[source], self.trace.values[source]
-        rule: Any = find_rule(module)
-        if rule is linear.linear_rule:
-            return self._through_weight(module.weight, source, before, F.linear)  # type: ignore[arg-type]
-        if rule is linear.conv_rule:
-            convolve: Callable[[Tensor, Tensor], Tensor] = lambda item, kernel: module._conv_forward(item, kernel, None)  # type: ignore  # noqa: E731
-            return self._through_weight(module.weight, source, before, convolve, axis=1)  # type: ignore[arg-type]
-        if rule is batch_norm_rule:
-            factor = batch_norm_scale(module).abs().detach()  # type: ignore[arg-type]
-            scaled: Tensor = width * factor.view(1, -1, *[1] * (width.ndim - 2))
-            return scaled
-        if rule is activation_gain:
-            return range_within(module, hidden, width)
-        if rule in _MONOTONE_MODULES or rule in AVERAGE_RULES or rule in MAX_RULES:
-            moved = module(width.contiguous()) - module(torch.zeros_like(width))
-            return moved if isinstance(moved, Tensor) else None
-        return None
-
-    def _through_weight(
-        self,
-        weight: Tensor,
-        source: fx.Node,
-        before: Sensitivity,
-        apply: Callable[[Tensor, Tensor], Tensor],
-        axis: int = -1,
-    ) -> Tensor:
-        """Return the widths after a linear map: by the widths before, or by the norms of its rows."""
-        kernel, width = weight.detach().double(), self.widths[source]
-        by_width = apply(width, kernel.abs())
-        # |W_i T^-1| L r, for a row of the kernel and the smallest scale of each channel
+    def _by_rows(self, weight: Tensor, axis: int, source: fx.Node, found: Tensor, before: Sensitivity) -> Tensor:
+        r"""Return the widths after a linear map by the norms of its rows, :math:`\|W_i T^{-1}\| L r`."""
+        kernel, shape = weight.detach().double(), self.trace.values[source].shape
         scale = torch.ones((), dtype=torch.float64, device=kernel.device)
-        if before.scale is not None:
-            scale = before.scale.detach().expand(width.shape)
+        if before.scale is not None:  # the smallest scale of each channel
+            scale = before.scale.detach().expand(shape)
             scale = scale.amin([other for other in range(scale.ndim) if other != axis % scale.ndim])
         if scale.ndim and axis == 1 and kernel.shape[1] != len(scale):  # the channels of its groups
             scale = scale.amin()
         rows = kernel / scale.view(1, -1, *[1] * (kernel.ndim - 2)) if scale.ndim else kernel / scale
-        norms = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-        shape = [1] * by_width.ndim
-        shape[axis] = -1
-        by_length = norms.view(shape) * self._length_along(source, before, by_width.ndim)
-        return torch.minimum(by_width, by_length)
+        along = [1] * found.ndim
+        along[axis] = -1
+        norms = torch.linalg.vector_norm(rows.flatten(1), dim=1).view(along)
+        widths: Tensor = norms * self._length_along(source, before, found.ndim)
+        return widths
 
-    def _of_call(self, node: fx.Node, value: Any, before: Mapping[fx.Node, Sensitivity], call: Call) -> Any:
+    def _carried(
+        self,
+        known: dict[fx.Node, Any],
+        node: fx.Node,
+        value: Any,
+        before: Mapping[fx.Node, Sensitivity],
+        call: Call | None,
+    ) -> Any:
+        """Return what a layer makes of a bound of each entry: the layer with the moduli of its weights.
+
+        Args:
+            known: The bounds of the entries of the values before.
+            node: The layer.
+            value: What it returned.
+            before: The sensitivities before.
+            call: The call, for a function.
+
+        Returns:
+            The bounds of the entries of the value, None where the layer is not known to be monotone in them.
+        """
+        inputs = [item for item in node.all_input_nodes if isinstance(known.get(item), Tensor)]
+        if call is None:
+            if len(inputs) != 1 or not isinstance(value, Tensor):
+                return None
+            return self._through_module(self.trace.modules[str(node.target)], known[inputs[0]])
         rule: Any = getattr(find_function_rule(node.target), "apply", None)
-        varying = [name for name, operand in call.operands.items() if not operand.is_constant]
-        if hasattr(rule, "module_form") and isinstance(value, Tensor):
-            (source,) = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
-            return self._of_module(rule.module_form(call), source, before[source])
-        if hasattr(rule, "width"):
-            return rule.width(call) if isinstance(value, Tensor) else None
-        if rule is linear._linear:
-            (source,) = [item for item in node.all_input_nodes if item in self.widths]
-            return self._through_weight(call.argument("weight"), source, before[source], F.linear)
-        if rule is linear._convolution:
-            (source,) = [item for item in node.all_input_nodes if item in self.widths]
+        if hasattr(rule, "module_form"):
+            single = len(inputs) == 1 and isinstance(value, Tensor)
+            return self._through_module(rule.module_form(call), known[inputs[0]]) if single else None
+        if rule is linear._linear and len(inputs) == 1:
+            return F.linear(known[inputs[0]], call.argument("weight").detach().double().abs())
+        if rule is linear._convolution and len(inputs) == 1:
             convolve = (F.conv1d, F.conv2d, F.conv3d)[value.ndim - 3]
             options = {
                 key: call.argument(key) for key in ("stride", "padding", "dilation", "groups") if key in call.operands
             }
-            return self._through_weight(
-                call.argument("weight"), source, before[source], partial(convolve, **options), axis=1
-            )
-        if rule in (arithmetic._multiply, arithmetic._divide):
-            return self._of_product(call, value, rule is arithmetic._divide)
+            return convolve(known[inputs[0]], call.argument("weight").detach().double().abs(), **options)
+        if rule in (arithmetic._multiply, arithmetic._divide) and len(inputs) == 1:
+            return self._scaled(known[inputs[0]], call, value, rule is arithmetic._divide)
         if rule is arithmetic._sum:
-            parts = [call.operands[name].deviation for name in varying]
-            if any(part is None for part in parts):
+            terms = [item for item in (*node.args, *node.kwargs.values()) if item in self.varying]
+            if not all(isinstance(known.get(item), Tensor) for item in terms):  # type: ignore[arg-type]
                 return None
-            widths = [part.width.expand(value.shape) for part in parts if part is not None]
-            return torch.stack(widths).sum(0)
-        if rule in _SAME_CALLS:
-            deviation = call.operands[varying[0]].deviation
-            return None if deviation is None else deviation.width
+            return torch.stack([known[item].expand(value.shape) for item in terms]).sum(0)  # type: ignore[index]
+        if rule in _SAME_CALLS and len(inputs) >= 1:
+            return known[inputs[0]]
         if rule in _MONOTONE_CALLS and node.target not in (torch.amin, "amin"):
-            return self._replayed(node)
+            return self._replayed(known, node)
         return None
+
+    def _through_module(self, module: nn.Module, entries: Tensor) -> Tensor | None:
+        rule: Any = find_rule(module)
+        weight: Any = getattr(module, "weight", None)
+        if rule is linear.linear_rule:
+            return F.linear(entries, weight.detach().double().abs())
+        if rule is linear.conv_rule:
+            convolution: Any = module
+            through: Tensor = convolution._conv_forward(entries, weight.detach().double().abs(), None)
+            return through
+        if rule is batch_norm_rule:
+            factor = batch_norm_scale(module).abs().detach()  # type: ignore[arg-type]
+            scaled: Tensor = entries * factor.view(1, -1, *[1] * (entries.ndim - 2))
+            return scaled
+        if rule in _MONOTONE_MODULES or rule in AVERAGE_RULES or rule in MAX_RULES:
+            moved = module(entries.contiguous()) - module(torch.zeros_like(entries))
+            return moved if isinstance(moved, Tensor) else None
+        return None
+
+    def _scaled(self, entries: Tensor, call: Call, value: Tensor, divides: bool) -> Tensor | None:
+        """Return what a product or quotient with a constant makes of the bounds of the entries."""
+        (other,) = [item.value for item in call.operands.values() if item.is_constant][:1]
+        if divides and call.operands["input"].is_constant:
+            return None
+        factor = torch.as_tensor(other, dtype=torch.float64, device=value.device).abs()
+        return (entries / factor if divides else entries * factor).expand(value.shape)
 
     def _of_product(self, call: Call, value: Tensor, divides: bool) -> Tensor | None:
         varying = [item for item in call.operands.values() if not item.is_constant]
@@ -320,16 +462,13 @@ class Deviations:
         if any(item.deviation is None for item in varying):
             return None
         if len(varying) == 1:
-            (other,) = [item.value for item in call.operands.values() if item is not varying[0]][:1]
-            factor = torch.as_tensor(other, dtype=torch.float64, device=value.device).abs()
-            width = varying[0].deviation.width  # type: ignore[union-attr]
-            return (width / factor if divides else width * factor).expand(value.shape)
+            return self._scaled(varying[0].deviation.width, call, value, divides)  # type: ignore[union-attr]
         (first, second) = ((item.value.abs(), item.deviation.width) for item in varying)  # type: ignore[union-attr]
         moved: Tensor = first[0] * second[1] + second[0] * first[1] + first[1] * second[1]
         return moved.expand(value.shape)
 
-    def _replayed(self, node: fx.Node) -> Any:
-        """Return what a call that is monotone and linear in its tensors makes of the widths in place of the values."""
+    def _replayed(self, entries: dict[fx.Node, Any], node: fx.Node) -> Any:
+        """Return what a call that is monotone and linear in its tensors makes of bounds in place of the values."""
 
         def call(fill: Callable[[fx.Node], Any]) -> Any:
             args, keywords = fx.map_arg(node.args, fill), fx.map_arg(node.kwargs, fill)
@@ -340,7 +479,7 @@ class Deviations:
 
         def width(item: fx.Node) -> Any:
             value = self.trace.values[item]
-            known = self.widths.get(item)
+            known = entries.get(item)
             if known is not None:
                 return known.contiguous() if isinstance(known, Tensor) else known
             is_operand = isinstance(value, Tensor) and value.is_floating_point()
@@ -352,7 +491,7 @@ class Deviations:
                 return type(value)(torch.zeros_like(part) if isinstance(part, Tensor) else part for part in value)
             return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        if any(item in self.varying and self.widths.get(item) is None for item in node.all_input_nodes):
+        if any(item in self.varying and entries.get(item) is None for item in node.all_input_nodes):
             return None
         at, origin = call(width), call(zero)
         if isinstance(at, tuple | list):
@@ -393,23 +532,23 @@ class Deviations:
         It stays the largest if its lowest value is above the highest of all others.
         """
         hidden, width = self.trace.values[source], self.widths[source]
-        kind = type(module).__name__
-        axes = int(kind[-2])
-        pool = getattr(F, f"{'adaptive_' if kind.startswith('Adaptive') else ''}max_pool{axes}d")
-        options: dict[str, Any] = (
-            {"output_size": module.output_size}
-            if kind.startswith("Adaptive")
-            else {key: getattr(module, key) for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")}
-        )
-        _, winner = pool(hidden, **options, return_indices=True)
-        lowest = (hidden - width).flatten(-axes).gather(-1, winner.flatten(-axes)).view(value.shape)
+        winner = self._winners(module, hidden)
         # Widths are rounded up, so that an upper end at the lower one is that of entries that never move.
-        doubtful: Tensor = (self._runner_up(hidden + width, winner, axes, options) > lowest).to(value)
+        lowest = _gathered(hidden - width, winner)
+        doubtful: Tensor = (self._runner_up(module, hidden + width, winner) > lowest).to(value)
         return doubtful
 
-    def _runner_up(self, upper: Tensor, winner: Tensor, axes: int, options: dict[str, Any]) -> Tensor:
-        """Return the highest upper end in each window except that of its winner."""
-        if axes != 2 or "output_size" in options or _doubled(options["padding"]) != (0, 0):
+    def _winners(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the place of the largest entry of each window of a max pooling, in its plane."""
+        kind = layer_name(module)
+        name = f"{'adaptive_' if kind.startswith('Adaptive') else ''}max_pool{kind[-2]}d"
+        winner: Tensor = getattr(F, name)(hidden, **_options(module), return_indices=True)[1]
+        return winner
+
+    def _runner_up(self, module: nn.Module, upper: Tensor, winner: Tensor) -> Tensor:
+        """Return the highest upper end in each window except that of its winner, infinite where it is not known."""
+        options = _options(module)
+        if not layer_name(module).endswith("2d") or "output_size" in options or _doubled(options["padding"]) != (0, 0):
             return torch.full_like(winner, torch.inf, dtype=upper.dtype)
         if _doubled(options["dilation"]) != (1, 1) or options["ceil_mode"]:
             return torch.full_like(winner, torch.inf, dtype=upper.dtype)
@@ -442,6 +581,8 @@ class Deviations:
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
         if rule is arithmetic._flips:
             return node.target in (operator.neg, torch.neg, "neg")
+        if detaches(node):  # the identity, or zero where a Jacobian is meant to leave it out
+            return False
         return rule in _AFFINE_CALLS
 
 
@@ -492,13 +633,16 @@ def error_of(sensitivity: Sensitivity) -> Tensor:
     return sensitivity.log_norm[1]
 
 
-def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
-    matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
-    flat = matrix.flatten(2)
-    gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
-    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
-    return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()
+def _options(module: nn.Module) -> dict[str, Any]:
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    names = ("output_size",) if layer_name(module).startswith("Adaptive") else names  # type: ignore[assignment]
+    return {name: getattr(module, name) for name in names}
+
+
+def _gathered(entries: Tensor, places: Tensor) -> Tensor:
+    """Return the entries at the places of a max pooling, which count along each plane."""
+    axes = entries.ndim - 2
+    return entries.flatten(-axes).gather(-1, places.flatten(-axes)).view(places.shape)
 
 
 def _smaller(first: Tensor | None, second: Tensor) -> Tensor:

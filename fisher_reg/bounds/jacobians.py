@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
-from fisher_reg.bounds.deviations import Remainder
+from fisher_reg.bounds.deviations import Remainder, Tangents
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.functional import Run
 from fisher_reg.evaluation import twice_differentiable
@@ -109,36 +109,60 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
     return Rows(logits.detach(), _in_pixels(of_input, inputs, input_std), {})
 
 
-def tangents_of(trace: Trace) -> dict[fx.Node, Tensor]:
+def tangents_of(trace: Trace) -> Tangents:
     """Return the Jacobians of the values at the examples, ``(B, d, *S)``: d forward-mode passes.
 
-    None are returned where they would take too much memory, or where a layer has no forward mode.
+    None are returned where they would take too much memory, or where the graph has no forward mode: a layer without
+    one, or a view of memory that is laid out otherwise there.
     """
     point = trace.values[trace.input]
-    nodes = [node for node in trace.graph.nodes if node in trace.batched and _is_real(trace.values[node])]
-    nodes = [node for node in nodes if node.op not in ("output", "get_attr")]
-    size = point[0].numel()
-    if size * sum(trace.values[node].numel() for node in nodes) > _MAX_NUMBERS:
-        return {}
+    nodes, size = _values(trace), point[0].numel()
+    if size > _MAX_INPUTS or size * sum(trace.values[node].numel() for node in nodes) > 2 * _MAX_NUMBERS:
+        return Tangents({})
     found: dict[fx.Node, list[Tensor]] = {node: [] for node in nodes}
     run = Run(trace.module)
-    basis = torch.eye(size, dtype=point.dtype, device=point.device).view(size, 1, *point.shape[1:])
+    basis = torch.eye(size, dtype=point.dtype, device=point.device).view(size, *point.shape[1:])
+    together = max(1, _MAX_BATCH // len(point)) if trace.takes_other_sizes else 1
     try:
         with torch.no_grad(), twice_differentiable(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of its own scripts at the first dual number
-            for direction in basis:
+            for directions in basis.split(together):
+                count = len(directions)
+                points = point.repeat(count, *[1] * (point.ndim - 1))
                 with forward_ad.dual_level():
-                    run(forward_ad.make_dual(point, direction.expand_as(point).contiguous()))
+                    run(forward_ad.make_dual(points, directions.repeat_interleave(len(point), 0)))
                     for node, kept in found.items():
-                        tangent = forward_ad.unpack_dual(run.values[node]).tangent
-                        kept.append(torch.zeros_like(trace.values[node]) if tangent is None else tangent.clone())
-    except NotImplementedError:
-        return {}
-    return {node: torch.stack(kept, 1) for node, kept in found.items()}
+                        primal, tangent = forward_ad.unpack_dual(run.values[node])
+                        moved = torch.zeros_like(primal) if tangent is None else tangent.clone()
+                        kept.append(moved.view(count, *trace.values[node].shape))
+    except RuntimeError:
+        return Tangents({})
+    return Tangents({node: torch.cat(kept).transpose(0, 1) for node, kept in found.items()})
 
 
-_MAX_NUMBERS = 2**28
-"""Largest number of entries of Jacobians that are held (2 GiB)."""
+_MAX_INPUTS = 512
+"""Largest number of entries of an input for which the Jacobians of all values are formed."""
+_MAX_BATCH = 128
+"""Of examples and directions that go through the network together."""
+
+
+def num_examples(trace: Trace) -> int:
+    """Return for how many examples at once the Jacobians of all values fit in memory; very many if not for one."""
+    size = trace.values[trace.input][0].numel()
+    if size > _MAX_INPUTS:
+        return 2**31
+    per_example = size * sum(trace.values[node].numel() for node in _values(trace)) // len(trace.result)
+    return 2**31 if per_example > _MAX_NUMBERS else _MAX_NUMBERS // max(per_example, 1)
+
+
+_MAX_NUMBERS = 2**27
+"""Largest number of entries of Jacobians that are held (1 GiB)."""
+
+
+def _values(trace: Trace) -> list[fx.Node]:
+    """Return the nodes whose value is a tensor per example."""
+    nodes = [node for node in trace.graph.nodes if node in trace.batched and _is_real(trace.values[node])]
+    return [node for node in nodes if node.op not in ("output", "get_attr")]
 
 
 def _is_real(value: object) -> bool:

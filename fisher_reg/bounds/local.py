@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fisher_reg.bounds.compositions import checked_logits, compositions_of, shares, tightest, traced_model
-from fisher_reg.bounds.jacobians import MAX_ROWS, Expansion, Rows, eigenvalue_at, expansion, rows, rows_of, tangents_of
+from fisher_reg.bounds.compositions import (
+    checked_logits,
+    checked_module,
+    compositions_of,
+    shares,
+    tightest,
+    traced_at_few,
+    traced_model,
+)
+from fisher_reg.bounds.deviations import Tangents
+from fisher_reg.bounds.jacobians import (
+    MAX_ROWS,
+    Expansion,
+    Rows,
+    eigenvalue_at,
+    expansion,
+    num_examples,
+    rows,
+    rows_of,
+    tangents_of,
+)
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms, KnownNorms
 from fisher_reg.bounds.propagate import Composition
 from fisher_reg.bounds.region import Region, check_radius
 from fisher_reg.bounds.report import BoundTerm, UpperBound
-from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.compare import eager
 from fisher_reg.errors import NoBoundError
 from fisher_reg.estimate import fisher_spectral_norm
-from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, deployed_module, differentiable
+from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, differentiable
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Lanczos
 
 _SOLVER = Lanczos(num_steps=20, is_exact=True, tolerance=0.05, failure_probability=1e-6)
 """Of the interval for many classes."""
-_NUM_HALVINGS = 12
-"""Steps of the search for the largest radius, which ends within a factor of the 4096th root of the first ratio."""
+_NUM_HALVINGS = 7
+"""Steps of the search for the largest radius, on a logarithmic axis."""
 
 
 def local_fisher_bound(
@@ -52,7 +70,8 @@ def local_fisher_bound(
 
     *In a ball*: for every :math:`x'` with :math:`\|x' - x\|_2 \le r`, ``"expansion"``, the Jacobian at the input and
     all that slopes and maxima of poolings can add to it within the ball (:mod:`fisher_reg.bounds.jacobians`; one label
-    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``.
+    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``. For inputs of up to 512
+    entries the product uses the Jacobians of all values too, which is closer and slower.
 
     Args:
         model: As in :func:`lipschitz_bound`.
@@ -84,16 +103,23 @@ def local_fisher_bound(
     if radius is None:
         return _at_inputs(model, inputs, likelihood, input_std, tightening)
     check_inputs(inputs)
-    check_radius(radius)
-    traced = traced_model(model, inputs, likelihood)
-    around = _Around(traced, likelihood, input_std, tightening)
+    check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
-    candidates, terms = around.candidates(radii)
-    return _smallest("local", candidates, terms, f"within {_said(radii)} of the given inputs")
+    parts = [
+        around.candidates(radii[place]) for place, around in _parts(model, inputs, likelihood, input_std, tightening)
+    ]
+    names = set.intersection(*(set(found) for found, _ in parts))
+    candidates = {name: torch.cat([found[name].detach() for found, _ in parts]) for name in sorted(names)}
+    return _smallest("local", candidates, parts[0][1], f"within {_said(radii)} of the given inputs")
 
 
 def certified_radius(
-    model: nn.Module, inputs: Tensor, *, input_std: Tensor | None = None, tightening: Tightening = Tightening()
+    model: nn.Module,
+    inputs: Tensor,
+    *,
+    uses_balls: bool = True,
+    input_std: Tensor | None = None,
+    tightening: Tightening = Tightening(),
 ) -> Tensor:
     r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
 
@@ -111,12 +137,14 @@ def certified_radius(
     Args:
         model: As in :func:`lipschitz_bound`.
         inputs: ``(B, *S)``.
+        uses_balls: Whether constants within balls are used; otherwise only the one over all inputs, which is cheaper:
+            a forward pass for each example.
         input_std: If the model is fed ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
         tightening: Which certified improvements are used.
 
     Returns:
         ``(B,)`` in input units, double precision; infinite where no perturbation can change anything. Cost: that of
-        :func:`local_fisher_bound` in a ball, and about 12 propagations through the graph.
+        :func:`local_fisher_bound` in a ball, and 7 propagations through the graph.
 
     Raises:
         NoBoundError: As in :func:`lipschitz_bound`.
@@ -132,23 +160,12 @@ def certified_radius(
     """
     if input_std is not None:
         check_input_std(input_std)
-    likelihood = Categorical()
-    traced = traced_model(model, inputs, likelihood)
-    predicted = traced.result.argmax(1)
-    around = _Around(traced, likelihood, input_std, tightening)
+    radii, predicted = [], []
     with torch.inference_mode(False), torch.no_grad():
-        lowest = around.radius_everywhere()
-        highest = torch.minimum(around.radius_of_gradient(), 1e6 * lowest.clamp_min(1e-300))
-        searched = lowest.isfinite() & (lowest > 0) & (highest > lowest)
-        if bool(searched.any()):
-            for step in range(_NUM_HALVINGS):
-                middle = highest if step == 0 else (lowest * highest).sqrt()
-                trial = torch.where(searched, middle, torch.ones_like(middle))
-                holds = around.holds(trial) & searched
-                lowest = torch.where(holds, middle, lowest)
-                highest = torch.where(searched & ~holds, middle, highest)
-    own = _own_classes(model, inputs)
-    return torch.where(own == predicted, lowest, 0.0)
+        for _, around in _parts(model, inputs, Categorical(), input_std, tightening):
+            radii.append(around.radius() if uses_balls else around.radius_everywhere(is_required=True))
+            predicted.append(around.logits.argmax(1))
+    return torch.where(_own_classes(model, inputs) == torch.cat(predicted), torch.cat(radii), 0.0)
 
 
 def certified_divergence(
@@ -188,20 +205,35 @@ def certified_divergence(
     if input_std is not None:
         check_input_std(input_std)
     check_inputs(inputs)
-    check_radius(radius)
-    traced = traced_model(model, inputs, Categorical())
-    around = _Around(traced, Categorical(), input_std, tightening)
+    check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
-    return 0.5 * radii.square() * around.largest_curvature(radii)
+    parts = [
+        around.largest_curvature(radii[place])
+        for place, around in _parts(model, inputs, Categorical(), input_std, tightening)
+    ]
+    return 0.5 * radii.square() * torch.cat(parts)
+
+
+def _parts(
+    model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
+) -> Generator[tuple[slice, _Around], None, None]:
+    """Yield the examples in parts for which the Jacobians of all values fit in memory."""
+    norms = KnownNorms(CertifiedNorms(tightening.dense))
+    first = traced_at_few(model, inputs, likelihood)
+    if len(inputs) <= min(num_examples(first), len(first.result)):
+        yield slice(0, len(inputs)), _Around(first, likelihood, input_std, tightening, norms)
+        return
+    size = min(num_examples(first), len(inputs))
+    for start in range(0, len(inputs), size):
+        place = slice(start, min(start + size, len(inputs)))
+        traced = traced_model(model, inputs[place], likelihood)
+        yield place, _Around(traced, likelihood, input_std, tightening, norms)
 
 
 def _at_inputs(
     model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
 ) -> UpperBound:
-    check_inputs(inputs)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"A bound needs the weights of an nn.Module; got {type(model).__name__}.")
-    module = deployed_module(model, torch.float64)
+    module = checked_module(model, inputs)
     candidates: dict[str, Tensor] = {}
     terms: tuple[BoundTerm, ...] = ()
     with differentiable(inputs) as safe_inputs, Noise(inputs.device).replayed():
@@ -247,17 +279,13 @@ def _smallest(level: str, candidates: Mapping[str, Tensor], terms: tuple[BoundTe
     if bool(best.values.isposinf().any()):
         raise NoBoundError("No finite bound was found: the numbers of this network overflow float64.")
     evidence = tuple(names[index] for index in best.indices.tolist())
-    return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence)
+    found = {name: value / math.log(10) for name, value in zip(names, values, strict=True)}
+    return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence, candidates=found)
 
 
 def _said(radii: Tensor) -> str:
     low, high = float(radii.min()), float(radii.max())
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _is_cut(node: fx.Node) -> bool:
-    """Say whether no gradient passes the call, though its value depends on the input."""
-    return node.op in ("call_function", "call_method") and name_of(node.target).rstrip("_") == "detach"
 
 
 class _Around:
@@ -270,19 +298,26 @@ class _Around:
         tightening: Which certified improvements are used.
     """
 
-    def __init__(self, traced: Trace, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening) -> None:
+    def __init__(
+        self,
+        traced: Trace,
+        likelihood: Likelihood,
+        input_std: Tensor | None,
+        tightening: Tightening,
+        norms: KnownNorms | None = None,
+    ) -> None:
         self.traced = traced
         self.likelihood = likelihood
         self.input_std = input_std
         self.tightening = tightening
-        self.norms = KnownNorms(CertifiedNorms(tightening.dense))
+        self.norms = KnownNorms(CertifiedNorms(tightening.dense)) if norms is None else norms
         self.centre = traced.values[traced.input]
         self.logits = traced.result.detach()
         self.pixel = 1.0 if input_std is None else 1 / float(input_std.min())
         self._rows: Rows | None = None
 
     @cached_property
-    def tangents(self) -> dict[fx.Node, Tensor]:
+    def tangents(self) -> Tangents:
         """The Jacobians of the values at the examples, where they are few enough."""
         return tangents_of(self.traced)
 
@@ -326,7 +361,7 @@ class _Around:
     def candidates(self, radii: Tensor) -> tuple[dict[str, Tensor], tuple[BoundTerm, ...]]:
         """Return the logs of the bounds over balls by name, and the shares of the layers."""
         value, terms = self.product(radii)
-        found = {"product": value}
+        found = {"product": value.expand(len(radii))}
         expanded = self.expansion(radii)
         if expanded is not None:
             assert self._rows is not None
@@ -340,7 +375,7 @@ class _Around:
             return log(self.likelihood.largest_curvature(composition.head))
 
         _, log_value = tightest(everywhere, self.logits, head, 2)
-        found["global"] = log_value.detach() + 2 * math.log(self.pixel)
+        found["global"] = (log_value.detach() + 2 * math.log(self.pixel)).expand(len(radii))
         return found, terms
 
     def expansion(self, radii: Tensor) -> Expansion | None:
@@ -351,12 +386,24 @@ class _Around:
             return None
         composition = self.compositions(radii)[0]
         assert composition.deviations is not None
-        if any(_is_cut(node) for node in composition.deviations.varying):
-            return None  # a backward pass does not see what is behind it
         remainders = composition.deviations.remainders
         if self._rows is None:
             self._rows = rows(self.traced, [item.node for item in remainders], self.input_std)
         return expansion(self._rows, remainders, radii, self.pixel)
+
+    def radius(self) -> Tensor:
+        """Return the largest radius that was found within which no perturbation changes the class, ``(B,)``."""
+        lowest = self.radius_everywhere()
+        highest = torch.minimum(self.radius_of_gradient(), 1e6 * lowest.clamp_min(1e-300))
+        searched = lowest.isfinite() & (lowest > 0) & (highest > lowest)
+        if not bool(searched.any()):
+            return lowest
+        for step in range(_NUM_HALVINGS):
+            middle = highest if step == 0 else (lowest * highest).sqrt()
+            holds = self.holds(torch.where(searched, middle, torch.ones_like(middle))) & searched
+            lowest = torch.where(holds, middle, lowest)
+            highest = torch.where(searched & ~holds, middle, highest)
+        return lowest
 
     def holds(self, radii: Tensor) -> Tensor:
         """Say whether no perturbation up to the radius can change the class, ``(B,)``."""
@@ -388,12 +435,14 @@ class _Around:
             return torch.full_like(self.logits, math.sqrt(2)).scatter(1, predicted[:, None], 0.0)
         return torch.cdist(head[predicted], head, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def radius_everywhere(self) -> Tensor:
-        """Return the radius of the constant over all inputs, ``(B,)``; zero where there is none."""
+    def radius_everywhere(self, is_required: bool = False) -> Tensor:
+        """Return the radius of the constant over all inputs, ``(B,)``, or another one where there is none."""
         best = torch.zeros(len(self.logits), dtype=torch.float64, device=self.logits.device)
         try:
             found = self.compositions(None)
         except NoBoundError:
+            if is_required:
+                raise
             return self._smallest_trial()
         for composition in found:
             slopes = self._constants(composition.head) * composition.log_norm.detach().exp() * self.pixel

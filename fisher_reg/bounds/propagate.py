@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.deviations import Deviations
+from fisher_reg.bounds.deviations import Deviations, Tangents
 from fisher_reg.bounds.region import Region
 from fisher_reg.bounds.rules.call import Call, make_call, name_of
 from fisher_reg.bounds.rules.layer import Deviation, Gain, Layer, Norms, ScaledGain
@@ -74,7 +74,7 @@ def compose(
     differentiable: bool = False,
     output_scales: Mapping[fx.Node, Tensor] | None = None,
     region: Region | None = None,
-    tangents: Mapping[fx.Node, Tensor] | None = None,
+    tangents: Tangents | None = None,
 ) -> Composition:
     """Compose the rules of the layers of a traced model into one constant.
 
@@ -95,7 +95,7 @@ def compose(
         NoBoundError: For a part without a rule.
         NonFiniteWeightsError: For weights that are not finite.
     """
-    deviations = None if region is None else Deviations(trace, region, tangents or {})
+    deviations = None if region is None else Deviations(trace, region, tangents or Tangents({}))
     composer = _Composer(trace, norms, tightening, is_local, differentiable, output_scales or {}, deviations)
     with torch.enable_grad():
         for node in trace.graph.nodes:

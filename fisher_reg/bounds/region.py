@@ -68,7 +68,12 @@ class Box:
     high: Tensor | float
 
     def __post_init__(self) -> None:
-        low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (self.low, self.high))
+        try:
+            low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (self.low, self.high))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"The ends of a domain must be numbers or tensors; got low={self.low!r}, high={self.high!r}."
+            ) from None
         if not (low.isfinite().all() and high.isfinite().all() and (low <= high).all() and (low < high).any()):
             raise ValueError(
                 f"A domain needs finite ends low <= high, not all equal; got low={self.low}, high={self.high}."
@@ -112,7 +117,9 @@ class L2Ball:
     radius: float
 
     def __post_init__(self) -> None:
-        check_radius(self.radius)
+        if not isinstance(self.centre, Tensor) or not bool(self.centre.isfinite().all()):
+            raise ValueError("The centre of a domain must be a tensor without NaN or infinite values.")
+        check_radius(self.radius, None)
 
     def region(self, inputs: Tensor) -> Region:
         """Return the ball as a region for inputs ``(B, *S)``.
@@ -151,15 +158,22 @@ def region_of(domain: Domain, inputs: Tensor) -> Region:
     return domain.region(inputs)
 
 
-def check_radius(radius: Any) -> None:
-    """Refuse a radius that is not positive and finite.
+def check_radius(radius: Any, size: int | None) -> None:
+    """Refuse a radius that is not positive and finite, or not one number or one per example.
+
+    Args:
+        radius: What was given.
+        size: How many examples there are; None for one number only.
 
     Raises:
         ValueError: If it is not.
     """
-    radii = torch.as_tensor(radius, dtype=torch.float64)
-    if radii.ndim > 1 or not bool((radii.isfinite() & (radii > 0)).all()):
-        raise ValueError(
-            f"radius must be positive and finite, a number or one per example; got {radius!r}. At the inputs "
-            "themselves leave it out."
-        )
+    what = "a number" if size is None else f"a number or one for each of the {size} examples"
+    advice = "" if size is None else " At the inputs themselves leave it out."
+    error = ValueError(f"radius must be positive and finite, {what}; got {radius!r}.{advice}")
+    try:
+        radii = torch.as_tensor(radius, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise error from None
+    if tuple(radii.shape) not in {(), (size,)} or not bool((radii.isfinite() & (radii > 0)).all()):
+        raise error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class UpperBound:
         evidence: At given inputs, which of several certified values is the smallest, one name per example: ``"exact"``
             (all rows of the Jacobian), ``"interval"`` (of an estimate), ``"product"`` (of the layers' norms),
             ``"expansion"`` (of the Jacobian around the input), ``"global"``. Empty where there is only the product.
+        candidates: Decimal logarithms ``(B,)`` of all the values of which ``evidence`` names the smallest.
         failure_probability: Per example, over random numbers of our own; zero but for an ``"interval"``.
     """
 
@@ -54,6 +56,7 @@ class UpperBound:
     domain: str = "all inputs"
     evidence: tuple[str, ...] = ()
     failure_probability: float = 0.0
+    candidates: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def value(self) -> Any:

@@ -69,7 +69,7 @@ class FisherMonitor(pl.Callback):
       ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
     - ``fisher/bound_local_mean``, ``fisher/bound_blockwise_mean``: mean over the probe, for bounds at the inputs;
       ``fisher/log10_bound_local``, …: mean of the decimal logarithms, and ``fisher/log10_gap_local``, …: mean decades
-      between the bound and the eigenvalue of each input
+      between the bound and the eigenvalue of each input. All these only in the epochs in which bounds are measured
     - ``fisher/seconds``: what the measurement took; ``fisher/seconds_bound_global``, …: its parts
 
     A logger that takes them (TensorBoard's) also gets the histogram ``fisher/log10_lambda_max`` (of the values above
@@ -87,6 +87,10 @@ class FisherMonitor(pl.Callback):
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
             :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
+        bound_every_n_epochs: The bounds are measured at the first measurement, then at the first one n epochs or more
+            after the last that had them, at the last one of a training whose length is known (from ``max_epochs`` or
+            ``max_steps``), and whenever ``trainer.validate`` is called. A global bound takes a fifth of an epoch of the
+            default recipe, so that by default the bounds take 4 % of its ten epochs.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
@@ -110,6 +114,7 @@ class FisherMonitor(pl.Callback):
         *,
         solver: Solver | None = None,
         bounds: Sequence[Bound] = (fisher_bound,),
+        bound_every_n_epochs: int = 10,
         likelihood: Likelihood = Categorical(),
         input_std: Tensor | None = None,
         inputs_fn: InputsFn | None = None,
@@ -117,11 +122,14 @@ class FisherMonitor(pl.Callback):
         side_inputs_fn: SideInputsFn = no_side_inputs,
         probe: Tensor | None = None,
     ) -> None:
-        check_at_least_one(self, every_n_epochs=every_n_epochs, num_samples=num_samples)
+        check_at_least_one(
+            self, every_n_epochs=every_n_epochs, num_samples=num_samples, bound_every_n_epochs=bound_every_n_epochs
+        )
         self.every_n_epochs = every_n_epochs
         self.num_samples = num_samples
         self.solver = solver
         self.bounds = tuple(bounds)
+        self.bound_every_n_epochs = bound_every_n_epochs
         self.likelihood = likelihood
         self.input_std = input_std
         self.inputs_fn = inputs_fn or find_inputs
@@ -201,6 +209,23 @@ class FisherMonitor(pl.Callback):
         waited = not self.history or trainer.current_epoch - self.history[-1]["epoch"] >= self.every_n_epochs
         return waited and not trainer.sanity_checking
 
+    def _bounds_are_due(self, trainer: pl.Trainer) -> bool:
+        with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
+        if trainer.state.fn == "validate" or not with_bounds or self._is_last(trainer):
+            return True
+        return trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
+
+    def _is_last(self, trainer: pl.Trainer) -> bool:
+        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            return True
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
+            return False
+        interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
+        interval = interval or 1
+        ends = trainer.current_epoch + self.every_n_epochs + 1  # of the epoch that may be the next
+        return math.ceil(ends / interval) * interval > trainer.max_epochs
+
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
@@ -210,7 +235,7 @@ class FisherMonitor(pl.Callback):
         if probe:
             self._check(model, *probe[0])
         eigenvalues, logged = self._estimate(model, probe, pl_module.device)
-        for bound in self._bounds_of(probe):
+        for bound in self._bounds_of(probe) if self._bounds_are_due(trainer) else []:
             logged |= self._bound(bound, model, torch.cat([inputs for inputs, _ in probe]), eigenvalues)
         logged["fisher/seconds"] = time.perf_counter() - begin
         pl_module.log_dict(logged, sync_dist=True, batch_size=1)
@@ -310,7 +335,7 @@ class FisherMonitor(pl.Callback):
             self._warn_once("matplotlib", "FisherMonitor draws no figure, since matplotlib is not installed.")
         else:
             experiment.add_figure("fisher/bound_versus_empirical", bound_versus_empirical(self.history), step)
-        keys = self.history[-1]
+        keys = dict.fromkeys(key for entry in self.history for key in entry)  # bounds are not in each
         curves = [key for key in keys if "log10_bound" in key or "log10_lambda" in key]
         charts = {"bound versus empirical (log10)": ["Multiline", curves]}
         if gaps := [key for key in keys if "log10_gap" in key]:

@@ -32,6 +32,9 @@ TIGHTENINGS = (
     fr.Tightening(head=False),
 )
 
+RADII = (0.001, 0.03, 0.3, 3.0)
+"""One is asked of each network."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -123,6 +126,101 @@ def _ascent(model, point, noise, steps=3):
         point = (point + size / (step + 1) * direction).detach()
         found.append(point)
     return found
+
+
+# -------------------------------------------------------------------------------------------------- balls and domains
+
+
+def along(values, x):
+    """Numbers ``(B,)`` in a shape that broadcasts to the inputs."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def units(directions, std):
+    """Directions ``(..., *S)`` with a length of one in pixels, that is times ``std``; zero stays zero."""
+    lengths = torch.linalg.vector_norm((directions * std).flatten(directions.ndim - std.ndim), dim=-1)
+    return directions / lengths.clamp_min(1e-30).view(*lengths.shape, *[1] * std.ndim)
+
+
+def fisher_at(model, points, std):
+    """The largest eigenvalues of the Fisher matrix in pixels ``(n,)``, by dense Jacobians."""
+    return norms(root_fisher(logits_of(model, points), jacobians(model, points) / std.flatten())).square()
+
+
+def points_within(model, x, radii, generator, std=None, steps=3, count=4):
+    """Points ``(n, B, *S)`` in the ball around each input: on its sphere, inside, and where slopes lead.
+
+    Args:
+        model: In the dtype of the inputs.
+        x: ``(B, *S)``.
+        radii: ``(B,)``, in pixels.
+        generator: Of the random directions.
+        std: ``S``, what pixels were divided by.
+        steps: Of the ascent.
+        count: How many random directions there are.
+    """
+    std = torch.ones_like(x[0]) if std is None else std.to(x).expand(x.shape[1:])
+    sizes = along(radii.to(x), x) * (1 - 1e-9)
+    noise = torch.randn((count, *x.shape), generator=generator, dtype=torch.float64).to(x)
+    corners = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x).sign()[None]
+    single = torch.zeros_like(x)
+    single.flatten(1)[:, int(torch.randint(x[0].numel(), (), generator=generator))] = 1.0
+    directions = units(torch.cat([noise, corners, single[None]]), std)
+    jacobian = jacobians(model, x) / std.flatten()
+    _, _, top = torch.linalg.svd(root_fisher(logits_of(model, x), jacobian), full_matrices=False)
+    steepest = [top[:, 0], *rivals(jacobian, logits_of(model, x).argmax(1))[:4]]
+    for slope in steepest:
+        step = units(slope.to(x).view_as(x) / std, std)[None]
+        directions = torch.cat([directions, step, -step])
+    points = [x + sizes * directions, x + 0.3 * sizes * directions[:count], x[None]]
+    values = fisher_at(model, torch.cat(points).flatten(0, 1), std).view(-1, len(x))
+    point = torch.cat(points)[values.argmax(0), torch.arange(len(x))]
+    for _ in range(steps):
+        slope = _slope(model, point, std)
+        if slope is None:
+            break
+        point = point + 0.5 * sizes * units(slope / std.square(), std)
+        offset = point - x
+        lengths = torch.linalg.vector_norm((offset * std).flatten(1), dim=1)
+        point = x + offset * along((sizes.flatten() / lengths.clamp_min(1e-30)).clamp_max(1.0), x)
+        points += [point[None], (x + sizes * units(offset, std))[None]]
+    return torch.cat(points)
+
+
+def points_in_box(model, low, high, generator, count=6, steps=3):
+    """Points ``(n, *S)`` in a box: corners, random ones, and where slopes lead from one of them."""
+    shape = (count, *low.shape)
+    corners = torch.rand(shape, generator=generator, dtype=torch.float64).to(low) < 0.5
+    inside = low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64).to(low)
+    points = torch.cat([torch.where(corners, low, high), inside, low[None], high[None], ((low + high) / 2)[None]])
+    std = torch.ones_like(low)
+    point = points[fisher_at(model, points, std).argmax()][None]
+    found = [points]
+    for step in range(steps):
+        slope = _slope(model, point, std)
+        if slope is None:
+            break
+        point = (point + (high - low) * slope.sign() / (step + 1)).clamp(low, high)
+        found.append(point)
+    return torch.cat(found)
+
+
+def rivals(jacobian, predicted):
+    """How each rival gains on the predicted class, ``(K, B, d)``."""
+    return (jacobian - jacobian[torch.arange(len(jacobian)), predicted][:, None]).transpose(0, 1)
+
+
+def _slope(model, point, std):
+    """The slope of the Fisher norm, None where there is nothing to differentiate twice."""
+    variable = point.detach().requires_grad_()
+    with torch.enable_grad():
+        try:
+            rows = jacobians(model, variable, create_graph=True) / std.flatten()
+            total = norms(root_fisher(model(variable.clone()).double(), rows)).sum()
+            (slope,) = torch.autograd.grad(total, variable, allow_unused=True)
+        except RuntimeError:
+            return None
+    return None if slope is None else slope.nan_to_num(0.0, 0.0, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -231,8 +329,8 @@ class _Claims:
         points = self.points.to(self.x.dtype)
         bound = self.asked("local_fisher_bound", lambda: fr.local_fisher_bound(self.model, points))
         if bound is not None:
-            # The probabilities and slopes are those of the network's own arithmetic.
-            exact = norms(root_fisher(logits_of(self.own, points), jacobians(self.own, points))).square()
+            # In exact arithmetic: near a kink, or where the softmax is saturated, float32 is another function.
+            exact = fisher_at(self.oracle, points.to(self.exact_dtype), torch.ones_like(self.x[0]).to(self.exact_dtype))
             self.exceeds("local_fisher_bound", exact, bound.value)
         return bound
 
@@ -263,6 +361,41 @@ class _Claims:
                 f"certified_radius: another class within {radius.tolist()}, margin {margins.min():.3g}"
             )
         return radius
+
+    def check_ball(self, radius):
+        """What is claimed of all points within a radius: their Fisher norms, and the divergence to them."""
+        bound = self.asked(
+            "local_fisher_bound(radius)", lambda: fr.local_fisher_bound(self.model, self.x, radius=radius)
+        )
+        if bound is None:
+            return None
+        x, radii = self.x.to(self.exact_dtype), torch.full((len(self.x),), radius, dtype=torch.float64)
+        points = points_within(self.oracle, x, radii, self.generator, count=3, steps=2)
+        flat, ones = points.flatten(0, 1), torch.ones_like(x[0])
+        self.exceeds(
+            f"local_fisher_bound(radius={radius})", fisher_at(self.oracle, flat, ones), bound.value.repeat(len(points))
+        )
+        divergence = self.asked("certified_divergence", lambda: fr.certified_divergence(self.model, self.x, radius))
+        if divergence is not None:
+            log_p, log_q = logits_of(self.oracle, x).log_softmax(1), logits_of(self.oracle, flat).log_softmax(1)
+            log_p = log_p.repeat(len(points), 1)
+            rounding = JUMPS[self.precision] * (1 + log_p.abs().amax(1) + log_q.abs().amax(1))
+            found = (log_p.exp() * (log_p - log_q)).sum(1) - rounding
+            self.exceeds(f"certified_divergence({radius})", found, divergence.repeat(len(points)))
+        return bound
+
+    def check_domain(self):
+        """What is claimed of all points of a box that holds the inputs."""
+        low, high = self.x.amin(0) - 0.2, self.x.amax(0) + 0.1
+        bound = self.asked(
+            "fisher_bound(domain)", lambda: fr.fisher_bound(self.model, self.x, domain=fr.Box(low, high))
+        )
+        if bound is not None:
+            low, high = low.to(self.exact_dtype), high.to(self.exact_dtype)
+            points = points_in_box(self.oracle, low, high, self.generator, steps=2)
+            exact = fisher_at(self.oracle, points, torch.ones_like(low))
+            self.exceeds("fisher_bound(domain)", exact, torch.tensor(bound.value).double())
+        return bound
 
     def _margins(self, shifts, size, x, predicted):
         """How far the predicted class is ahead at ``x + size * shift``, with room for rounding, ``(n, B)``."""
@@ -302,11 +435,14 @@ def check(seed, build=random_network):
         state, kept = state_of(model), x.clone()
         fisher = claims.check_fisher(fr.Tightening())
         radius, local = claims.check_radius(), claims.check_local()
+        ball, domain = claims.check_ball(RADII[seed % len(RADII)]), claims.check_domain()
         bounds = [fisher, radius]
         if fisher is not None:  # for time: a refusal is slow where torch.export is tried
             bounds.append(claims.check_lipschitz(TIGHTENINGS[seed % len(TIGHTENINGS)]))
         if len({item is None for item in bounds}) > 1 and not claims.violations:
             claims.violations.append("one of the global bounds is refused and another is not")
+        if fisher is not None and (ball is None or domain is None):
+            claims.violations.append("there is a bound over all inputs, and none in a ball or a box")
         if not same_state(state, state_of(model)):
             claims.violations.append("the model was changed")
         if not torch.equal(x, kept):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from fisher_reg import NoBoundError, Tightening, lipschitz_bound
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.propagate import compose
-from fisher_reg.bounds.rules.registry import FUNCTION_RULES, find_function_rule
+from fisher_reg.bounds.rules.registry import FUNCTION_RULES
 from fisher_reg.bounds.tracing import trace
 from tests.bounds import more_functions
 from tests.bounds.test_sound_reading import targets_of_other_cases
@@ -143,7 +143,7 @@ ONLY_TRACED = {  # torch.export takes these apart, or returns more than the valu
     "adaptive max pooling": lambda m, x: F.adaptive_max_pool2d(x, (4, 2)),
 }
 # torch.fx follows these to what they call
-NEVER_TRACED = {F.tanh, F.sigmoid, torch.split}
+NEVER_TRACED = {F.tanh, F.sigmoid}
 CASES = (TIGHT, VALID, EVERY, ONLY_TRACED, *more_functions.CASES)
 
 
@@ -230,7 +230,6 @@ def test_every_registered_function_and_method_is_called_by_a_case():
         if node.op in ("call_function", "call_method")
     }
     public = {item for item in FUNCTION_RULES if not isinstance(item, str) or hasattr(torch.Tensor, item)}
-    assert all(find_function_rule(item) is not None for item in called if item is not getattr)
     assert public - called == NEVER_TRACED
 
 

@@ -36,7 +36,7 @@ ACTIVATIONS = [
     nn.Sigmoid(),
     nn.LogSigmoid(),
     nn.Softplus(),
-    nn.Softplus(beta=3.0, threshold=5.0),
+    nn.Softplus(beta=3.0, threshold=16.0),
     nn.Softsign(),
     nn.Tanhshrink(),
     nn.Softshrink(),

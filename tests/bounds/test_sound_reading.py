@@ -222,6 +222,7 @@ SHAPES = {
     "a new tensor": lambda m, x: x * x.new_tensor([1.0, 2, 3, 4, 5, 6]),
     "zeroed": lambda m, x: x + (3 * x).zero_(),
     "filled": lambda m, x: x + (3 * x).fill_(7.0),
+    "casts": lambda m, x: 2 * x.half().bfloat16().type(x.dtype),
     "overwritten": lambda m, x: (3 * x).copy_(2 * x),
 }
 
@@ -372,6 +373,15 @@ JUMPS = {
     "hardshrink": lambda m, x: m.fc(F.hardshrink(x)),
     "threshold": lambda m, x: m.fc(F.threshold(x, 0.5, 3.0)),
 }
+
+
+_ONE = ("ceil", "fix", "floor", "frac", "round", "sgn", "sign", "trunc", "hardshrink")
+_TWO = ("floor_divide", "fmod", "remainder", "heaviside")
+JUMPS |= {f"torch.{name}": lambda m, x, name=name: m.fc(getattr(torch, name)(x)) for name in _ONE}
+JUMPS |= {f"Tensor.{name}": lambda m, x, name=name: m.fc(getattr(x, name)()) for name in _ONE}
+JUMPS |= {f"torch.{name}": lambda m, x, name=name: m.fc(getattr(torch, name)(x, x.new_ones(()))) for name in _TWO}
+JUMPS |= {f"Tensor.{name}": lambda m, x, name=name: m.fc(getattr(x, name)(x.new_ones(()))) for name in _TWO}
+JUMPS["torch.threshold"] = lambda m, x: m.fc(torch.threshold(x, 0.5, 3.0))
 
 
 @pytest.mark.parametrize("name", JUMPS)
@@ -639,16 +649,28 @@ MADE = {
     "slice_scatter": (lambda m, x: torch.slice_scatter(x, 3 * x[:, :2], 1, 0, 2), False),
     "select_scatter": (lambda m, x: torch.select_scatter(x, 3 * x[:, 1], 1, 0), False),
     "index_put": (lambda m, x: x[0].index_put((torch.tensor([0, 2]),), 2 * x[0, 1]), False),
+    "detached": (lambda m, x: torch.detach(x) + 2 * x, False),
     "copies": (lambda m, x: (2 * x).clone().copy_(x[:, :1]), False),
     "layer norm of torch": (lambda m, x: torch.native_layer_norm(x, (3,), m.w[:, 0], m.w[:, 1], 1e-1)[0], False),
     "group norm of torch": (lambda m, x: torch.native_group_norm(x, m.c, m.c, 1, 4, 3, 2, 1e-1)[0], False),
     "batch norm of torch": (
         lambda m, x: torch.ops.aten._native_batch_norm_legit_no_training(
-            x, m.c, m.c, m.c.detach(), m.c.detach() ** 2, 0.1, 1e-5
+            x, m.c, m.c, torch.zeros(4).double(), 0.1 * torch.ones(4).double(), 0.1, 1e-5
         )[0],
         False,
     ),
     "max pooling with indices": (lambda m, x: torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [1, 1])[0], False),
+    "methods": (lambda m, x: x.matmul(m.w).bmm(m.left[None, :4]), False),
+    "methods of matrices": (lambda m, x: m.w[0].addmm(x[0].mm(m.w[:, :3]), m.w), False),
+    "functions": (
+        lambda m, x: torch.masked_fill(torch.index_put(x[0], (torch.tensor([1]),), x[0, 2]), m.mask, 2.0),
+        False,
+    ),
+    "scatters": (lambda m, x: x.slice_scatter(3 * x[:, :2], 1, 0, 2).select_scatter(x[:, 1], 1, 0), False),
+    "splits": (
+        lambda m, x: x.unsafe_chunk(2, 1)[0] + x.unsafe_split(2, 1)[1] + x.unsafe_split_with_sizes([2, 2], 1)[1],
+        False,
+    ),
     "unsafe split": (lambda m, x: torch.ops.aten.unsafe_split(x, 2, 1)[1], False),
 }
 

@@ -103,6 +103,56 @@ def test_bounds_at_the_inputs_are_logged_by_their_means_over_the_probe(tmp_path)
     assert [label.split()[0] for label in labels] == ["global", "local", "blockwise"]
 
 
+def _epochs(monitor, key="fisher/log10_bound_global"):
+    return [entry["epoch"] for entry in monitor.history if key in entry]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "expected"),
+    [
+        ({}, {"max_epochs": 4}, [0, 3]),
+        ({"bound_every_n_epochs": 1}, {"max_epochs": 3}, [0, 1, 2]),
+        ({"bound_every_n_epochs": 2}, {"max_epochs": 6}, [0, 2, 4, 5]),
+        ({"bound_every_n_epochs": 2, "every_n_epochs": 3}, {"max_epochs": 6}, [0, 3]),
+        ({"bound_every_n_epochs": 3}, {"max_epochs": 7, "check_val_every_n_epoch": 2}, [1, 5]),
+        ({}, {"max_epochs": -1, "max_steps": 8}, [0, 3]),  # two steps per epoch
+    ],
+)
+def test_bounds_are_measured_every_few_epochs_and_at_the_last(tmp_path, settings, options, expected):
+    monitor = FisherMonitor(num_samples=4, **settings)
+    _fit(tmp_path, _module(), monitor, **options)
+    assert _epochs(monitor) == expected
+    assert set(_epochs(monitor, "fisher/lambda_max_mean")) >= set(expected)
+    for entry in monitor.history:
+        absent = set() if entry["epoch"] in expected else {key for key in KEYS if "bound" in key or "gap" in key}
+        assert set(entry) == KEYS - absent | {"epoch", "step"}
+    bound = bound_versus_empirical(monitor.history).axes[0].lines[0]
+    drawn = [epoch for epoch, value in zip(*bound.get_data(), strict=True) if value == value]
+    assert drawn == expected
+
+
+def test_epochs_without_a_bound_leave_the_loggers_and_a_given_probe_as_they_are(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    monitor = FisherMonitor(probe=_probe(5), bound_every_n_epochs=2)
+    trainer = _fit(tmp_path, _module(), monitor, val=False, logger=logger, max_epochs=4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert len(events.Scalars("fisher/lambda_max_mean")) == 4
+    assert len(events.Scalars("fisher/log10_bound_global")) == len(_epochs(monitor)) == 3
+    assert len(events.Images("fisher/bound_versus_empirical")) == 4
+    assert set(trainer.callback_metrics) >= KEYS
+
+
+def test_bounds_go_on_in_their_rhythm_after_a_resume(tmp_path):
+    trainer = _fit(tmp_path, _module(), FisherMonitor(bound_every_n_epochs=3), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    monitor = FisherMonitor(bound_every_n_epochs=3)
+    trainer = cases.trainer(tmp_path, callbacks=[monitor], max_epochs=6)
+    loaders = cases.tiny_batches(), cases.tiny_batches(count=10, batch_size=4, seed=1)
+    trainer.fit(_module(), *loaders, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert _epochs(monitor) == [0, 1, 4, 5]
+
+
 def test_the_probe_is_fixed_over_the_epochs_even_when_validation_is_shuffled(tmp_path):
     monitor, module = FisherMonitor(num_samples=4), _module()
     probes = []
@@ -309,7 +359,7 @@ def test_without_matplotlib_there_is_no_figure_and_one_warning(tmp_path, monkeyp
     assert events.Tags()["histograms"] == ["fisher/log10_lambda_max"]
 
 
-@pytest.mark.parametrize("settings", [{"every_n_epochs": 0}, {"num_samples": 0}])
+@pytest.mark.parametrize("settings", [{"every_n_epochs": 0}, {"num_samples": 0}, {"bound_every_n_epochs": 0}])
 def test_bad_settings_are_refused_at_once(settings):
     with pytest.raises(ValueError, match=">= 1; got 0"):
         FisherMonitor(**settings)

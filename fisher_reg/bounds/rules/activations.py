@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.extents import POSITIVE
-from fisher_reg.bounds.rules.layer import Gain, Interval, Layer, ScaledGain
+from fisher_reg.bounds.rules.layer import Gain, Interval, Layer, ScaledGain, largest_of_each
 from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
 from fisher_reg.bounds.rules.slopes import slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import as_double
@@ -117,21 +117,16 @@ def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
     known = next((found(module) for kind, found in RANGES.items() if isinstance(module, kind)), None)
     if layer.is_local:
-        return ScaledGain(_largest(slopes_at(module, layer.input).abs()), known, scale=layer.scale)
+        return ScaledGain(largest_of_each(slopes_at(module, layer.input).abs()), known, scale=layer.scale)
     within = None
     if layer.deviation is not None:
         within = slopes_within(module, layer.input, layer.deviation.width)
     if within is None:
         return ScaledGain(largest, known, scale=layer.scale)
-    steepest = _largest(torch.maximum(within[0].abs(), within[1].abs()))
+    steepest = largest_of_each(torch.maximum(within[0].abs(), within[1].abs()))
     return ScaledGain(
         steepest.nan_to_num(nan=math.inf).clamp_max(as_double(largest).to(steepest)), known, scale=layer.scale
     )
-
-
-def _largest(slopes: Tensor) -> Tensor:
-    """Return the largest for each example, ``(B,)``."""
-    return slopes.reshape(len(slopes), -1).amax(1)
 
 
 def activation_module(target: Any) -> nn.Module | None:

@@ -17,9 +17,9 @@ def _filled(call: Call) -> Sensitivity:
 def register_rules() -> None:
     """Register the rules of this family."""
     options = "dtype layout device pin_memory requires_grad memory_format"
-    like = (torch.zeros_like, torch.ones_like, torch.empty_like, "zeros_like", "ones_like", "empty_like")
+    like = (torch.zeros_like, torch.ones_like, "zeros_like", "ones_like")
     register(_filled, f"input {options}", *like, shape_only="input *")
-    new = ("new_zeros", "new_ones", "new_empty", "zero_", "zero")
+    new = ("new_zeros", "new_ones", "zero_", "zero")
     register(_filled, None, *new, shape_only="0 input *")
     register(_filled, f"input fill_value {options}", torch.full_like, "full_like", shape_only=f"input {options}")
     register(_filled, f"input size fill_value {options}", "new_full", shape_only=f"input size {options}")

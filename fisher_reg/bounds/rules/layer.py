@@ -25,6 +25,7 @@ __all__ = [
     "ScaledGain",
     "Tokens",
     "diagonal_gain",
+    "largest_of_each",
 ]
 
 _SMALLEST = 1e-12
@@ -143,6 +144,11 @@ class Layer:
 
 Rule = Callable[[Any, Layer], "Number | Gain"]
 """From a module and its call to its Lipschitz constant or its gain."""
+
+
+def largest_of_each(numbers: Tensor) -> Tensor:
+    """Return the largest number of each example ``(B,)``, which may have one number only."""
+    return numbers.reshape(len(numbers), -1).amax(1)
 
 
 def diagonal_gain(factor: Tensor, layer: Layer) -> ScaledGain:

@@ -13,7 +13,7 @@ from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.copies import copy_entries
 from fisher_reg.bounds.rules.layer import Layer, ScaledGain
 from fisher_reg.bounds.rules.per_axis import channel_scale, per_axis_gain
-from fisher_reg.bounds.rules.registry import register, register_bound_rule
+from fisher_reg.bounds.rules.registry import layer_name, register, register_bound_rule
 from fisher_reg.bounds.sensitivity import Sensitivity
 
 
@@ -23,7 +23,7 @@ def _constant_pad(module: Any, layer: Layer) -> ScaledGain:
 
 def _copying_pad(module: Any, layer: Layer) -> ScaledGain:
     pads = list(zip(module.padding[::2], module.padding[1::2], strict=True))[::-1]
-    mode = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}[type(module).__name__[:-5]]
+    mode = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}[layer_name(module)[:-5]]
     return per_axis_gain([partial(nn.functional.pad, pad=pad, mode=mode) for pad in pads], layer)
 
 

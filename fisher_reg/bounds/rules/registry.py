@@ -111,6 +111,11 @@ def _same_forward(kind: type[nn.Module], base: type[nn.Module]) -> bool:
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward"))
 
 
+def layer_name(module: nn.Module) -> str:
+    """Return the name of torch's layer that the module is, or that its class is derived from."""
+    return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
+
+
 def no_rule(what: str, where: str) -> NoBoundError:
     """Describe the missing rule and how to add it."""
     return NoBoundError(

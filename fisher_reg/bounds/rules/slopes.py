@@ -40,7 +40,10 @@ TURNS: dict[type[nn.Module], Callable[[Any], tuple[Turn, ...]]] = {
     nn.SiLU: lambda module: (Turn(2.39936, 1.09984, 1.09984, 1e-3), Turn(-2.39936, -0.09984, -0.09984, 1e-3)),
     nn.Mish: lambda module: (Turn(1.49057, 1.0885, 1.0885, 1e-3), Turn(-2.25638, -0.11253, -0.11253, 1e-3)),
     nn.Hardswish: lambda module: (Turn(-3.0, -0.5, 0.0), Turn(3.0, 1.0, 1.5)),
-    nn.Hardsigmoid: lambda module: (Turn(-3.0, 0.0, 1 / 6), Turn(3.0, 0.0, 1 / 6)),
+    nn.Hardsigmoid: lambda module: (
+        Turn(-3.0, 0.0, 0.1666667),
+        Turn(3.0, 0.0, 0.1666667),
+    ),  # 1/6, which torch rounds up
     nn.Tanh: lambda module: (Turn(0.0, 1.0, 1.0),),
     nn.Sigmoid: lambda module: (Turn(0.0, 0.25, 0.25),),
     nn.Softplus: lambda module: (Turn(module.threshold / module.beta, 1.0 - math.exp(-module.threshold), 1.0),),

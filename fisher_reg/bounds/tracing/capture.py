@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
+from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
@@ -78,6 +79,11 @@ def asks_for_shape(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
 
 
+def detaches(node: fx.Node) -> bool:
+    """Say whether the node returns its input, and hides from autograd where it comes from."""
+    return node.op in ("call_function", "call_method") and name_of(node.target) in ("detach", "detach_")
+
+
 @contextmanager
 def _leaf_parameters(root: nn.Module) -> Generator[dict[str, Any], None, None]:
     """Have parameters of torch in place of the converted weights, and yield the weights by their names."""
@@ -127,9 +133,11 @@ def _with_directions(graph: fx.Graph) -> None:
         if not _calls(clamped, aten.clamp_min.default):
             continue
         length, eps = clamped.args
+        settings: tuple[Any, ...] = tuple(length.args[1:]) if isinstance(length, fx.Node) else ()
         if not _calls(length, aten.linalg_vector_norm.default) or length.args[0] is not vectors:
             continue
-        order, dim, keepdim = (*length.args[1:], *(2, None, False)[len(length.args) - 1 :])
+        defaults: tuple[Any, ...] = (2, None, False)
+        order, dim, keepdim = settings + defaults[len(settings) :]
         if order != 2 or not isinstance(dim, list | tuple) or len(dim) != 1 or keepdim is not True:
             continue
         with graph.inserting_before(node):

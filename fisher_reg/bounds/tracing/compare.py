@@ -52,6 +52,15 @@ def check_independence(model: nn.Module, inputs: Tensor) -> None:
             )
 
 
+def takes_other_sizes(model: nn.Module, inputs: Tensor) -> bool:
+    """Say whether a module takes batches of other sizes than that of the inputs."""
+    try:
+        logits = [(eager(model, part), len(part)) for part in _other_batches(inputs)]
+    except Exception:  # the user's own forward runs here and may raise anything
+        return False
+    return all(isinstance(item, Tensor) and item.shape[:1] == (size,) for item, size in logits)
+
+
 def first_difference(model: nn.Module, module: fx.GraphModule, inputs: Tensor, sizes: bool) -> str | None:
     """Return where a graph first computes something else than the module, None if it never does.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fisher_reg.bounds.tracing.capture import asks_for_shape, where
+from fisher_reg.bounds.tracing.capture import asks_for_shape, detaches, where
 from fisher_reg.bounds.tracing.exact import ExactArithmetic, widened
 from fisher_reg.errors import NoBoundError
 
@@ -31,8 +31,12 @@ class Run(fx.Interpreter):
             return self.run(inputs.clone())
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one call."""
-        value = widened(super().run_node(n))
+        """Run one call. A detached value is still a function of the input, which has a slope."""
+        if detaches(n):
+            source = self.fetch_args_kwargs_from_env(n)[0][0]
+            value = source.view_as(source)  # a tensor of its own in the same memory
+        else:
+            value = widened(super().run_node(n))
         self.values[n] = value
         return value
 

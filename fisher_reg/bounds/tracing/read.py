@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.tracing.capture import calls_unknown_functions, captured_by_export, captured_by_fx
-from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference
+from fisher_reg.bounds.tracing.compare import check_independence, eager, first_difference, takes_other_sizes
 from fisher_reg.bounds.tracing.functional import Run, made_functional
 from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
@@ -25,12 +25,14 @@ class Trace:
         modules: The modules that are called, by the targets of their nodes.
         values: What each call returned at the example, in float64.
         batched: Tensors whose first axis is that of the examples.
+        takes_other_sizes: Whether the graph has been compared with the module at other batch sizes too.
     """
 
     module: fx.GraphModule
     modules: dict[str, nn.Module]
     values: dict[fx.Node, Any]
     batched: frozenset[fx.Node]
+    takes_other_sizes: bool = False
 
     @property
     def graph(self) -> fx.Graph:
@@ -81,15 +83,15 @@ def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = 
         raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
     check(logits, len(inputs))
     check_independence(model, inputs)
-    module = _read(model, inputs)
+    module, is_flexible = _read(model, inputs)
     run = Run(module)
     run(inputs)
     batched = frozenset(_batched(module, inputs, run.values))
-    return Trace(module, dict(module.named_modules()), run.values, batched)
+    return Trace(module, dict(module.named_modules()), run.values, batched, is_flexible)
 
 
-def _read(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
-    """Return the first graph that computes what the model computes."""
+def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
+    """Return the first graph that computes what the model computes, and whether it does at other batch sizes."""
     tracers: Sequence[tuple[str, Callable[[], fx.GraphModule], bool]] = (
         ("torch.fx", lambda: captured_by_fx(model), True),
         ("torch.export", lambda: captured_by_export(model, inputs), False),
@@ -110,10 +112,10 @@ def _read(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
             whole = module  # the other tracer may see what the function does
             continue
         if difference is None:
-            return module
+            return module, sizes and takes_other_sizes(model, inputs)
         failures.append(f"{name} reads another function than the module computes: {_first_line(difference)}.")
     if whole is not None:
-        return whole
+        return whole, takes_other_sizes(model, inputs)
     raise NoBoundError(
         f"{type(model).__name__} cannot be traced. {' '.join(failures)}\n"
         "Make its control flow independent of the data and write it without changes in place, or put the part in a "
@@ -169,5 +171,5 @@ def _batched(module: fx.GraphModule, inputs: Tensor, values: dict[fx.Node, Any])
 def _agree(first: Tensor, second: Tensor) -> bool:
     if not second.is_floating_point():
         return torch.equal(first, second)
-    size = second.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    size = second.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()
     return torch.allclose(first, second, rtol=1e-6, atol=1e-8 * float(size))
