@@ -143,7 +143,7 @@ ONLY_TRACED = {  # torch.export takes these apart, or returns more than the valu
     "adaptive max pooling": lambda m, x: F.adaptive_max_pool2d(x, (4, 2)),
 }
 # torch.fx follows these to what they call
-NEVER_TRACED = {F.tanh, F.sigmoid}
+NEVER_TRACED = {F.tanh, F.sigmoid, "index"}  # the last one is an operator only
 CASES = (TIGHT, VALID, EVERY, ONLY_TRACED, *more_functions.CASES)
 
 
