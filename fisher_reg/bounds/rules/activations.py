@@ -94,7 +94,7 @@ RANGES: dict[type[nn.Module], Callable[[Any], Interval]] = {
     nn.Hardsigmoid: lambda module: Interval(0.0, 1.0),
     nn.Tanh: lambda module: Interval(-1.0, 1.0),
     nn.Sigmoid: lambda module: Interval(0.0, 1.0),
-    nn.Softplus: lambda module: POSITIVE,
+    nn.Softplus: lambda module: POSITIVE if module.beta > 0 else Interval(-math.inf, math.inf),
     nn.Softsign: lambda module: Interval(-1.0, 1.0),
     nn.LogSigmoid: lambda module: Interval(-math.inf, 0.0),
 }

@@ -168,6 +168,7 @@ def quotient(call: Call) -> Sensitivity:
         tops = torch.maximum(low.abs(), high.abs())
     is_known = call.at_example or below.around is not None
     is_apart = is_known and below.is_apart and (above.is_constant or above.is_apart)
+    is_apart = is_apart and call.value.shape[:1] == below.value.shape[:1] and call.value.ndim == below.value.ndim
     joint = (tops * inverse.square()).expand(call.value.shape)
     joint = joint.reshape(len(joint), -1).amax(1) if is_apart else joint.amax()
     terms.append(_broadcast(below, call.value, joint))

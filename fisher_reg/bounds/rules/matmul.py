@@ -253,7 +253,7 @@ def _einsum_width(call: Call) -> Tensor | None:
 
 def register_rules() -> None:
     """Register the rules of this family."""
-    register(_matmul, "input other", operator.matmul, torch.matmul, "matmul", "__matmul__")
+    register(_matmul, "input other", operator.matmul, torch.matmul, "matmul")
     register(_matmul, "input mat2", torch.mm, torch.bmm, "mm", "bmm")
     register(_shifted, "input mat1 mat2 beta alpha", torch.addmm, "addmm")
     register(_shifted, "input batch1 batch2 beta alpha", torch.baddbmm, "baddbmm")
