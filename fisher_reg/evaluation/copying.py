@@ -16,6 +16,7 @@ import functools
 import itertools
 import logging
 import random
+import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
@@ -232,6 +233,8 @@ class Copier:
         Returns:
             The copy; the function itself where it holds nothing.
         """
+        if _is_torchs_own(function):
+            return function
         copy_of = self if self._num_open_modules else self._reached
         named = {name: function.__globals__.get(name) for name in _global_names(function.__code__)}
         is_open = self._num_open_modules > 0
@@ -339,6 +342,12 @@ def _reaches(value: Any, depth: int = 3) -> bool:
 
 def _is_of_the_file(value: Any, function: types.FunctionType) -> bool:
     return isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
+
+
+def _is_torchs_own(function: types.FunctionType) -> bool:
+    """Whether it is a public function of torch, such as the ``F.relu`` of an attribute, which holds no module."""
+    home = sys.modules.get(function.__module__ or "")
+    return function.__module__.split(".")[0] == "torch" and getattr(home, function.__name__, None) is function
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

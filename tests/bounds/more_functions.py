@@ -21,7 +21,7 @@ PRODUCTS = {  # a constant over all inputs only where a normalisation bounds the
     "einsum": lambda m, x: torch.einsum("bik,bjk->bij", x, x.sin()),
     "einsum with an ellipsis": lambda m, x: torch.einsum("...ik,...jk->...ij", x[:, None], x[:, None]),
     "einsum over heads": lambda m, x: torch.einsum("bhid,bjd->bhij", x[:, None] * m.gamma[:, None, None], x),
-    "einsum with a constant": lambda m, x: torch.einsum("bik,ok->boi", x, m.w),
+    "einsum with a constant": lambda m, x: torch.einsum("bik,ok->boi", [x, m.w]),
     "a quotient": lambda m, x: x / (x.square().sum(1, keepdim=True) + 0.5),
     "a constant over a value": lambda m, x: m.gamma / (1.0 + x.abs()) + 1 / (x.square() + 0.1),
     "gates": lambda m, x: x * x.mean(2, keepdim=True).sigmoid(),

@@ -65,7 +65,12 @@ def test_a_function_and_its_values_are_bounded_over_a_region(name, shape, export
     x, radius = _point(2), 0.05
     model, traced = _traced(name, exported, x)
     region = Region.ball(x, radius) if shape == "ball" else Region.box(x[0] - radius, x[0] + radius, x)
-    composition = compose(traced, CertifiedNorms(), region=region, **OPTIONS)
+    try:
+        composition = compose(traced, CertifiedNorms(), region=region, **OPTIONS)
+    except NoBoundError:
+        assert exported
+        assert name in ONLY_TRACED_EVERYWHERE
+        return
     (last,) = traced.output.all_input_nodes
     width = composition.deviations.widths[last]
     for seed in range(8):

@@ -24,6 +24,7 @@ class Operand:
         deviation: Over a region, where the first axis of the value is that of the examples.
         around: Likewise for any tensor.
         is_apart: Whether the first axis of the value is that of the examples.
+        items: The same of each tensor in a list.
     """
 
     value: Any
@@ -31,6 +32,7 @@ class Operand:
     deviation: Deviation | None = None
     around: Deviation | None = None
     is_apart: bool = True
+    items: tuple[Operand, ...] = ()
 
     @property
     def is_constant(self) -> bool:
@@ -169,6 +171,11 @@ def make_call(
             _sensitivity_of(argument, sensitivities) if is_read else CONSTANT,
             deviation_of(argument) if is_read and isinstance(argument, fx.Node) else None,
             *(around_of(argument) if is_read and isinstance(argument, fx.Node) else (None, True)),
+            items=tuple(
+                Operand(fetch(item), _sensitivity_of(item, sensitivities), None, *around_of(item))
+                for item in (argument if isinstance(argument, list | tuple) else ())
+                if isinstance(item, fx.Node)
+            ),
         )
     if all(operand.is_constant for operand in operands.values()):
         return None

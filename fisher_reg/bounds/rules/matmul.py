@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -139,7 +140,10 @@ def _shifted_width(call: Call) -> Tensor | None:
 
 
 def _is_affine(call: Call) -> bool:
-    factors = _factors(call) if call.function in ("addmm", "baddbmm") else call.operands.values()
+    if call.function == "einsum":
+        factors: Iterable[Operand] = _operands(call)[1:]
+    else:
+        factors = _factors(call) if call.function in ("addmm", "baddbmm") else call.operands.values()
     return sum(not item.is_constant for item in factors) <= 1
 
 
@@ -194,8 +198,8 @@ def _as_matrices(value: Tensor, labels: str, groups: tuple[str, str, str]) -> Te
 
 def _operands(call: Call) -> tuple[_Pattern, Operand, Operand]:
     operands = list(call.operands.values())
-    if len(operands) == 2 and isinstance(operands[1].value, list | tuple):
-        raise NoBoundError(f"{call.name} takes its operands one by one in its bound rule, not as a list.")
+    if len(operands) > 1 and operands[1].items:
+        operands = [operands[0], *operands[1].items]
     if len(operands) != 3 or not isinstance(operands[0].value, str):
         raise NoBoundError(f"{call.name} has a bound rule for two operands.")
     _, left, right = operands
@@ -241,7 +245,7 @@ def _einsum_width(call: Call) -> Tensor | None:
     widths = width_of(left), width_of(right)
     if widths[0] is None or widths[1] is None:
         return None
-    equation = call.argument("0")
+    equation = next(iter(call.operands.values())).value
     first, second = left.value.double().abs(), right.value.double().abs()
     moved: Tensor = torch.einsum(equation, first, widths[1]) + torch.einsum(equation, widths[0], second + widths[1])
     return moved
@@ -253,6 +257,6 @@ def register_rules() -> None:
     register(_matmul, "input mat2", torch.mm, torch.bmm, "mm", "bmm")
     register(_shifted, "input mat1 mat2 beta alpha", torch.addmm, "addmm")
     register(_shifted, "input batch1 batch2 beta alpha", torch.baddbmm, "baddbmm")
-    register(_einsum, None, torch.einsum)
+    register(_einsum, None, torch.einsum, "einsum")
     for rule, width in ((_matmul, _width), (_shifted, _shifted_width), (_einsum, _einsum_width)):
         rule.width, rule.is_affine = width, _is_affine  # type: ignore[attr-defined]
