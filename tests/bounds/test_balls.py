@@ -332,13 +332,13 @@ def test_no_point_of_a_domain_is_above_its_bounds(name):
     boxed = points_in_box(model, low, high, generator)
     inside = points_within(model, centre[None], torch.tensor([length]), generator).flatten(0, 1)
     domains = [((-2.5, 2.5), whole), (fr.Box(low, high), boxed), (fr.L2Ball(centre, length), inside)]
-    for number, (domain, points) in enumerate(domains):
-        if number == len(name) % 3:
-            slope = fr.lipschitz_bound(model, x, domain=domain).value
-            assert norms(centred(jacobians(model, points))).max() <= slope * ROOM
-        else:
-            fisher = fr.fisher_bound(model, x, domain=domain).value
-            assert fisher_at(model, points, torch.ones_like(low)).max() <= fisher * ROOM
+    number = list(NETWORKS).index(name)
+    domain, points = domains[number % 3]
+    slope = fr.lipschitz_bound(model, x, domain=domain).value
+    assert norms(centred(jacobians(model, points))).max() <= slope * ROOM
+    domain, points = domains[(number + 1) % 3]
+    fisher = fr.fisher_bound(model, x, domain=domain).value
+    assert fisher_at(model, points, torch.ones_like(low)).max() <= fisher * ROOM
 
 
 def test_a_float32_domain_is_not_rounded():

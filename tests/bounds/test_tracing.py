@@ -137,3 +137,23 @@ def test_nothing_is_rounded_in_exact_arithmetic():
     for cast in casts:
         assert cast.dtype == torch.float64
         assert_close(cast, value, rtol=0, atol=0)
+
+
+class _ReadAgain(nn.Module):
+    """Uses what an activation in place has overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.LeakyReLU(0.01, inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.last(hidden + 2.0 * self.act(hidden))
+
+
+def test_a_value_that_an_activation_has_overwritten_is_read_as_the_model_reads_it():
+    torch.manual_seed(0)
+    model, x = _ReadAgain().double(), torch.randn(3, 4, dtype=torch.float64)
+    traced = trace(model, x)
+    assert model.act.inplace
+    assert_close(traced.result.detach(), model(x).detach())

@@ -164,7 +164,9 @@ def _place(model: nn.Module, module: fx.GraphModule, run: Run, calls: list[tuple
         if node.op != "call_module":
             continue
         called = module.get_submodule(str(node.target))
-        place = next((number for number, (owner, _) in enumerate(calls) if owner is called), None)
+        # The graph may have a copy of a layer that works in place.
+        same = (number for number, (owner, _) in enumerate(calls) if owner._parameters is called._parameters)
+        place = next(same, None)
         if place is None:
             return f"'{where(node)}' ({type(called).__name__}) is not called"
         if not _agree(value, calls[place][1]):

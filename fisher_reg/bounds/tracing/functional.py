@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -93,7 +94,7 @@ def made_functional(module: fx.GraphModule, inputs: Tensor) -> None:
     clone.
 
     Args:
-        module: The graph, changed here; its modules are the caller's own.
+        module: The graph, changed here; its modules are the caller's own and stay as they are.
         inputs: An example.
 
     Raises:
@@ -123,7 +124,10 @@ def _works_out_of_place(module: fx.GraphModule, node: fx.Node) -> bool:
         called = module.get_submodule(str(node.target))
         if getattr(called, "inplace", False) is not True:
             return False
+        # A copy with the same weights: the model, with which the graph is compared, goes on to work in place.
+        called = copy.copy(called)
         called.inplace = False  # type: ignore[assignment]
+        module.set_submodule(str(node.target), called)
         return True
     if node.kwargs.get("inplace") is True:
         node.update_kwarg("inplace", False)
