@@ -24,7 +24,7 @@ from rich.progress import Progress
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
-from fisher_reg import UpperBound, fisher_bound, local_fisher_bound
+from fisher_reg import NoBoundError, UpperBound, fisher_bound, local_fisher_bound
 from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
 from recipes.peers import installed
 
@@ -34,6 +34,8 @@ T = TypeVar("T")
 def product_bound(network: nn.Module, images: Tensor, **options: Any) -> UpperBound:
     """Return the product of the layers' norms at the images, which the exact value there is far below."""
     bound = local_fisher_bound(network, images, **options)
+    if "product" not in bound.candidates:
+        raise NoBoundError("A part of the network has no bound rule; fisher_bound says which.")
     return replace(bound, log10_value=bound.candidates["product"], evidence=())
 
 

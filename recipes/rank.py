@@ -40,9 +40,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm, local_fisher_bound
+from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm
 from fisher_reg.metrics import summarize
 from recipes.agreement import MIN_MODELS
+from recipes.bounds_speed import product_bound
 from recipes.cache import cached
 from recipes.data import ImageData
 from recipes.networks import chosen_device, chosen_examples, prepared_data, trained_network
@@ -161,7 +162,7 @@ def measure(config: DictConfig) -> dict[str, float]:
     few = images[: config.num_blockwise_images]
     values = fisher_spectral_norm(network, images, solver=instantiate(config.solver)).eigenvalue
     overall = fisher_bound(network, images).log10_value
-    local = local_fisher_bound(network, images).candidates["product"]  # the value itself is lambda
+    local = product_bound(network, images).log10_value
     blockwise = blockwise_fisher_bound(network, few).log10_value
     exceeded = [values.log10() - bound > _ROUND_OFF for bound in (overall, local)]
     exceeded.append(values[: len(few)].log10() - blockwise > _ROUND_OFF)

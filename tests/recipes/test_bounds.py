@@ -36,6 +36,9 @@ TINY = [
     "+trainer.limit_train_batches=4",
     "num_images=6",
     "num_blockwise_images=2",
+    "num_ball_images=2",
+    "num_attacks=4",
+    "radii=[0.01,0.1]",
     f"speed_models=[{NETWORK}]",
     "speed_image_size=32",
     f"convolutions=[{{name: small, size: 5, conv: {CONV}}},{{name: strided, size: 7, conv: {STRIDED}}}]",
@@ -142,12 +145,22 @@ def test_a_run_leaves_its_summary_tables_and_figure(folder):
     assert result["environment"]["torch"]
     assert result["environment"]["fisher-reg"]
     assert result["config"]["seed"] == 0
-    assert {"tightness", "segments", "networks", "convolutions"} <= set(result)
+    assert {"tightness", "balls", "segments", "networks", "convolutions"} <= set(result)
     page = (folder / "bounds.md").read_text(encoding="utf-8")
-    assert page.count("|---|") == 5
+    assert page.count("|---|") == 6
     assert "| densenet | batch norm folded |" in page
     with Image.open(folder / "bounds.png") as image:
         assert image.width > 1000
+
+
+def test_no_attack_exceeds_a_bound_in_a_ball_and_the_larger_ball_has_the_larger_bound(folder):
+    rows = pd.read_csv(folder / "balls.csv")
+    assert (rows.num_violations == 0).all()
+    for _, network in rows.groupby("network"):
+        small, large, certified = network.iloc[:3].itertuples()
+        assert small.log10_attacked <= small.log10_bound <= large.log10_bound <= large.log10_global + 1e-9
+        assert certified.radius.startswith("certified, median")
+        assert certified.gained_median >= 1  # the ratio to the radius of one constant
 
 
 def test_each_part_can_be_left_out(tmp_path):

@@ -1,6 +1,5 @@
 """The recipe that counts the classifiers with a bound: its list of models, its files, and what it says of refusals."""
 
-import inspect
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from fisher_reg import fisher_bound
 from recipes.bounds_coverage import hugging_face, markdown, missing, narrowed, operation, shares, summary, varied
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -48,7 +46,7 @@ def folder(tmp_path_factory):
         command, cwd=CONF.parent, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "local 1 of 4. Violations: 0, in 1 models that have a bound and lambda. Not installed: 1." in done.stdout
+    assert "local 2 of 4. Violations: 0, in 2 models that have a bound and lambda. Not installed: 1." in done.stdout
     return folder
 
 
@@ -69,11 +67,10 @@ def test_a_model_with_rules_has_every_bound_and_none_below_its_eigenvalue(rows):
 
 def test_a_model_without_a_rule_says_which(rows):
     row = rows.loc["jumps"]
-    assert row.status == "no bound"
+    assert row.status == "local"  # at an input the Jacobian says it all
     assert row.lambda_log10 > -20
-    has_domain = "domain" in inspect.signature(fisher_bound).parameters
-    for level in ("global", "local", *(["domain"] if has_domain else [])):
-        assert operation(row[f"{level}_refusal"]) == "the function remainder"
+    for level in ("global", "domain"):
+        assert operation(row[f"{level}_refusal"]) == "remainder jumps"
 
 
 def test_what_is_not_there_is_said_and_does_not_stop_the_rest(rows):
@@ -84,10 +81,10 @@ def test_what_is_not_there_is_said_and_does_not_stop_the_rest(rows):
 
 def test_the_other_files_hold_the_shares_the_refusals_and_the_versions(folder):
     result = json.loads((folder / "coverage.json").read_text(), parse_constant=pytest.fail)
-    expected = {"models": 4, "not_installed": 1, "global": 1, "domain": 1, "local": 1, "compared": 1, "violations": 0}
+    expected = {"models": 4, "not_installed": 1, "global": 1, "domain": 1, "local": 2, "compared": 2, "violations": 0}
     assert result["shares"] == expected
     assert {"torch", "torchvision", "timm", "transformers", "fisher-reg"} <= set(result["environment"])
-    assert {item["operation"] for item in result["missing"]} == {"the function remainder"}
+    assert {item["operation"] for item in result["missing"]} == {"remainder jumps"}
     assert {item["models"] for item in result["missing"]} == {"tests jumps"}
     assert [item["model"] for item in result["models"]] == ["bounded", "jumps", "notthere", "absent"]
     page = (folder / "coverage.md").read_text(encoding="utf-8")

@@ -54,11 +54,11 @@ def test_scaling_the_logits_changes_lambda_and_not_the_one_at_equal_margins(trai
 def test_a_bound_that_is_not_known_is_missing_with_its_reason(images):
     class Odd(nn.Module):
         def forward(self, x):
-            return torch.sin(x)
+            return torch.special.i0e(x)
 
     network = nn.Sequential(nn.Flatten(), nn.Linear(256, 10), Odd()).eval()
     found = measure(network, *images, EFFORT)
-    assert "sin" in found.missing["log10_global"]
+    assert "i0e" in found.missing["log10_global"]
     assert found.values["log10_global"].isnan().all()
     assert found.values["lambda"].isfinite().all()
     assert found.lists()["missing"] == found.missing
