@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fisher_reg.bounds.deviations import Tangents
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
 from fisher_reg.bounds.operator_norms.schatten import SchattenNorms
 from fisher_reg.bounds.propagate import Composition, compose
@@ -21,6 +20,7 @@ from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.rules.layer import Norms
 from fisher_reg.bounds.rules.registry import find_rule
 from fisher_reg.bounds.sensitivity import log
+from fisher_reg.bounds.tangents import Tangents
 from fisher_reg.bounds.tighten.balance import balanced_scales
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, trace

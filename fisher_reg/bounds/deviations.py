@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from fisher_reg.bounds.rules.pooling import AVERAGE_RULES, MAX_RULES
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, layer_name
 from fisher_reg.bounds.rules.slopes import range_within, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import Sensitivity
+from fisher_reg.bounds.tangents import Tangents
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.capture import detaches
 
@@ -68,50 +69,6 @@ class Remainder:
 
 _SMOOTHING = 1e-9
 """Relative excess of all widths, far above the rounding of float64."""
-
-
-class Tangents(Mapping[fx.Node, Tensor]):
-    """The Jacobians of the values at the examples, ``(B, d, *S)`` each, with the norms that have been asked for.
-
-    Args:
-        jacobians: By node; none where they are not known.
-    """
-
-    def __init__(self, jacobians: Mapping[fx.Node, Tensor]) -> None:
-        self._jacobians = jacobians
-        self._norms: dict[tuple[fx.Node, bytes], Tensor] = {}
-        self._row_norms: dict[fx.Node, Tensor] = {}
-
-    def __getitem__(self, node: fx.Node) -> Tensor:
-        return self._jacobians[node]
-
-    def __iter__(self) -> Iterator[fx.Node]:
-        return iter(self._jacobians)
-
-    def __len__(self) -> int:
-        return len(self._jacobians)
-
-    def row_norms(self, node: fx.Node) -> Tensor:
-        """Return the norms of the rows, of the shape of the value."""
-        if node not in self._row_norms:
-            self._row_norms[node] = torch.linalg.vector_norm(self._jacobians[node], dim=1)
-        return self._row_norms[node]
-
-    def log_norm(self, node: fx.Node, weights: Tensor | None) -> Tensor:
-        """Return the logs of the spectral norms with weighted rows, ``(B,)``."""
-        key = node, b"" if weights is None else weights.detach().cpu().contiguous().numpy().tobytes()
-        if key not in self._norms:
-            self._norms[key] = _log_norm(self._jacobians[node], weights)
-        return self._norms[key]
-
-
-def _log_norm(tangents: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the logs of the spectral norms of Jacobians ``(B, d, *S)`` with weighted rows, ``(B,)``."""
-    matrix = tangents if weights is None else tangents * weights.detach().expand(tangents[:, 0].shape)[:, None]
-    flat = matrix.reshape(*matrix.shape[:2], -1)
-    gram = flat @ flat.mT if flat.shape[1] <= flat.shape[2] else flat.mT @ flat
-    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1]
-    return 0.5 * (largest.clamp_min(0) * (1 + _SMOOTHING)).log()
 
 
 @dataclass
@@ -219,7 +176,7 @@ class Deviations:
             lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))
             error = torch.minimum(error, torch.logaddexp(size, lipschitz))
         elif isinstance(self.trace.values[node], tuple | list):
-            self.row_errors[node] = self._carried(self.row_errors, node, self.trace.values[node], before, call)
+            self.row_errors[node] = self._carried(self.row_errors, node, self.trace.values[node], call)
         both = torch.stack(torch.broadcast_tensors(lipschitz, error))
         return replace(sensitivity, log_norm=both)
 
@@ -255,7 +212,7 @@ class Deviations:
         found = None
         source = self._source_of_rows(node, before)
         if self._is_affine(node, call):
-            found = self._carried(self.row_errors, node, value, before, call)
+            found = self._carried(self.row_errors, node, value, call)
         elif source is not None and isinstance(self.row_errors.get(source), Tensor):
             slopes = self._slopes(node, source, call)
             rows, known = self.tangents.row_norms(source), self.row_errors[source]
@@ -344,7 +301,7 @@ class Deviations:
             return rule.width(call) if isinstance(value, Tensor) else None
         if call is not None and rule in (arithmetic._multiply, arithmetic._divide):
             return self._of_product(call, value, rule is arithmetic._divide)
-        found = self._carried(self.widths, node, value, before, call)
+        found = self._carried(self.widths, node, value, call)
         weight = self._weight(node, call)
         if weight is None or not isinstance(found, Tensor) or len(inputs) != 1:
             return found
@@ -379,21 +336,13 @@ class Deviations:
         widths: Tensor = norms * self._length_along(source, before, found.ndim)
         return widths
 
-    def _carried(
-        self,
-        known: dict[fx.Node, Any],
-        node: fx.Node,
-        value: Any,
-        before: Mapping[fx.Node, Sensitivity],
-        call: Call | None,
-    ) -> Any:
+    def _carried(self, known: dict[fx.Node, Any], node: fx.Node, value: Any, call: Call | None) -> Any:
         """Return what a layer makes of a bound of each entry: the layer with the moduli of its weights.
 
         Args:
             known: The bounds of the entries of the values before.
             node: The layer.
             value: What it returned.
-            before: The sensitivities before.
             call: The call, for a function.
 
         Returns:

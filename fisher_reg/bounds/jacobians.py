@@ -48,7 +48,8 @@ import torch
 from torch import Tensor, fx
 from torch.autograd import forward_ad
 
-from fisher_reg.bounds.deviations import Remainder, Tangents
+from fisher_reg.bounds.deviations import Remainder
+from fisher_reg.bounds.tangents import Tangents
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.functional import Run
 from fisher_reg.evaluation import twice_differentiable

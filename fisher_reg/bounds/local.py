@@ -19,7 +19,6 @@ from fisher_reg.bounds.compositions import (
     traced_at_few,
     traced_model,
 )
-from fisher_reg.bounds.deviations import Tangents
 from fisher_reg.bounds.jacobians import (
     MAX_ROWS,
     Expansion,
@@ -36,6 +35,7 @@ from fisher_reg.bounds.propagate import Composition
 from fisher_reg.bounds.region import Region, check_radius
 from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.sensitivity import log
+from fisher_reg.bounds.tangents import Tangents
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.compare import eager

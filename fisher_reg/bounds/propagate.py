@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fisher_reg.bounds.deviations import Deviations, Tangents
+from fisher_reg.bounds.deviations import Deviations
 from fisher_reg.bounds.region import Region
 from fisher_reg.bounds.rules.call import Call, make_call, name_of
 from fisher_reg.bounds.rules.layer import Deviation, Gain, Layer, Norms, ScaledGain
@@ -27,6 +27,7 @@ from fisher_reg.bounds.rules.linear import in_coordinates, linear_rule, scales_o
 from fisher_reg.bounds.rules.normalization import batch_norm_rule, batch_norm_scale
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule, no_rule
 from fisher_reg.bounds.sensitivity import CONSTANT, Sensitivity, as_double, log, log_sum, side_by_side
+from fisher_reg.bounds.tangents import Tangents
 from fisher_reg.bounds.tighten.averaging import average
 from fisher_reg.bounds.tightening import Tightening
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, recomputed, where
