@@ -96,7 +96,8 @@ def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Tr
     """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
     module = checked_module(model, inputs)
     with differentiable(inputs) as safe_inputs, torch.no_grad(), Noise(inputs.device).replayed():
-        return trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+        traced = trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
+    return without_log_softmax(traced) if likelihood.shift_invariant else traced
 
 
 def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
