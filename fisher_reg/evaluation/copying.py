@@ -347,7 +347,7 @@ def _is_of_the_file(value: Any, function: types.FunctionType) -> bool:
 def _is_torchs_own(function: types.FunctionType) -> bool:
     """Whether it is a public function of torch, such as the ``F.relu`` of an attribute, which holds no module."""
     home = sys.modules.get(function.__module__ or "")
-    return function.__module__.split(".")[0] == "torch" and getattr(home, function.__name__, None) is function
+    return (function.__module__ or "").split(".")[0] == "torch" and getattr(home, function.__name__, None) is function
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

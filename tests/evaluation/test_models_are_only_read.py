@@ -145,6 +145,7 @@ REFUSALS = {
     "multi_head_attention": _NO_CONSTANT,
     **dict.fromkeys(("transformer_layer", "transformer"), _NO_CONSTANT),
     **dict.fromkeys(("frozen_script", "optimized_script"), _refused((*BOUNDS, "bound penalty"), "TorchScript")),
+    "buffers_that_move": _refused((*BOUNDS, "bound penalty"), "or changes its own buffers"),
     "failing": _refused((*BOUNDS, "bound penalty"), "random, also in evaluation|fails on inputs|depends on the other"),
     "scripted_batch_norm": _NO_RULE | _refused(PENALTIES, "fixed inside a TorchScript module"),
     **dict.fromkeys(
@@ -158,7 +159,6 @@ REFUSALS = {
             "scripted",
             "traced",
             "with_a_scripted_part",
-            "buffers_that_move",
             "hooks",
             "a_hook_that_writes_to_a_list_of_its_module",
             "a_hook_that_writes_to_a_list_of_its_own",

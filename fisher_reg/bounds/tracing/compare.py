@@ -54,8 +54,9 @@ def check_independence(model: nn.Module, inputs: Tensor) -> None:
         return  # no logits; the caller says so
     if not _agree(eager(model, inputs), whole):
         raise NoBoundError(
-            "The forward of the model is random, also in evaluation mode, so that there is no one function to bound. "
-            "Draw random numbers only if self.training; for functional dropout pass training=self.training."
+            "The forward of the model is random, also in evaluation mode, or changes its own buffers, so that there is "
+            "no one function to bound. Draw random numbers, and write to buffers, only if self.training; for functional "
+            "dropout pass training=self.training."
         )
     for part in _other_batches(inputs):
         try:
