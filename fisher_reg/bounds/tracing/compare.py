@@ -55,8 +55,8 @@ def check_independence(model: nn.Module, inputs: Tensor) -> None:
     if not _agree(eager(model, inputs), whole):
         raise NoBoundError(
             "The forward of the model is random, also in evaluation mode, or changes its own buffers, so that there is "
-            "no one function to bound. Draw random numbers, and write to buffers, only if self.training; for functional "
-            "dropout pass training=self.training."
+            "no one function to bound. Draw random numbers, and write to buffers, only if self.training; for "
+            "functional dropout pass training=self.training."
         )
     for part in _other_batches(inputs):
         try:
