@@ -1168,7 +1168,6 @@ def refused_networks():
         "outer product": lambda self, x: (x[:, :, None] @ x[:, None]).sum(2),
         "attention without a norm": lambda self, x: F.scaled_dot_product_attention(*[x[:, :, None]] * 3).squeeze(2),
         "norm without eps": lambda self, x: F.layer_norm(x, (5,), eps=0.0),
-        "normalised": lambda self, x: F.normalize(x),
         "batch statistics": lambda self, x: F.batch_norm(torch.stack([x, x.flip(1)], 2), None, None, training=True).sum(
             2
         ),

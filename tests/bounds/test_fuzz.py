@@ -1,5 +1,6 @@
 """Random networks from seeds: no claim of a bound is ever wrong. ``FISHER_REG_FUZZ=2000`` runs thousands of them."""
 
+import copy
 import os
 from collections import Counter
 from functools import cache
@@ -80,8 +81,35 @@ REFUSED = refused_networks()
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("function", [fr.fisher_bound, fr.lipschitz_bound, fr.certified_radius])
+@pytest.mark.parametrize("function", [fr.fisher_bound, fr.lipschitz_bound])
 def test_a_network_without_a_constant_is_refused(name, function):
     model, x = REFUSED[name]
     with pytest.raises(fr.NoBoundError):
         function(model, x)
+
+
+SMOOTH = {"square", "power", "pow", "exponential", "reciprocal", "attention without a norm"}
+SMOOTH |= {"product", "product in place", "outer product"}
+"""Without a constant over all inputs, and with one in a ball."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - SMOOTH))
+def test_a_network_that_jumps_has_no_radius(name):
+    with pytest.raises(fr.NoBoundError):
+        fr.certified_radius(*REFUSED[name])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(SMOOTH))
+def test_a_network_with_a_constant_in_balls_only_has_a_radius_that_holds(name):
+    model, x = copy.deepcopy(REFUSED[name][0]).double(), REFUSED[name][1].double()
+    radius, generator = fr.certified_radius(model, x), torch.Generator().manual_seed(0)
+    assert (radius >= 0).all()
+    with torch.no_grad():
+        predicted = model(x).argmax(1)
+        for _ in range(50):
+            shift = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            shift = shift / torch.linalg.vector_norm(shift.flatten(1), dim=1).view(-1, *[1] * (x.ndim - 1))
+            moved = x + 0.999 * radius.clamp_max(1e3).view(-1, *[1] * (x.ndim - 1)) * shift
+            assert (model(moved).argmax(1) == predicted).all()

@@ -106,4 +106,5 @@ def range_within(module: nn.Module, hidden: Tensor, width: Tensor) -> Tensor | N
         return steepest
     middle = module(hidden.clone())
     rise, fall = module(hidden + width) - middle, middle - module(hidden - width)
-    return torch.minimum(steepest, torch.maximum(rise, fall))
+    rounding = 4 * torch.finfo(middle.dtype).eps * middle.abs()  # of the two differences
+    return torch.minimum(steepest, torch.maximum(rise, fall) + rounding)
