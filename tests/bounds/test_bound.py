@@ -21,7 +21,7 @@ from fisher_reg import (
     lipschitz_bound,
     register_bound_rule,
 )
-from fisher_reg.bounds.rules.activations import GELU_SLOPE
+from fisher_reg.bounds.rules.slopes import GELU_SLOPE
 from tests import cases
 
 

@@ -19,7 +19,7 @@ from fisher_reg.bounds.operator_norms import measures
 from fisher_reg.bounds.operator_norms.attention import AttentionWeights, layer_norm_tokens, self_attention_lipschitz
 from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
-from fisher_reg.bounds.rules.activations import GELU_SLOPE
+from fisher_reg.bounds.rules.slopes import GELU_SLOPE
 from fisher_reg.bounds.tighten import averaging
 
 TEXTBOOK = Tightening(merged=False)

@@ -14,12 +14,9 @@ from fisher_reg.bounds.rules.call import Call
 from fisher_reg.bounds.rules.extents import POSITIVE
 from fisher_reg.bounds.rules.layer import Gain, Interval, Layer, ScaledGain, largest_of_each
 from fisher_reg.bounds.rules.registry import as_module, find_rule, register_bound_rule, register_layer
-from fisher_reg.bounds.rules.slopes import slopes_at, slopes_within
+from fisher_reg.bounds.rules.slopes import GELU_SLOPE, slopes_at, slopes_within
 from fisher_reg.bounds.sensitivity import as_double
 from fisher_reg.errors import NoBoundError
-
-GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.sqrt(2) * math.exp(-1.0) / math.sqrt(2 * math.pi)
-"""Largest slope of ``x Phi(x)``, at ``x = sqrt(2)`` where its second derivative ``(2 - x^2) phi(x)`` vanishes."""
 
 _SMALLEST_THRESHOLD = 15.0
 """Above it the jump of a softplus, relative to its value, is below the rounding of float32."""

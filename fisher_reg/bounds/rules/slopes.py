@@ -19,13 +19,14 @@ class Turn(NamedTuple):
     spread: float = 0.0  # how far from the place the extreme may be
 
 
-_GELU = 0.5 * (1 + math.erf(1.0)) + math.exp(-1.0) / math.sqrt(math.pi)  # slope of x Phi(x) at sqrt(2)
+GELU_SLOPE = 0.5 * (1 + math.erf(1.0)) + math.sqrt(2) * math.exp(-1.0) / math.sqrt(2 * math.pi)
+"""Largest slope of ``x Phi(x)``, at ``x = sqrt(2)`` where its second derivative ``(2 - x^2) phi(x)`` vanishes."""
 
 
 def _gelu(module: nn.GELU) -> tuple[Turn, ...]:
     if module.approximate == "tanh":
         return Turn(1.4185, 1.1291, 1.1291, 0.01), Turn(-1.4185, -0.1291, -0.1291, 0.01)
-    return Turn(math.sqrt(2), _GELU, _GELU, 1e-6), Turn(-math.sqrt(2), 1 - _GELU, 1 - _GELU, 1e-6)
+    return Turn(math.sqrt(2), GELU_SLOPE, GELU_SLOPE, 1e-6), Turn(-math.sqrt(2), 1 - GELU_SLOPE, 1 - GELU_SLOPE, 1e-6)
 
 
 TURNS: dict[type[nn.Module], Callable[[Any], tuple[Turn, ...]]] = {
