@@ -189,6 +189,14 @@ def test_a_network_without_a_last_linear_layer_has_a_radius_and_a_bound():
     assert_close(fisher_bound(model, x).value, 0.5 * spectral**2)
 
 
+def test_a_class_that_the_networks_own_precision_does_not_predict_has_no_radius():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0, 0.0], [1.0, 1e-9]])
+    x = torch.ones(1, 2)  # the logits are 1 and 1 + 1e-9, which are equal in float32
+    assert certified_radius(model, x).item() == 0
+    assert certified_radius(model.double(), x.double()).item() > 0
+
+
 LADDER = [
     Tightening(folded=False, merged=False, head=False, dense=False),
     Tightening(merged=False, head=False, dense=False),
