@@ -114,6 +114,13 @@ def test_each_fault_is_found_and_only_it(model, failed):
     assert _failed(model) == failed
 
 
+@pytest.mark.parametrize("build", [lambda: _Probe(4, skip=True), _StraightThrough, lambda: _Lambda(_squares)])
+def test_a_wrong_derivative_is_found_whatever_the_weights(build):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert _failed(build()) == ["derivative"], seed
+
+
 def test_half_precision_in_a_function_is_found():
     weight = torch.randn(6, 4, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"half precision inside.*model.float\(\)"):
