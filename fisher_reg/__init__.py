@@ -40,8 +40,9 @@ from fisher_reg.estimate import (
     fisher_trace,
 )
 from fisher_reg.evaluation import LogitsOf
-from fisher_reg.figures import bound_versus_empirical
+from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
+from fisher_reg.measurement import fisher_kl_ratio
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import (
     BoundPenalty,
@@ -111,6 +112,7 @@ __all__ = [
     "fisher_bound",
     "fisher_effective_rank",
     "fisher_eigenpairs",
+    "fisher_kl_ratio",
     "fisher_spectral_norm",
     "fisher_spectral_norm_and_trace",
     "fisher_trace",
@@ -118,5 +120,6 @@ __all__ = [
     "local_fisher_bound",
     "mean_log1p",
     "register_bound_rule",
+    "sensitive_examples",
     "universal_spectral_norm",
 ]

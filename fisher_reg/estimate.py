@@ -219,19 +219,26 @@ def fisher_spectral_norm_and_trace(
         ValueError: As in :func:`fisher_spectral_norm`.
     """
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
-        num_outputs = fisher.logits.shape[1]
-        estimator = estimator or automatic_trace_estimator(num_outputs)
-        solver = solver or (Exact() if isinstance(estimator, Exact) else automatic_solver(num_outputs))
-        dense = estimator if isinstance(estimator, Exact) else solver
-        results, traces = [], []
-        for chunk in _chunks(fisher, dense):
-            results.append(solver.solve(chunk, generator))
-            traces.append(
-                torch.maximum(_trace_beside(estimator, chunk, results[-1], generator), results[-1].eigenvalue)
-            )
-        result = concatenate(results)
+        solved = list(solved_with_trace(fisher, solver, estimator, generator))
+    result = concatenate([result for _, result, _ in solved])
     _warn_of_range(result)
-    return replace(result, eigenvector=result.eigenvector.view_as(inputs)), torch.cat(traces)
+    return replace(result, eigenvector=result.eigenvector.view_as(inputs)), torch.cat([trace for _, _, trace in solved])
+
+
+def solved_with_trace(
+    fisher: InputFisher,
+    solver: Solver | None,
+    estimator: TraceEstimator | None,
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[InputFisher, EigenResult, Tensor]]:
+    """Yield the operator of each chunk of the batch, with its largest eigenpair and its trace."""
+    num_outputs = fisher.logits.shape[1]
+    estimator = estimator or automatic_trace_estimator(num_outputs)
+    solver = solver or (Exact() if isinstance(estimator, Exact) else automatic_solver(num_outputs))
+    for chunk in _chunks(fisher, estimator if isinstance(estimator, Exact) else solver):
+        result = solver.solve(chunk, generator)
+        trace = _trace_beside(estimator, chunk, result, generator)
+        yield chunk, result, torch.maximum(trace, result.eigenvalue)
 
 
 def fisher_trace(

@@ -1,24 +1,22 @@
-"""Measure while training: the estimate and its bounds, each epoch, on a fixed probe."""
+"""Measure while training: the estimate and its bounds, on a fixed probe, and log them."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from fisher_reg.bounds import UpperBound, fisher_bound
+from fisher_reg.bounds import fisher_bound
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LogitsFn,
@@ -29,69 +27,92 @@ from fisher_reg.callbacks.batch import (
     no_side_inputs,
     report_check,
 )
-from fisher_reg.errors import NoBoundError, NonFiniteError
-from fisher_reg.estimate import fisher_spectral_norm, fisher_spectral_norm_and_trace
-from fisher_reg.evaluation import SideInputs, select
-from fisher_reg.figures import bound_versus_empirical
+from fisher_reg.callbacks.measuring import (
+    NUM_PICTURES,
+    Bound,
+    Level,
+    Settings,
+    Values,
+    exchange,
+    measure_bound,
+    measure_probe,
+    numbers,
+)
+from fisher_reg.callbacks.pictures import send_charts, send_figure, send_histogram, takes_pictures
+from fisher_reg.callbacks.probe import Part, Probe, Share
+from fisher_reg.callbacks.regularizer import FisherRegularizer
+from fisher_reg.callbacks.rhythm import Rhythm, watched_keys
+from fisher_reg.errors import NonFiniteError
+from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.evaluation import SideInputs, check_inputs
+from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.likelihood import Categorical, Likelihood
-from fisher_reg.metrics import PerExampleValues, summarize
+from fisher_reg.quadratic import KL_AT_LENGTH
 from fisher_reg.solvers import Solver
-from fisher_reg.trace import Hutchinson
-
-_TRACE = Hutchinson(num_samples=2)
-
-
-class Bound(Protocol):
-    """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
-
-    def __call__(
-        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
-    ) -> UpperBound:
-        """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
 
 class FisherMonitor(pl.Callback):
     """Measure the input-space Fisher matrix at the end of each validation, on a fixed probe, and log it.
 
-    The probe is the first ``num_samples`` validation inputs (over all processes), taken once. The network is measured
-    in evaluation behaviour and left as it was found; the measurement has no effect on training.
+    The probe is the first ``num_samples`` validation inputs over all processes, taken once, in the first validation
+    that is measured. The network is measured in evaluation behaviour and left as it was found; the measurement has no
+    effect on training. ``trainer.validate`` and ``trainer.test`` measure too, each on a probe of its own data, and
+    return all values.
 
-    Logged keys, in nats per squared input unit:
+    Logged keys, in nats per squared input unit; all of them are in ``history`` and in ``trainer.callback_metrics``,
+    those marked * also go to the loggers, and with ``detailed=True`` all do:
 
-    - ``fisher/lambda_max_mean``, ``_median``, ``_p95``, ``_max``: largest eigenvalue over the probe
-    - ``fisher/log10_lambda_max_max``, ``fisher/log10_lambda_max_median``: decimal logarithms
-    - ``fisher/trace_mean``: unbiased; exact on the solver's search space, the rest by 2 random sign vectors, the same
-      for all examples and each time: two passes more than the eigenvalue alone
+    - ``fisher/lambda_max_mean`` *, ``_median`` *, ``_p95`` *, ``_max``: largest eigenvalue over the probe
+    - ``fisher/log10_lambda_max_max`` *, ``fisher/log10_lambda_max_median``: decimal logarithms
+    - ``fisher/bound_global`` *, ``fisher/log10_bound_global`` * (finite also where the bound overflows), and
+      ``fisher/log10_gap_global`` *: log10 of the bound over the largest eigenvalue of the probe. Of inputs of several
+      shapes the largest bound counts
+    - ``fisher/bound_local_mean`` *, ``fisher/bound_blockwise_mean`` *: mean over the probe, for bounds at the inputs;
+      ``fisher/log10_bound_local`` *, …: mean of the decimal logarithms, and ``fisher/log10_gap_local`` *, …: mean log10
+      of the bound over the eigenvalue, over the inputs where both are finite. All these only where bounds are measured
+    - ``fisher/seconds`` *: what the measurement took; ``fisher/seconds_bound_global``, …: its parts
+    - ``fisher/trace_mean``: unbiased; exact on the solver's search space (up to 6 classes: all of it), the rest by 2
+      random sign vectors, the same for all examples and each time: two passes more than the eigenvalue alone
     - ``fisher/wide_interval_share``: share of the examples whose interval of the largest eigenvalue is wider than the
       solver's tolerance; by default 5 % of the eigenvalue, at a failure probability of 2 %. Difference quotients enter
       with their measured error; ``solver=Lanczos(is_exact=True)`` takes none
-    - ``fisher/bound_global``, ``fisher/log10_bound_global`` (finite also where the bound overflows), and
-      ``fisher/log10_gap_global``: decades between the bound and the largest eigenvalue of the probe
-    - ``fisher/bound_local_mean``, ``fisher/bound_blockwise_mean``: mean over the probe, for bounds at the inputs;
-      ``fisher/log10_bound_local``, …: mean of the decimal logarithms, and ``fisher/log10_gap_local``, …: mean decades
-      between the bound and the eigenvalue of each input. All these only in the epochs in which bounds are measured
-    - ``fisher/seconds``: what the measurement took; ``fisher/seconds_bound_global``, …: its parts
+    - ``fisher/kl_ratio``: median of :func:`fisher_reg.fisher_kl_ratio`, one forward more. Far below 1 the eigenvalue is
+      not what an attack meets (gradient masking), which is warned of once
+    - ``fisher/num_left_out``: examples of the probe that could not be measured (NaN, or an exception in forward); they
+      count in no other number
 
-    A logger that takes them (TensorBoard's) also gets the histogram ``fisher/log10_lambda_max`` (of the values above
-    zero), the figure ``fisher/bound_versus_empirical`` (needs matplotlib), and charts of the log10 curves and of the
-    gaps.
+    Loggers that are known to take pictures (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
+    ``fisher/bound_versus_empirical`` and, of images, ``fisher/sensitive_examples`` with their top eigenvectors (both
+    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero), and TensorBoard charts of
+    the log10 curves and of the gaps.
+
+    Under DDP all processes log the same numbers, those of the same examples on one process: what a
+    :class:`~torch.utils.data.DistributedSampler` repeats counts once, and what fails on one process is warned of on
+    the first one.
 
     Before the first measurement :func:`fisher_reg.check_model` is run on two inputs; what fails is warned of, with the
-    remedy. A network without finite logits is warned of once and logged as NaN; a bound without a rule for some layer
-    is warned of once and left out. None of these stops a training.
+    remedy. Examples without finite logits are left out, and a bound that raises is left out, with one warning. None of
+    these stops a training. Settings that cannot work are an error before training: one input is tried in the sanity
+    check, or before it where ``probe`` is given.
+
+    Where another callback (:class:`~pytorch_lightning.callbacks.EarlyStopping`, a checkpoint) or a learning-rate
+    scheduler monitors one of the keys, every validation is measured, whatever the rhythm, so that none of them decides
+    on an old value.
 
     Args:
-        every_n_epochs: Measures at the first validation, then at the first one n epochs or more after the last that was
-            measured, and whenever ``trainer.validate`` is called.
-        num_samples: Size of the probe; it comes from the first validation loader.
+        every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
+            one n epochs or more after the last that was measured.
+        num_samples: Size of the probe; it comes from the first validation loader. None for all of it.
+        every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
+            the first one at the first validation, or before it with ``probe``.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
             :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
         bound_every_n_epochs: The bounds are measured at the first measurement, then at the first one n epochs or more
             after the last that had them, at the last one of a training whose length is known (from ``max_epochs`` or
-            ``max_steps``), and whenever ``trainer.validate`` is called. A global bound takes a fifth of an epoch of the
-            default recipe, so that the four bounds of its ten epochs take 8 % of them.
-            TensorBoard draws no line of two points, so that fewer would show nothing of a short training.
+            ``max_steps``), and by ``validate`` and ``test``. A global bound takes a fifth of an epoch of the default
+            recipe, so that the four bounds of its ten epochs take 8 % of them. TensorBoard draws no line of two points,
+            so that fewer would show nothing of a short training.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
@@ -99,7 +120,11 @@ class FisherMonitor(pl.Callback):
         logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, where ``pl_module(inputs)`` does not.
         side_inputs_fn: ``side_inputs_fn(batch)`` returns more arguments of the model (a mask, a class embedding): a
             tuple for ``pl_module(inputs, *side_inputs)``, or a mapping for keywords; ``logits_fn`` gets them likewise.
-        probe: Inputs to measure on instead of validation data; needed without a validation loop.
+        probe: Inputs to measure on instead of validation data, the same on all processes; needed without a validation
+            loop. With ``inputs_fn`` it is a batch, of which that returns the inputs.
+        prefix: First part of all keys. Of several monitors with the same one the second logs under ``fisher_2/…``.
+        detailed: Whether all keys go to the loggers.
+        prog_bar: Whether ``fisher/lambda_max_mean`` is shown in the progress bar.
 
     Attributes:
         history: A dictionary per measurement in ``fit``: ``epoch``, ``step``, the logged values; in checkpoints too.
@@ -111,8 +136,9 @@ class FisherMonitor(pl.Callback):
     def __init__(
         self,
         every_n_epochs: int = 1,
-        num_samples: int = 256,
+        num_samples: int | None = 256,
         *,
+        every_n_steps: int | None = None,
         solver: Solver | None = None,
         bounds: Sequence[Bound] = (fisher_bound,),
         bound_every_n_epochs: int = 3,
@@ -121,12 +147,15 @@ class FisherMonitor(pl.Callback):
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
-        probe: Tensor | None = None,
+        probe: Any = None,
+        prefix: str = "fisher",
+        detailed: bool = False,
+        prog_bar: bool = False,
     ) -> None:
-        check_at_least_one(
-            self, every_n_epochs=every_n_epochs, num_samples=num_samples, bound_every_n_epochs=bound_every_n_epochs
-        )
-        self.every_n_epochs = every_n_epochs
+        check_at_least_one(self, bound_every_n_epochs=bound_every_n_epochs)
+        if num_samples is not None:
+            check_at_least_one(self, num_samples=num_samples)
+        self.rhythm = Rhythm(every_n_epochs, every_n_steps)
         self.num_samples = num_samples
         self.solver = solver
         self.bounds = tuple(bounds)
@@ -136,28 +165,50 @@ class FisherMonitor(pl.Callback):
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
-        self.history: list[dict[str, float]] = []
-        self._probe: list[tuple[Tensor, SideInputs]] = [] if probe is None else [(probe, None)]
-        self._probe_is_given = probe is not None
+        self.prefix = prefix
+        self.detailed = detailed
+        self.prog_bar = prog_bar
+        self.given = None if probe is None else self._given(probe, inputs_fn)
+        self.history: list[dict[str, Any]] = []
         self._warned: set[str] = set()
-        self._without_bound: set[Bound] = set()
-        self._is_tried = self._is_checked = False
-        self._takes_parts = True
+        self._begin_anew()
+
+    def __repr__(self) -> str:
+        samples = "all" if self.given is None and self.num_samples is None else self.num_samples
+        samples = samples if self.given is None else len(self.given[0])
+        last = f", lambda_max_mean={self.history[-1][self._key('lambda_max_mean')]:.4g}" if self.history else ""
+        return f"FisherMonitor({self.rhythm}, num_samples={samples}{last})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
-        self._without_bound = set()
-        self._is_tried = self._is_checked = False
-        self._takes_parts = True
-        if not self._probe_is_given:
-            self._probe = []
-        if stage == "fit" and trainer.current_epoch == 0:
+        self._begin_anew()
+        self._keys_begin_with = self._own_prefix(trainer)
+        if stage != "fit":
+            return
+        if trainer.current_epoch == 0:
             self.history = []
-        if stage == "fit" and not self._probe_is_given and not trainer.enable_validation:
-            raise MisconfigurationException(
-                "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation batches, "
-                "or give FisherMonitor its inputs: FisherMonitor(probe=inputs)."
-            )
+        if not trainer.enable_validation:
+            if self.given is None:
+                raise MisconfigurationException(
+                    "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation "
+                    "batches, or give FisherMonitor its inputs: FisherMonitor(probe=inputs)."
+                )
+            self._refuse_late(trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Try a probe that was given, before any training, and compare with the regularizer's settings."""
+        self._take_given(trainer, pl_module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FisherRegularizer):
+                self._compare(callback)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Try a probe that was given."""
+        self._take_given(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Try a probe that was given."""
+        self._take_given(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -168,100 +219,246 @@ class FisherMonitor(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the first inputs of the first due validation as the probe.
+        """Take the first inputs of the first validation that is measured as the probe.
 
         One input of the first batch is tried, in the sanity check where there is one, so that a setting that cannot
         work fails before training.
         """
-        missing = math.ceil(self.num_samples / trainer.world_size) - sum(len(inputs) for inputs, _ in self._probe)
-        if self._probe_is_given or missing <= 0 or dataloader_idx > 0:
+        if not self._probe.is_complete and dataloader_idx == 0:
+            self._take(trainer, pl_module, batch, trainer.val_dataloaders)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the first inputs of the test as the probe."""
+        if not self._probe.is_complete and dataloader_idx == 0:
+            self._take(trainer, pl_module, batch, trainer.test_dataloaders)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log."""
+        if trainer.sanity_checking:
             return
+        if self._is_due(trainer, is_validation=True):
+            self._measure_and_log(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log."""
+        self._measure_and_log(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure and log between validations, where optimiser steps are counted."""
+        if self.rhythm.steps is not None and self._probe.is_complete and self._is_due(trainer):
+            self._measure_and_log(trainer, pl_module, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure and log where no validation does it."""
+        if not trainer.enable_validation and self.rhythm.steps is None and self._is_due(trainer):
+            self._measure_and_log(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the history, so that curves and rhythm go on after a resume."""
+        checkpoint.setdefault(_CHECKPOINT_KEY, {})[self._keys_begin_with] = list(self.history)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the history back."""
+        kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._keys_begin_with)
+        if kept is not None:
+            self.history = list(kept)
+
+    def _begin_anew(self) -> None:
+        """Forget what is known of a network and of its data."""
+        self._probe = Probe(self.num_samples)
+        self._keys_begin_with = self.prefix
+        self._levels: dict[int, Level] = {}
+        self._without_bound: set[int] = set()
+        self._is_tried = self._is_checked = False
+        self._takes_parts = True
+
+    def _key(self, name: str) -> str:
+        return f"{self._keys_begin_with}/{name}"
+
+    def _own_prefix(self, trainer: pl.Trainer) -> str:
+        """Return the prefix, with a number where an earlier monitor has the same one."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [one for one in callbacks if isinstance(one, FisherMonitor) and one.prefix == self.prefix]
+        place = same.index(self) if self in same else 0
+        return f"{self.prefix}_{place + 1}" if place else self.prefix
+
+    def _given(self, probe: Any, inputs_fn: InputsFn | None) -> tuple[Tensor, SideInputs]:
+        """Return inputs and side inputs of a probe that was given.
+
+        Raises:
+            ValueError: If the inputs are not a non-empty floating-point batch.
+        """
+        if inputs_fn is None and not isinstance(probe, Tensor):
+            raise ValueError(
+                f"FisherMonitor(probe=...) takes the inputs alone, a floating-point tensor (B, *S); got "
+                f"{type(probe).__name__}. Give batch[0], or say with inputs_fn=lambda batch: batch[0] what they are."
+            )
+        inputs = probe if inputs_fn is None else inputs_fn(probe)
+        check_inputs(inputs)
+        return inputs, self.side_inputs_fn(probe)
+
+    def _take_given(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the probe that was given that of this process, cast as a batch, and try it."""
+        if self.given is None or self._is_tried:
+            return
+        self._is_tried = True
+        inputs, side_inputs = trainer.precision_plugin.convert_input(self.given)
+        self._probe = Probe.of(inputs, side_inputs, Share(trainer.global_rank, trainer.world_size))
+        self._try(pl_module, *move_data_to_device((inputs, side_inputs), pl_module.device))
+
+    def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, loaders: Any) -> None:
         inputs, side_inputs = self.inputs_fn(batch), self.side_inputs_fn(batch)
-        is_due = self._is_due(trainer)
+        is_due = self._is_due(trainer, is_validation=True)
         if (trainer.sanity_checking or is_due) and not self._is_tried:
             self._is_tried = True
             self._try(pl_module, inputs, side_inputs)
         if is_due:
-            with torch.inference_mode(False):
-                index = slice(missing) if self._takes_parts else slice(None)
-                self._probe.append(_own(inputs, side_inputs, index))
+            self._probe.share = Share.of(trainer.global_rank, trainer.world_size, loaders)
+            self._probe.add(inputs, side_inputs, self._takes_parts)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure and log."""
-        if self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure and log where no validation does it."""
-        if not trainer.enable_validation and self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keep the history in checkpoints, so that the curves go on after a resume."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history back."""
-        self.history = list(state_dict["history"])
-
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        if trainer.state.fn == "validate":
+    def _is_due(self, trainer: pl.Trainer, *, is_validation: bool = False) -> bool:
+        if trainer.sanity_checking:
+            return False
+        if trainer.state.fn in ("validate", "test") or (is_validation and self._watched(trainer)):
             return True
-        waited = not self.history or trainer.current_epoch - self.history[-1]["epoch"] >= self.every_n_epochs
-        return waited and not trainer.sanity_checking
+        last = self.history[-1] if self.history else None
+        return self.rhythm.is_due(trainer.current_epoch, trainer.global_step, last)
+
+    def _watched(self, trainer: pl.Trainer) -> list[str]:
+        """Return the names of our values that decide something at each validation."""
+        begin = self._key("")
+        names = [key.removeprefix(begin) for key in watched_keys(trainer) if key.startswith(begin)]
+        return [name for name in names if not name.startswith(_OF_THE_REGULARIZER)]
+
+    def _refuse_late(self, trainer: pl.Trainer) -> None:
+        """Refuse callbacks that would decide before this one has measured, without a validation between them."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for earlier in callbacks[: callbacks.index(self)]:
+            monitor = getattr(earlier, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith(self._key("")):
+                raise MisconfigurationException(
+                    f"{type(earlier).__name__} decides on {monitor} at the end of the epoch, before FisherMonitor has "
+                    "measured it. Put FisherMonitor before it in Trainer(callbacks=[...])."
+                )
 
     def _bounds_are_due(self, trainer: pl.Trainer) -> bool:
-        with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
-        if trainer.state.fn == "validate" or not with_bounds or self._is_last(trainer):
+        if trainer.state.fn in ("validate", "test") or self._is_last(trainer):
             return True
-        return trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
+        if any("bound" in name or "gap" in name for name in self._watched(trainer)):
+            return True
+        with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
+        return not with_bounds or trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
 
     def _is_last(self, trainer: pl.Trainer) -> bool:
         """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
         if 0 <= trainer.max_steps <= trainer.global_step:
             return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0:
+        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.rhythm.steps is not None:
             return False
         interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
         interval = interval or 1
-        ends = trainer.current_epoch + self.every_n_epochs + 1  # of the epoch that may be the next
+        ends = trainer.current_epoch + self.rhythm.epochs + 1  # of the epoch that may be the next
         return math.ceil(ends / interval) * interval > trainer.max_epochs
 
-    def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **when: Any) -> None:
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
-        probe = move_data_to_device(self._probe, pl_module.device)
-        if self._probe_is_given:
-            probe = trainer.precision_plugin.convert_input(probe)  # as every batch
-        if probe:
-            self._check(model, *probe[0])
-        eigenvalues, logged = self._estimate(model, probe, pl_module.device)
-        for bound in self._bounds_of(probe) if self._bounds_are_due(trainer) else []:
-            logged |= self._bound(bound, model, torch.cat([inputs for inputs, _ in probe]), eigenvalues)
-        logged["fisher/seconds"] = time.perf_counter() - begin
-        pl_module.log_dict(logged, sync_dist=True, batch_size=1)
-        if trainer.state.fn == "validate":
-            return
-        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                self._draw(getattr(logger, "experiment", None), eigenvalues, trainer.global_step)
+        parts, settings = self._probe.parts, Settings(self.solver, self.likelihood, self.input_std)
+        if parts:
+            first = move_data_to_device((parts[0].inputs, parts[0].side_inputs), pl_module.device)
+            self._check(model, *first)
+        values = measure_probe(model, parts, settings, pl_module.device, self._takes_parts)
+        measured = self._bounds_of(parts) if self._bounds_are_due(trainer) else []
+        for number in measured:
+            measure_bound(values, number, self.bounds[number], model, parts, settings, pl_module.device)
+        values = exchange(values, self._probe.limit)
+        self._learn(values)
+        logged = {
+            self._key(name): value
+            for name, value in numbers(values, {n: self._levels[n] for n in measured if n in self._levels}).items()
+        }
+        logged[self._key("seconds")] = time.perf_counter() - begin
+        self._log(trainer, pl_module, logged, when)
+        if trainer.state.fn == "fit":
+            self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
+            if trainer.is_global_zero:
+                self._draw(trainer, values)
 
-    def _bounds_of(self, probe: list[tuple[Tensor, SideInputs]]) -> list[Bound]:
-        """Return the bounds that this network has, as far as is known."""
-        if self.bounds and any(side_inputs is not None for _, side_inputs in probe):
-            self._warn_once("side inputs", "FisherMonitor leaves out the bounds: no bound is known with side inputs.")
+    def _bounds_of(self, parts: Sequence[Part]) -> list[int]:
+        """Return the numbers of the bounds that this network has, as far as is known."""
+        if self.bounds and any(part.side_inputs is not None for part in parts):
+            self._warn_once("side inputs", "leaves out the bounds: no bound is known with side inputs.")
             return []
-        return [bound for bound in self.bounds if bound not in self._without_bound]
+        return [number for number in range(len(self.bounds)) if number not in self._without_bound]
+
+    def _learn(self, values: Values) -> None:
+        """Keep what all processes now know of the probe and of the bounds, and warn of what went wrong."""
+        if not self._probe.is_complete:
+            self._probe.is_complete = True
+            if self.num_samples is not None and len(values.places) < self.num_samples:
+                rank_zero_info(
+                    f"FisherMonitor measures on all {len(values.places)} examples there are; num_samples asks for "
+                    f"{self.num_samples}."
+                )
+        self._without_bound |= values.without_bound
+        taken = {level.name for level in self._levels.values()}
+        for number, level in sorted(values.levels.items()):
+            if number not in self._levels:
+                name = level.name if level.name not in taken else f"{level.name}_{number + 1}"
+                taken.add(name)
+                self._levels[number] = Level(name, level.is_per_example)
+        if "examples" in values.troubles:
+            left_out = int((~values.column("eigenvalue").isfinite()).sum())
+            begin = f"leaves out {left_out} of the {len(values.places)} examples of its probe, which cannot be measured"
+            values.troubles["examples"] = f"{begin}. Of the first one: {values.troubles['examples']}"
+        for kind, trouble in values.troubles.items():
+            self._warn_once(kind, trouble)
+        ratios = values.column("kl_ratio")
+        ratio = float(ratios[ratios.isfinite()].median()) if bool(ratios.isfinite().any()) else 1.0
+        if ratio < _MASKS:
+            self._warn_once("masking", _MASKING.format(ratio=ratio, kl=KL_AT_LENGTH))
+
+    def _log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], when: dict[str, Any]
+    ) -> None:
+        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        for key, value in logged.items():
+            name = key.removeprefix(self._key(""))
+            is_shown = (
+                self.detailed or trainer.state.fn != "fit" or name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
+            )
+            pl_module.log(
+                key,
+                torch.tensor(value, dtype=dtype, device=pl_module.device),
+                logger=None if is_shown else False,
+                prog_bar=self.prog_bar and name == "lambda_max_mean",
+                sync_dist=True,  # equal on all processes already
+                batch_size=1,
+                **when,
+            )
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
         """Measure one input, or the batch where the model takes nothing less, and check the model once."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
-        one = select(side_inputs, slice(1), len(inputs))
+        one = Part(inputs, side_inputs, torch.arange(len(inputs))).part(slice(1))
         with suppress(NonFiniteError):
             try:
-                fisher_spectral_norm(model, inputs[:1], side_inputs=one, **options)
+                fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
             except NonFiniteError:
                 raise
             except Exception:  # whatever the user's forward raises for a batch of one
@@ -274,87 +471,65 @@ class FisherMonitor(pl.Callback):
             self._is_checked = True
             report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
 
-    def _estimate(
-        self, model: nn.Module, probe: list[tuple[Tensor, SideInputs]], device: torch.device
-    ) -> tuple[Tensor, dict[str, float]]:
-        metrics = {name: PerExampleValues().to(device) for name in ("eigenvalue", "trace", "is_wide")}
-        options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
-        try:
-            for inputs, side_inputs in probe:
-                result, trace = fisher_spectral_norm_and_trace(
-                    model, inputs, side_inputs=side_inputs, estimator=_TRACE, **options
+    def _compare(self, regularizer: FisherRegularizer) -> None:
+        """Warn where the regularizer penalises another matrix than the one that is measured."""
+        for name in ("likelihood", "input_std"):
+            own, other = getattr(self, name), getattr(regularizer.penalty, name, _ABSENT)
+            if other is not _ABSENT and not _is_same(own, other):
+                self._warn_once(
+                    f"differs in {name}",
+                    f"measures with {name}={own}, and FisherRegularizer penalises with {name}={other}: they are "
+                    f"different matrices. Give both the same {name}.",
                 )
-                metrics["eigenvalue"].update(result.eigenvalue)
-                metrics["trace"].update(trace)
-                metrics["is_wide"].update((~result.converged).to(trace))
-        except NonFiniteError as error:
-            for metric in metrics.values():
-                metric.reset()
-            self._warn_once("logits", f"FisherMonitor logs NaN for an epoch. {error}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The ``compute`` method")  # told already, if nothing was measured
-            eigenvalues, traces, are_wide = (metric.compute() for metric in metrics.values())
-        logged = {f"fisher/lambda_max_{name}": float(value) for name, value in summarize(eigenvalues).items()}
-        for name in ("max", "median"):
-            logged[f"fisher/log10_lambda_max_{name}"] = _log10(logged[f"fisher/lambda_max_{name}"])
-        logged["fisher/trace_mean"] = float(traces.mean())
-        logged["fisher/wide_interval_share"] = float(are_wide.mean())
-        return eigenvalues, logged
 
-    def _bound(self, bound: Bound, model: nn.Module, inputs: Tensor, eigenvalues: Tensor) -> dict[str, float]:
-        begin = time.perf_counter()
-        try:
-            upper = bound(model, inputs, likelihood=self.likelihood, input_std=self.input_std)
-        except NoBoundError as error:
-            self._warn_once(str(bound), f"FisherMonitor leaves out a bound that this network does not have. {error}")
-            self._without_bound.add(bound)
-            return {}
-        except NonFiniteError as error:
-            self._warn_once("weights", f"FisherMonitor logs no bound for an epoch. {error}")
-            return {}
-        decades = eigenvalues.double().log10()
-        if isinstance(upper.log10_value, Tensor):
-            mean = {f"fisher/bound_{upper.level}_mean": float(upper.value.mean())}
-            log10_value, log10_estimate = float(upper.log10_value.mean()), float(decades[decades.isfinite()].mean())
-        else:
-            mean = {f"fisher/bound_{upper.level}": upper.value}
-            log10_value, log10_estimate = upper.log10_value, float(decades.max()) if len(decades) else math.nan
-        return mean | {
-            f"fisher/log10_bound_{upper.level}": log10_value,
-            f"fisher/log10_gap_{upper.level}": log10_value - log10_estimate,
-            f"fisher/seconds_bound_{upper.level}": time.perf_counter() - begin,
-        }
+    def _draw(self, trainer: pl.Trainer, values: Values) -> None:
+        loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
+        for logger in loggers:
+            try:
+                self._draw_on(logger, values, trainer.global_step)
+            except Exception as error:  # whatever the client of a logger raises
+                kind = type(logger).__name__
+                self._warn_once(kind, f"draws nothing on {kind}, which raised {type(error).__name__}: {error}")
 
-    def _draw(self, experiment: Any, eigenvalues: Tensor, step: int) -> None:
-        if not all(hasattr(experiment, name) for name in ("add_histogram", "add_figure", "add_custom_scalars")):
-            return
-        decades = eigenvalues.log10()
-        decades = decades[torch.isfinite(decades)]
+    def _draw_on(self, logger: Any, values: Values, step: int) -> None:
+        decades = values.column("eigenvalue").log10()
+        decades = decades[decades.isfinite()]
         if decades.numel():
-            experiment.add_histogram("fisher/log10_lambda_max", decades, step)
-        if find_spec("matplotlib") is None:
-            self._warn_once("matplotlib", "FisherMonitor draws no figure, since matplotlib is not installed.")
-        else:
-            experiment.add_figure("fisher/bound_versus_empirical", bound_versus_empirical(self.history), step)
+            send_histogram(logger, self._key("log10_lambda_max"), decades, step)
         keys = dict.fromkeys(key for entry in self.history for key in entry)  # bounds are not in each
-        curves = [key for key in keys if "log10_bound" in key or "log10_lambda" in key]
-        charts = {"bound versus empirical (log10)": ["Multiline", curves]}
-        if gaps := [key for key in keys if "log10_gap" in key]:
-            charts["gap in decades"] = ["Multiline", gaps]
-        experiment.add_custom_scalars({"fisher": charts})
+        curves = [key for key in keys if "log10_bound" in key or "log10_lambda_max_max" in key]
+        charts = {"bound versus empirical (log10)": curves, "gap (log10)": [key for key in keys if "log10_gap" in key]}
+        send_charts(logger, self._keys_begin_with, {title: chosen for title, chosen in charts.items() if chosen})
+        if find_spec("matplotlib") is None:
+            self._warn_once("matplotlib", "draws no figure, since matplotlib is not installed.")
+            return
+        curve = bound_versus_empirical(self.history, prefix=self._keys_begin_with)
+        send_figure(logger, self._key("bound_versus_empirical"), curve, step)
+        if pictures := values.pictures[:NUM_PICTURES]:
+            eigenvalues, _, images, vectors = zip(*pictures, strict=True)
+            send_figure(logger, self._key("sensitive_examples"), sensitive_examples(images, vectors, eigenvalues), step)
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            rank_zero_warn(message)
+            rank_zero_warn(f"FisherMonitor {message}")
 
 
-def _own(inputs: Tensor, side_inputs: SideInputs, index: slice) -> tuple[Tensor, SideInputs]:
-    """Return copies on the CPU of some of the examples."""
-    chosen = inputs[index], select(side_inputs, index, len(inputs))
-    own: tuple[Tensor, SideInputs] = apply_to_collection(chosen, Tensor, lambda tensor: tensor.detach().cpu().clone())
-    return own
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = [value for value in (one, other) if value is not None]
+        return len(both) == 2 and torch.equal(*(torch.as_tensor(value).double().cpu().flatten() for value in both))
+    return bool(one == other)
 
 
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else math.nan
+_ABSENT = object()
+_CHECKPOINT_KEY = "FisherMonitor"
+_OF_THE_REGULARIZER = ("penalty", "lambda_control")
+_SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
+_SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
+_MASKS = 0.2
+_MASKING = (
+    "sees gradient masking: along the top eigenvector, where the eigenvalue predicts a divergence of {kl} nats, the "
+    "network shows {ratio:.1%} of it, in the median. The eigenvalue is then not what an attack meets; believe an "
+    "attack, or blackbox_spectral_norm with a step of that length, rather than it."
+)

@@ -35,11 +35,23 @@ KEYS = {
     "fisher/log10_lambda_max_median",
     "fisher/trace_mean",
     "fisher/wide_interval_share",
+    "fisher/kl_ratio",
+    "fisher/num_left_out",
     "fisher/bound_global",
     "fisher/log10_bound_global",
     "fisher/log10_gap_global",
     "fisher/seconds",
     "fisher/seconds_bound_global",
+}
+SHOWN = {
+    "fisher/lambda_max_mean",
+    "fisher/lambda_max_median",
+    "fisher/lambda_max_p95",
+    "fisher/log10_lambda_max_max",
+    "fisher/bound_global",
+    "fisher/log10_bound_global",
+    "fisher/log10_gap_global",
+    "fisher/seconds",
 }
 
 
@@ -66,14 +78,14 @@ def test_logs_the_numbers_of_the_functional_interface_on_the_probe(tmp_path):
     assert {key for key in logged if key.startswith("fisher/")} == KEYS
     expected = summarize(fisher_spectral_norm(module, x).eigenvalue)
     for name, value in expected.items():
-        assert_close(logged[f"fisher/lambda_max_{name}"], value)
+        assert_close(logged[f"fisher/lambda_max_{name}"].item(), value.item())
     bound = fisher_bound(module, x)
     assert_close(logged["fisher/log10_bound_global"].item(), bound.log10_value)
     assert_close(logged["fisher/bound_global"].item(), bound.value, rtol=1e-5, atol=0)
     gap = bound.log10_value - expected["max"].log10().item()
     assert_close(logged["fisher/log10_gap_global"].item(), gap, rtol=1e-4, atol=0)
     trace = fisher_trace(module, x, estimator=Exact()).mean()
-    assert_close(logged["fisher/trace_mean"], trace)  # four classes: exact
+    assert_close(logged["fisher/trace_mean"].item(), trace.item())  # four classes: exact
     assert logged["fisher/seconds"] > 0
 
 
@@ -157,7 +169,7 @@ def test_the_probe_is_fixed_over_the_epochs_even_when_validation_is_shuffled(tmp
     monitor, module = FisherMonitor(num_samples=4), _module()
     probes = []
     monitor.on_validation_end = lambda trainer, pl_module: probes.append(
-        torch.cat([inputs for inputs, _ in monitor._probe]).clone()
+        torch.cat([part.inputs for part in monitor._probe]).clone()
     )
     shuffled = torch.utils.data.DataLoader(cases.tiny_batches(count=10).dataset, batch_size=4, shuffle=True)
     trainer = cases.trainer(tmp_path, callbacks=[monitor], max_epochs=3, num_sanity_val_steps=0)
@@ -200,6 +212,9 @@ def test_epochs_are_counted_where_validations_fall(tmp_path):
     assert [entry["epoch"] for entry in monitor.history] == [1, 3, 5]
     _fit(tmp_path, _module(), monitor, max_epochs=2, val_check_interval=0.5)  # a new fit starts anew
     assert [entry["epoch"] for entry in monitor.history] == [0]
+    monitor = FisherMonitor()
+    _fit(tmp_path, _module(), monitor, max_epochs=2, val_check_interval=0.5)
+    assert [(entry["epoch"], entry["step"]) for entry in monitor.history] == [(0, 1), (0, 2), (1, 3), (1, 4)]
 
 
 def test_the_probe_is_of_the_first_loader(tmp_path):
@@ -212,7 +227,7 @@ def test_the_probe_is_of_the_first_loader(tmp_path):
 
     loaders = [cases.tiny_batches(count=8, seed=1), cases.tiny_batches(count=8, seed=2)]
     trainer.fit(Two(cases.tiny_network()), cases.tiny_batches(), loaders)
-    assert_close(torch.cat([inputs for inputs, _ in monitor._probe]), torch.cat([x for x, _ in loaders[0]]))
+    assert_close(torch.cat([part.inputs for part in monitor._probe]), torch.cat([x for x, _ in loaders[0]]))
 
 
 def test_infinite_derivatives_are_warned_of_and_training_goes_on(tmp_path):
@@ -220,7 +235,7 @@ def test_infinite_derivatives_are_warned_of_and_training_goes_on(tmp_path):
         def forward(self, x):
             return self.network(x) + (0 * x[:, :4]).norm(dim=1, keepdim=True).sqrt() * (not self.training)
 
-    with pytest.warns(UserWarning, match="logits of 4 of 4 examples are finite, but their derivatives"):
+    with pytest.warns(UserWarning, match="leaves out 10 of the 10 examples(.|\n)*are finite, but their derivatives"):
         trainer = _fit(tmp_path, Steep(cases.tiny_network()), FisherMonitor())
     assert trainer.callback_metrics["fisher/lambda_max_mean"].isnan()
 
@@ -230,6 +245,25 @@ def test_validate_measures_too(tmp_path):
     results = cases.trainer(tmp_path, callbacks=[monitor]).validate(_module(), cases.tiny_batches(), verbose=False)
     assert set(results[0]) >= KEYS
     assert monitor.history == []
+
+
+def test_test_measures_too_on_the_test_data(tmp_path):
+    trainer = cases.trainer(tmp_path, callbacks=[FisherMonitor(num_samples=5)])
+
+    class Tested(cases.Plain):
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    torch.manual_seed(1)
+    module = Tested(cases.tiny_network())
+    trainer.fit(module, cases.tiny_batches(), cases.tiny_batches(seed=1))
+    loader = cases.tiny_batches(seed=2)
+    logged = trainer.test(module, loader, verbose=False)[0]
+    expected = fisher_spectral_norm(module, next(iter(loader))[0]).eigenvalue
+    x = torch.cat([batch[0] for batch in loader])[:5]
+    expected = fisher_spectral_norm(module, x).eigenvalue.mean()
+    assert_close(logged["fisher/lambda_max_mean"], expected.item(), check_dtype=False)
+    assert "fisher/bound_global" in logged
 
 
 class _NoLogits(cases.Plain):
@@ -256,7 +290,7 @@ def test_a_given_probe_needs_no_validation(tmp_path):
     trainer = _fit(tmp_path, module, monitor, val=False, max_epochs=2)
     assert [entry["epoch"] for entry in monitor.history] == [0, 1]
     expected = fisher_spectral_norm(module, _probe(5)).eigenvalue.mean()
-    assert_close(trainer.callback_metrics["fisher/lambda_max_mean"], expected)
+    assert_close(trainer.callback_metrics["fisher/lambda_max_mean"].item(), expected.item())
 
 
 def test_a_fit_without_anything_to_measure_on_is_refused(tmp_path):
@@ -270,7 +304,7 @@ def test_tensorboard_gets_scalars_histogram_figure_and_chart(tmp_path):
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) >= KEYS
+    assert {key for key in tags["scalars"] if key.startswith("fisher/")} == SHOWN
     assert tags["histograms"] == ["fisher/log10_lambda_max"]
     assert tags["images"] == ["fisher/bound_versus_empirical"]
     assert "custom_scalars__config__" in tags["tensors"]
@@ -283,7 +317,14 @@ def test_a_csv_logger_gets_the_curves(tmp_path):
     with (tmp_path / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["fisher/lambda_max_mean"]]
     assert len(rows) == 2
-    assert set(rows[0]) >= KEYS
+    assert {key for key in rows[0] if key.startswith("fisher/")} == SHOWN
+
+
+def test_a_detailed_monitor_sends_all_keys_to_the_loggers(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    _fit(tmp_path, _module(), FisherMonitor(detailed=True), logger=logger)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert {key for key in next(csv.DictReader(file)) if key.startswith("fisher/")} == KEYS
 
 
 def test_history_survives_a_resume(tmp_path):
@@ -305,9 +346,9 @@ def test_non_finite_logits_are_warned_of_once_and_training_goes_on(tmp_path):
     torch.manual_seed(1)
     module = Diverging(cases.tiny_network())
     monitor = FisherMonitor()
-    with pytest.warns(UserWarning, match="logits of 4 of 4 examples are NaN") as caught:
+    with pytest.warns(UserWarning, match="leaves out 10 of the 10 examples(.|\n)*are NaN") as caught:
         trainer = _fit(tmp_path, module, monitor, max_epochs=3)
-    assert sum("FisherMonitor logs NaN" in str(warning.message) for warning in caught) == 1
+    assert sum("FisherMonitor leaves out 10" in str(warning.message) for warning in caught) == 1
     assert trainer.current_epoch == 3
     assert len(monitor.history) == 3
     assert trainer.callback_metrics["fisher/lambda_max_mean"].isnan()
@@ -345,7 +386,7 @@ def test_a_checkpoint_holds_no_second_copy_of_the_model(tmp_path):
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(module.state_dict())
-    assert copy.deepcopy(FisherMonitor()).state_dict() == {"history": []}
+    assert copy.deepcopy(FisherMonitor()).history == []
 
 
 def test_without_matplotlib_there_is_no_figure_and_one_warning(tmp_path, monkeypatch):

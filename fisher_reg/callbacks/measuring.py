@@ -1,0 +1,294 @@
+"""Measure a probe, on one process or several: values per example first, then the numbers that are logged.
+
+Each process measures its share. What it has found, and what went wrong, is exchanged once; everything after that is a
+function of what all processes know, so that they log the same keys and the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+
+from fisher_reg.bounds import UpperBound
+from fisher_reg.callbacks.probe import Part
+from fisher_reg.errors import NoBoundError, NonFiniteError
+from fisher_reg.evaluation import is_sharded
+from fisher_reg.likelihood import Likelihood
+from fisher_reg.measurement import measure
+from fisher_reg.metrics import summarize
+from fisher_reg.solvers import Solver
+from fisher_reg.trace import Hutchinson
+
+_TRACE = Hutchinson(num_samples=2)
+_EXAMPLE_COLUMNS = ("eigenvalue", "trace", "is_wide", "kl_ratio")
+NUM_PICTURES = 8
+"""Most sensitive examples that are kept for a picture."""
+
+
+class Bound(Protocol):
+    """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
+
+    def __call__(
+        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
+    ) -> UpperBound:
+        """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the examples are measured; see :class:`fisher_reg.FisherMonitor`."""
+
+    solver: Solver | None
+    likelihood: Likelihood
+    input_std: Any
+
+
+@dataclass(frozen=True)
+class Level:
+    """What is known of a bound since it was first measured.
+
+    Attributes:
+        name: ``global``, ``local``, …
+        is_per_example: Whether it is a bound at each input instead of one for all.
+    """
+
+    name: str
+    is_per_example: bool
+
+
+@dataclass
+class Values:
+    """What one process has measured, or all of them together.
+
+    Attributes:
+        places: ``(N,)``, of the examples in the data.
+        columns: Names to ``(N,)`` in double precision; NaN where an example could not be measured.
+        log10_bounds: Bounds that hold for all inputs: the number of the bound to its decimal logarithm.
+        levels: The number of a bound to its level.
+        without_bound: Numbers of the bounds that this network does not have.
+        seconds: The number of a bound to what it took.
+        troubles: What went wrong, in words, by its kind.
+        pictures: The most sensitive images: ``(eigenvalue, place, image, eigenvector)``.
+    """
+
+    places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    log10_bounds: dict[int, float] = field(default_factory=dict)
+    levels: dict[int, Level] = field(default_factory=dict)
+    without_bound: set[int] = field(default_factory=set)
+    seconds: dict[int, float] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    pictures: list[tuple[float, int, Tensor, Tensor]] = field(default_factory=list)
+
+    def column(self, name: str) -> Tensor:
+        """Return a column, NaN where no process has it."""
+        return self.columns.get(name, torch.full((len(self.places),), torch.nan, dtype=torch.float64))
+
+
+def measure_probe(
+    model: nn.Module, parts: Sequence[Part], settings: Settings, device: torch.device, takes_parts: bool
+) -> Values:
+    """Measure the share of this process; whatever goes wrong costs the examples that it concerns.
+
+    Args:
+        model: Gives the logits.
+        parts: Of the probe.
+        settings: How.
+        device: Where.
+        takes_parts: Whether the model takes a part of a batch, so that an example that fails can be found.
+
+    Returns:
+        The values of this process, without bounds.
+    """
+    values = Values()
+    rows: list[dict[str, Tensor]] = []
+    halves = takes_parts and not is_sharded(model)  # with sharded weights each forward is one of all processes
+    for part in parts:
+        rows += _rows(model, _to(part, device), settings, values, halves)
+    if rows:
+        values.places = torch.cat([part.places for part in parts])
+        values.columns = {name: torch.cat([row[name] for row in rows]) for name in _EXAMPLE_COLUMNS}
+    return values
+
+
+def _rows(model: nn.Module, part: Part, settings: Settings, values: Values, halves: bool) -> list[dict[str, Tensor]]:
+    """Measure some examples; where they fail together, one half after the other."""
+    try:
+        return [_measured(model, part, settings, values)]
+    except Exception as error:  # whatever the user's forward raises
+        if halves and len(part) > 1:
+            middle = len(part) // 2
+            first, second = part.part(slice(middle)), part.part(slice(middle, None))
+            return [row for half in (first, second) for row in _rows(model, half, settings, values, halves)]
+        kind = "" if isinstance(error, NonFiniteError) else f"{type(error).__name__}: "
+        values.troubles.setdefault("examples", f"{kind}{error}")
+        return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in _EXAMPLE_COLUMNS}]
+
+
+def _measured(model: nn.Module, part: Part, settings: Settings, values: Values) -> dict[str, Tensor]:
+    measured = measure(
+        model,
+        part.inputs,
+        solver=settings.solver,
+        estimator=_TRACE,
+        likelihood=settings.likelihood,
+        input_std=settings.input_std,
+        side_inputs=part.side_inputs,
+    )
+    result = measured.result
+    if part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
+        vectors = result.eigenvector.view_as(part.inputs)
+        for i in result.eigenvalue.topk(min(NUM_PICTURES, len(part))).indices.tolist():
+            image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
+            values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
+    columns = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
+    return {name: column.double().cpu() for name, column in zip(_EXAMPLE_COLUMNS, columns, strict=True)}
+
+
+def measure_bound(
+    values: Values, number: int, bound: Bound, model: nn.Module, parts: Sequence[Part], settings: Settings, device: Any
+) -> None:
+    """Add a bound to what this process has measured; whatever it raises is a trouble, and leaves the rest."""
+    begin = time.perf_counter()
+    try:
+        _bound(values, number, bound, model, parts, settings, device)
+    except NoBoundError as error:
+        values.without_bound.add(number)
+        values.troubles[f"bound {number}"] = f"leaves out a bound that this network does not have. {error}"
+    except NonFiniteError as error:
+        values.troubles["weights"] = f"logs no bound for an epoch. {error}"
+    except Exception as error:  # a bound must not end a training
+        name = getattr(bound, "__name__", type(bound).__name__)
+        values.troubles[f"bound {number}"] = f"leaves out {name}, which raised {type(error).__name__}: {error}"
+    values.seconds[number] = time.perf_counter() - begin
+
+
+def _bound(
+    values: Values, number: int, bound: Bound, model: nn.Module, parts: Sequence[Part], settings: Settings, device: Any
+) -> None:
+    own = torch.full_like(values.column("eigenvalue"), torch.nan)
+    is_measured, shapes, begin = values.column("eigenvalue").isfinite(), set(), 0
+    for part in parts:
+        rows = slice(begin, begin := begin + len(part))
+        chosen = is_measured[rows] if bool(is_measured.any()) else ~is_measured[rows]  # of none, all may say why
+        if not bool(chosen.any()) or (number in values.log10_bounds and part.inputs.shape[1:] in shapes):
+            continue
+        inputs = part.inputs[chosen].to(device)
+        upper = bound(model, inputs, likelihood=settings.likelihood, input_std=settings.input_std)
+        values.levels[number] = Level(upper.level, isinstance(upper.log10_value, Tensor))
+        if isinstance(upper.log10_value, Tensor):
+            own[rows] = own[rows].masked_scatter(chosen, upper.log10_value.double().cpu())
+            values.columns[_bound_column(number)] = own
+        else:  # it holds for all inputs of a shape, so that the largest over the shapes holds for all
+            shapes.add(part.inputs.shape[1:])
+            values.log10_bounds[number] = max(upper.log10_value, values.log10_bounds.get(number, -math.inf))
+
+
+def exchange(values: Values, limit: float) -> Values:
+    """Join what all processes have measured; each example counts once, in the order of its place.
+
+    Args:
+        values: Of this process.
+        limit: Places from this one on do not count.
+
+    Returns:
+        The same on all processes.
+    """
+    shares = [values]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shares = [values] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, values)
+    places = torch.cat([share.places for share in shares])
+    names = dict.fromkeys(name for share in shares for name in share.columns)
+    kept = _first_of_each(places, limit)
+    joined = Values(
+        places=places[kept],
+        columns={name: torch.cat([share.column(name) for share in shares])[kept] for name in names},
+        pictures=sorted((picture for share in shares for picture in share.pictures), key=lambda picture: -picture[0]),
+    )
+    joined.pictures = [picture for picture in joined.pictures if picture[1] < limit]
+    for rank, share in enumerate(shares):
+        joined.levels |= share.levels
+        joined.without_bound |= share.without_bound
+        for number, log10_bound in share.log10_bounds.items():
+            joined.log10_bounds[number] = max(log10_bound, joined.log10_bounds.get(number, -math.inf))
+        for number, seconds in share.seconds.items():
+            joined.seconds[number] = max(seconds, joined.seconds.get(number, 0.0))
+        for kind, trouble in share.troubles.items():
+            joined.troubles.setdefault(kind, f"{trouble} (on process {rank})" if rank else trouble)
+    return joined
+
+
+def _first_of_each(places: Tensor, limit: float) -> Tensor:
+    """Return the indices of the first occurrences, in ascending order of the places below ``limit``."""
+    first: dict[int, int] = {}
+    for index, place in enumerate(places.tolist()):
+        if place < limit:
+            first.setdefault(place, index)
+    return torch.tensor([first[place] for place in sorted(first)], dtype=torch.long)
+
+
+def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
+    """Return what is logged, by the last part of its key.
+
+    Args:
+        values: Of all processes.
+        levels: Of the bounds that were measured now; one that failed this time is NaN.
+    """
+    eigenvalue = values.column("eigenvalue")
+    is_measured = eigenvalue.isfinite()
+    found = eigenvalue[is_measured]
+    logged = {f"lambda_max_{name}": float(value) for name, value in summarize(found).items()}
+    for name in ("max", "median"):
+        logged[f"log10_lambda_max_{name}"] = _log10(logged[f"lambda_max_{name}"])
+    logged["trace_mean"] = _mean(values.column("trace")[is_measured])
+    logged["wide_interval_share"] = _mean(values.column("is_wide")[is_measured])
+    ratios = values.column("kl_ratio")
+    logged["kl_ratio"] = float(summarize(ratios[ratios.isfinite()])["median"])
+    logged["num_left_out"] = float(len(eigenvalue) - len(found))
+    for number, level in levels.items():
+        logged |= _of_a_bound(values, number, level, eigenvalue)
+    return logged
+
+
+def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -> dict[str, float]:
+    decades = eigenvalue.log10()
+    if level.is_per_example:
+        log10_bounds = values.column(_bound_column(number))
+        gaps = log10_bounds - decades
+        mean = {f"bound_{level.name}_mean": _mean((10**log10_bounds)[~log10_bounds.isnan()])}
+        log10_bound, gap = _mean(log10_bounds[log10_bounds.isfinite()]), _mean(gaps[gaps.isfinite()])
+    else:
+        log10_bound = values.log10_bounds.get(number, math.nan)
+        mean = {f"bound_{level.name}": 10**log10_bound if log10_bound < 308 else math.inf}
+        finite = decades[decades.isfinite()]
+        gap = log10_bound - float(finite.max()) if len(finite) else math.nan
+    return mean | {
+        f"log10_bound_{level.name}": log10_bound,
+        f"log10_gap_{level.name}": gap,
+        f"seconds_bound_{level.name}": values.seconds.get(number, math.nan),
+    }
+
+
+def _bound_column(number: int) -> str:
+    return f"log10_bound {number}"
+
+
+def _to(part: Part, device: torch.device) -> Part:
+    inputs, side_inputs = move_data_to_device((part.inputs, part.side_inputs), device)
+    return Part(inputs, side_inputs, part.places)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else math.nan

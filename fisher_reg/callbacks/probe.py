@@ -1,0 +1,145 @@
+"""The images that a monitor measures on: taken once, and known by their places in the validation data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from fisher_reg.evaluation import SideInputs, select
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some examples of a probe, all of one shape.
+
+    Attributes:
+        inputs: ``(B, *S)``.
+        side_inputs: More arguments of the model.
+        places: ``(B,)``, integers: the places of the examples in the validation data, over all processes.
+    """
+
+    inputs: Tensor
+    side_inputs: SideInputs
+    places: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def part(self, index: slice) -> Part:
+        """Return some of the examples."""
+        return Part(self.inputs[index], select(self.side_inputs, index, len(self)), self.places[index])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which examples of the data this process sees.
+
+    Attributes:
+        rank: Its number.
+        num_processes: How many there are; the j-th example of process r has the place ``r + j * num_processes``, as
+            :class:`torch.utils.data.DistributedSampler` deals them out.
+        num_examples: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
+    """
+
+    rank: int = 0
+    num_processes: int = 1
+    num_examples: float = math.inf
+
+    @classmethod
+    def of(cls, rank: int, num_processes: int, loaders: Any) -> Share:
+        """Read the share of the first of some loaders."""
+        sampler = _sampler(_first(loaders))
+        known = num_processes > 1 and isinstance(sampler, DistributedSampler)
+        return cls(rank, num_processes, len(sampler.dataset) if known else math.inf)
+
+    def places(self, begin: int, count: int) -> Tensor:
+        """Return the places of ``count`` examples after the first ``begin`` of this process."""
+        return self.rank + self.num_processes * torch.arange(begin, begin + count)
+
+
+class Probe:
+    """The first examples of the data, in the batches in which they came.
+
+    Args:
+        num_samples: How many over all processes; None for all.
+    """
+
+    def __init__(self, num_samples: int | None) -> None:
+        self.num_samples = num_samples
+        self.parts: list[Part] = []
+        self.is_complete = False
+        self.share = Share()
+
+    @classmethod
+    def of(cls, inputs: Tensor, side_inputs: SideInputs, share: Share) -> Probe:
+        """Return the share of this process of inputs that all processes have."""
+        probe = cls(None)
+        whole = Part(inputs, side_inputs, torch.arange(len(inputs)))
+        mine = whole.part(slice(share.rank, None, share.num_processes))
+        probe.parts = [mine] if len(mine) else []
+        probe.is_complete = True
+        return probe
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
+
+    @property
+    def limit(self) -> float:
+        """Places from this one on do not count: they were not asked for, or are repetitions."""
+        asked = math.inf if self.num_samples is None else self.num_samples
+        return min(asked, self.share.num_examples)
+
+    def add(self, inputs: Tensor, side_inputs: SideInputs, takes_parts: bool) -> None:
+        """Take copies of the first examples of a batch that are still missing.
+
+        Args:
+            inputs: ``(B, *S)``.
+            side_inputs: More arguments of the model.
+            takes_parts: Whether the model takes a part of a batch; else all of it is taken, and the rest not counted.
+        """
+        begin = sum(len(part) for part in self.parts)
+        missing = self._missing(begin)
+        if self.is_complete or missing <= 0:
+            return
+        with torch.inference_mode(False):
+            whole = Part(inputs, side_inputs, self.share.places(begin, len(inputs)))
+            chosen = whole.part(slice(int(min(missing, len(whole))))) if takes_parts else whole
+            self.parts.append(_own(chosen))
+
+    def _missing(self, have: int) -> float:
+        if self.num_samples is None:
+            return math.inf
+        return math.ceil(self.num_samples / self.share.num_processes) - have
+
+
+def _own(part: Part) -> Part:
+    """Return copies on the CPU."""
+    inputs, side_inputs = apply_to_collection(
+        (part.inputs, part.side_inputs), Tensor, lambda tensor: tensor.detach().cpu().clone()
+    )
+    return Part(inputs, side_inputs, part.places)
+
+
+def _first(loaders: Any) -> Any:
+    """Return the first loader of a list or mapping of them."""
+    while isinstance(loaders, list | tuple | Mapping) and len(loaders):
+        loaders = next(iter(_values(loaders)))
+    return loaders
+
+
+def _values(loaders: Any) -> Iterator[Any]:
+    return iter(loaders.values() if isinstance(loaders, Mapping) else loaders)
+
+
+def _sampler(loader: Any) -> Any:
+    own = getattr(loader, "sampler", None)
+    return (
+        own if isinstance(own, DistributedSampler) else getattr(getattr(loader, "batch_sampler", None), "sampler", own)
+    )

@@ -1,0 +1,96 @@
+"""What the monitor measures of a batch: eigenvalue, trace, and how far the quadratic picture holds, at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisher_reg.estimate import automatic_solver, evaluation_operator, solved_with_trace
+from fisher_reg.evaluation import LogitsFunction, SideInputs
+from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.quadratic import kl_ratio
+from fisher_reg.solvers import EigenResult, Solver, TraceEstimator, concatenate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers per example of a batch.
+
+    Attributes:
+        result: As of :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
+        trace: ``(B,)``.
+        kl_ratio: ``(B,)``, see :func:`fisher_reg.fisher_kl_ratio`.
+    """
+
+    result: EigenResult
+    trace: Tensor
+    kl_ratio: Tensor
+
+
+def measure(
+    model: LogitsFunction,
+    inputs: Tensor,
+    *,
+    solver: Solver | None = None,
+    estimator: TraceEstimator | None = None,
+    likelihood: Likelihood = Categorical(),
+    input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
+) -> Measurement:
+    """Return the numbers of a batch; arguments as of :func:`fisher_reg.fisher_spectral_norm_and_trace`.
+
+    Cost: as there, and one forward.
+    """
+    results, traces, ratios = [], [], []
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
+        for chunk, result, trace in solved_with_trace(fisher, solver, estimator):
+            results.append(result)
+            traces.append(trace)
+            ratios.append(kl_ratio(chunk, result.eigenvalue, result.eigenvector, result.left_singular_vector))
+    return Measurement(concatenate(results), torch.cat(traces), torch.cat(ratios))
+
+
+def fisher_kl_ratio(
+    model: LogitsFunction,
+    inputs: Tensor,
+    *,
+    solver: Solver | None = None,
+    likelihood: Likelihood = Categorical(),
+    input_std: Tensor | None = None,
+    side_inputs: SideInputs = None,
+) -> Tensor:
+    r"""Compare KL with the quadratic form along the top eigenvector, at a length that matters, per example.
+
+    .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\lambda \epsilon^2 / 2} \quad\text{with}\quad
+              \lambda \epsilon^2 / 2 = 0.5 \text{ nats}
+
+    of the directions :math:`\pm v` in that in which the entropy of the prediction grows. About 1: the eigenvalue says
+    what a perturbation of this length does. Far below 1: the function is rough or saturates, so that the gradient at
+    the point does not tell what an attack meets (gradient masking). Above 1 where predictions are confident: the
+    perturbation does more than the eigenvalue says.
+
+    Args:
+        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
+        inputs: ``(B, *S)``.
+        solver: Of the eigenvector.
+        likelihood: The output distribution.
+        input_std: Standard deviation of the input normalisation.
+        side_inputs: More arguments of the model.
+
+    Returns:
+        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite. Cost: one forward beside the
+        estimate.
+
+    Raises:
+        ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # at 0: KL = log cosh(1), and 1 is 2 * 0.5
+        >>> fisher_kl_ratio(lambda x: x @ weight.T, torch.zeros(1, 2))
+        tensor([0.8676])
+    """
+    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
+        result = (solver or automatic_solver(fisher.logits.shape[1])).solve(fisher)
+        return kl_ratio(fisher, result.eigenvalue, result.eigenvector, result.left_singular_vector)
