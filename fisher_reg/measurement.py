@@ -61,14 +61,14 @@ def fisher_kl_ratio(
     input_std: Tensor | None = None,
     side_inputs: SideInputs = None,
 ) -> Tensor:
-    r"""Compare KL with the quadratic form along the top eigenvector, at a length that matters, per example.
+    r"""Compare KL with its quadratic form along the top eigenvector, at a length that matters, per example.
 
-    .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\lambda \epsilon^2 / 2} \quad\text{with}\quad
-              \lambda \epsilon^2 / 2 = 0.5 \text{ nats}
+    .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\lambda \epsilon^2 / 2}
 
-    of the directions :math:`\pm v` in that in which the entropy of the prediction grows. About 1: the eigenvalue says
-    what a perturbation of this length does. Far below 1: the function is rough or saturates, so that the gradient at
-    the point does not tell what an attack meets (gradient masking). Above 1 where predictions are confident: the
+    at the :math:`\epsilon` where the denominator is 0.1 nats, but at most 5 % of the length of the input less its mean,
+    and in that of the directions :math:`\pm v` in which the entropy of the prediction grows. About 1: the eigenvalue
+    says what a perturbation of this length does. Far below 1: the function is rough or saturates, so that the gradient
+    at the point does not tell what an attack meets (gradient masking). Above 1, as where predictions are confident: the
     perturbation does more than the eigenvalue says.
 
     Args:
@@ -87,9 +87,9 @@ def fisher_kl_ratio(
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
 
     Example:
-        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # at 0: KL = log cosh(1), and 1 is 2 * 0.5
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # log cosh(0.4472) over 0.1
         >>> fisher_kl_ratio(lambda x: x @ weight.T, torch.zeros(1, 2))
-        tensor([0.8676])
+        tensor([0.9683])
     """
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         result = (solver or automatic_solver(fisher.logits.shape[1])).solve(fisher)

@@ -221,7 +221,11 @@ class InputFisher:
 
     def logits_at(self, displacement: Tensor) -> Tensor:
         """Logits ``(B, K)`` at ``x + D v`` for ``v`` ``(B, d)``: one forward, with its graph to the parameters."""
-        return self.function(self.inputs.detach() + self._rescale(displacement.view_as(self.inputs)))
+        return self.function(self.inputs.detach() + self.in_input_units(displacement))
+
+    def in_input_units(self, displacement: Tensor) -> Tensor:
+        """Return ``D v`` ``(B, *S)`` for ``v`` ``(B, d)``: what a displacement adds to the inputs."""
+        return self._rescale(displacement.view_as(self.inputs))
 
     def pullback(self, cotangent: Tensor) -> Tensor:
         """:meth:`slope`, itself differentiable."""

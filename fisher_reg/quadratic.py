@@ -8,22 +8,20 @@ from torch import Tensor
 from fisher_reg.left_out import present
 from fisher_reg.operator import InputFisher
 
-KL_AT_LENGTH = 0.5
-"""The divergence, in nats, that the eigenvalue predicts at the length where the ratio is taken.
+LARGEST_KL = 0.1
+"""Nats that the eigenvalue predicts at the largest step: enough to change a prediction that is not certain."""
 
-It is about that from a confident to an undecided prediction between two classes, so that the step is one that matters.
-"""
+LARGEST_STEP = 0.05
+"""Of the length of the input less its mean: what an attack on an image may use, about half a unit at 32 x 32 pixels."""
 
 
 def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left: Tensor) -> Tensor:
     r"""Return :math:`\mathrm{KL}(p_x \| p_{x + \epsilon v}) / (\lambda \epsilon^2 / 2)` per example, at one forward.
 
-    The length :math:`\epsilon` is where the denominator is :data:`KL_AT_LENGTH`. Of the two directions :math:`\pm v`
-    the one is taken in which the entropy of the prediction grows: :math:`dH = -\langle z, d\mu \rangle` for the mean
-    :math:`\mu` of the outputs, and :math:`d\mu = \Sigma J v \propto L^\top u` along :math:`v`.
-
-    About 1 where KL is quadratic up to there. Above 1 the prediction moves faster than the eigenvalue says, as it does
-    where it is confident. Far below 1 the gradient at the point does not tell what happens around it.
+    The length :math:`\epsilon` is where the denominator is :data:`LARGEST_KL`, but at most :data:`LARGEST_STEP`. Of the
+    two directions :math:`\pm v` the one is taken in which the entropy of the prediction grows:
+    :math:`dH = -\langle z, d\mu \rangle` for the mean :math:`\mu` of the outputs, and
+    :math:`d\mu = \Sigma J v \propto L^\top u` along :math:`v`.
 
     Args:
         fisher: The operator.
@@ -34,15 +32,21 @@ def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left:
     Returns:
         ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite.
     """
-    logits = fisher.logits.detach()
-    mean_moves = fisher.likelihood.unwhiten(logits, left)
-    entropy_falls = (present(logits) * mean_moves).sum(1) > 0
-    sign = 1.0 - 2.0 * entropy_falls.to(logits.dtype)
-    length = (2 * KL_AT_LENGTH / eigenvalue).sqrt()
+    logits, v = fisher.logits.detach(), eigenvector.flatten(1)
+    # the entropy falls along v where <z, d mu> > 0
+    sign = 1.0 - 2.0 * ((present(logits) * fisher.likelihood.unwhiten(logits, left)).sum(1) > 0).to(logits)
+    length = torch.minimum((2 * LARGEST_KL / eigenvalue).sqrt(), _largest_step(fisher, v))
     is_known = (eigenvalue > 0) & length.isfinite()
-    step = torch.where(is_known, sign * length, 0.0)
     with torch.no_grad():
-        moved = fisher.logits_at(step[:, None] * eigenvector.flatten(1))
+        moved = fisher.logits_at(torch.where(is_known, sign * length, 0.0)[:, None] * v)
         divergence = fisher.likelihood.divergence(logits, moved)
-    is_known = is_known & divergence.isfinite()
-    return torch.where(is_known, divergence / KL_AT_LENGTH, torch.nan)
+    quadratic = eigenvalue * length.square() / 2
+    return torch.where(is_known & divergence.isfinite(), divergence / quadratic, torch.nan)
+
+
+def _largest_step(fisher: InputFisher, v: Tensor) -> Tensor:
+    """Return the largest step along ``v`` ``(B,)``; infinite for an input that is the same everywhere."""
+    x = fisher.inputs.detach().flatten(1)
+    size = (x - x.mean(1, keepdim=True)).norm(dim=1)
+    per_step = fisher.in_input_units(v).flatten(1).norm(dim=1)
+    return torch.where(size > 0, LARGEST_STEP * size / per_step, torch.inf)

@@ -47,7 +47,6 @@ from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.evaluation import SideInputs, check_inputs
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.likelihood import Categorical, Likelihood
-from fisher_reg.quadratic import KL_AT_LENGTH
 from fisher_reg.solvers import Solver
 
 
@@ -263,6 +262,11 @@ class FisherMonitor(pl.Callback):
         if not trainer.enable_validation and self.rhythm.steps is None and self._is_due(trainer):
             self._measure_and_log(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if nothing was measured."""
+        if not self.history:
+            self._warn_once("nothing", "has measured nothing, since no validation ran to its end in this fit.")
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -430,7 +434,7 @@ class FisherMonitor(pl.Callback):
         ratios = values.column("kl_ratio")
         ratio = float(ratios[ratios.isfinite()].median()) if bool(ratios.isfinite().any()) else 1.0
         if ratio < _MASKS:
-            self._warn_once("masking", _MASKING.format(ratio=ratio, kl=KL_AT_LENGTH))
+            self._warn_once("masking", _MASKING.format(ratio))
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], when: dict[str, Any]
@@ -529,7 +533,7 @@ _SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambd
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
 _MASKS = 0.2
 _MASKING = (
-    "sees gradient masking: along the top eigenvector, where the eigenvalue predicts a divergence of {kl} nats, the "
-    "network shows {ratio:.1%} of it, in the median. The eigenvalue is then not what an attack meets; believe an "
-    "attack, or blackbox_spectral_norm with a step of that length, rather than it."
+    "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
+    "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
+    "or blackbox_spectral_norm with a step of that length, rather than it."
 )
