@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -40,6 +41,29 @@ def report_check(
     has_logits = check.findings[0].passed
     if has_logits and not check.passed:  # without logits the measurement itself fails, and says how
         rank_zero_warn(f"{type(owner).__name__} cannot vouch for its numbers. check_model found:\n{check}")
+
+
+def differences(monitor: Any, penalty: Any) -> dict[str, str]:
+    """Say in what a penalty is of another matrix than the one that is measured: by name, in words."""
+    found = {}
+    for name in ("likelihood", "input_std"):
+        own, other = getattr(monitor, name), getattr(penalty, name, _ABSENT)
+        if other is not _ABSENT and not _is_same(own, other):
+            found[name] = (
+                f"measures with {name}={own}, and FisherRegularizer penalises with {name}={other}: they are "
+                f"different matrices. Give both the same {name}."
+            )
+    return found
+
+
+_ABSENT = object()
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = [value for value in (one, other) if value is not None]
+        return len(both) == 2 and torch.equal(*(torch.as_tensor(value).double().cpu().flatten() for value in both))
+    return bool(one == other)
 
 
 def find_inputs(batch: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,13 +21,13 @@ from fisher_reg.callbacks.batch import (
     LogitsFn,
     SideInputsFn,
     check_at_least_one,
+    differences,
     find_inputs,
     logits_model,
     no_side_inputs,
     report_check,
 )
 from fisher_reg.callbacks.measuring import (
-    NUM_PICTURES,
     Bound,
     Level,
     Settings,
@@ -38,14 +37,13 @@ from fisher_reg.callbacks.measuring import (
     measure_probe,
     numbers,
 )
-from fisher_reg.callbacks.pictures import send_charts, send_figure, send_histogram, takes_pictures
+from fisher_reg.callbacks.pictures import draw, takes_pictures
 from fisher_reg.callbacks.probe import Part, Probe, Share
 from fisher_reg.callbacks.regularizer import FisherRegularizer
-from fisher_reg.callbacks.rhythm import Rhythm, watched_keys
+from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
 from fisher_reg.evaluation import SideInputs, check_inputs
-from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver
 
@@ -192,14 +190,15 @@ class FisherMonitor(pl.Callback):
                     "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation "
                     "batches, or give FisherMonitor its inputs: FisherMonitor(probe=inputs)."
                 )
-            self._refuse_late(trainer)
+            refuse_late(self, trainer, self._keys_begin_with)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try a probe that was given, before any training, and compare with the regularizer's settings."""
         self._take_given(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FisherRegularizer):
-                self._compare(callback)
+                for name, message in differences(self, callback.penalty).items():
+                    self._warn_once(name, message)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try a probe that was given."""
@@ -337,46 +336,20 @@ class FisherMonitor(pl.Callback):
     def _is_due(self, trainer: pl.Trainer, *, is_validation: bool = False) -> bool:
         if trainer.sanity_checking:
             return False
-        if trainer.state.fn in ("validate", "test") or (is_validation and self._watched(trainer)):
+        if trainer.state.fn in ("validate", "test") or (
+            is_validation and watched_names(trainer, self._keys_begin_with)
+        ):
             return True
         last = self.history[-1] if self.history else None
         return self.rhythm.is_due(trainer.current_epoch, trainer.global_step, last)
 
-    def _watched(self, trainer: pl.Trainer) -> list[str]:
-        """Return the names of our values that decide something at each validation."""
-        begin = self._key("")
-        names = [key.removeprefix(begin) for key in watched_keys(trainer) if key.startswith(begin)]
-        return [name for name in names if not name.startswith(_OF_THE_REGULARIZER)]
-
-    def _refuse_late(self, trainer: pl.Trainer) -> None:
-        """Refuse callbacks that would decide before this one has measured, without a validation between them."""
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for earlier in callbacks[: callbacks.index(self)]:
-            monitor = getattr(earlier, "monitor", None)
-            if isinstance(monitor, str) and monitor.startswith(self._key("")):
-                raise MisconfigurationException(
-                    f"{type(earlier).__name__} decides on {monitor} at the end of the epoch, before FisherMonitor has "
-                    "measured it. Put FisherMonitor before it in Trainer(callbacks=[...])."
-                )
-
     def _bounds_are_due(self, trainer: pl.Trainer) -> bool:
-        if trainer.state.fn in ("validate", "test") or self._is_last(trainer):
+        if trainer.state.fn in ("validate", "test") or self.rhythm.is_last(trainer):
             return True
-        if any("bound" in name or "gap" in name for name in self._watched(trainer)):
+        if any("bound" in name or "gap" in name for name in watched_names(trainer, self._keys_begin_with)):
             return True
         with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
         return not with_bounds or trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
-
-    def _is_last(self, trainer: pl.Trainer) -> bool:
-        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
-        if 0 <= trainer.max_steps <= trainer.global_step:
-            return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.rhythm.steps is not None:
-            return False
-        interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
-        interval = interval or 1
-        ends = trainer.current_epoch + self.rhythm.epochs + 1  # of the epoch that may be the next
-        return math.ceil(ends / interval) * interval > trainer.max_epochs
 
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **when: Any) -> None:
         begin = time.perf_counter()
@@ -475,43 +448,16 @@ class FisherMonitor(pl.Callback):
             self._is_checked = True
             report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
 
-    def _compare(self, regularizer: FisherRegularizer) -> None:
-        """Warn where the regularizer penalises another matrix than the one that is measured."""
-        for name in ("likelihood", "input_std"):
-            own, other = getattr(self, name), getattr(regularizer.penalty, name, _ABSENT)
-            if other is not _ABSENT and not _is_same(own, other):
-                self._warn_once(
-                    f"differs in {name}",
-                    f"measures with {name}={own}, and FisherRegularizer penalises with {name}={other}: they are "
-                    f"different matrices. Give both the same {name}.",
-                )
-
     def _draw(self, trainer: pl.Trainer, values: Values) -> None:
         loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
+        if loggers and find_spec("matplotlib") is None:
+            self._warn_once("matplotlib", "draws no figure, since matplotlib is not installed.")
         for logger in loggers:
             try:
-                self._draw_on(logger, values, trainer.global_step)
+                draw(logger, values, self.history, self._keys_begin_with, trainer.global_step)
             except Exception as error:  # whatever the client of a logger raises
                 kind = type(logger).__name__
                 self._warn_once(kind, f"draws nothing on {kind}, which raised {type(error).__name__}: {error}")
-
-    def _draw_on(self, logger: Any, values: Values, step: int) -> None:
-        decades = values.column("eigenvalue").log10()
-        decades = decades[decades.isfinite()]
-        if decades.numel():
-            send_histogram(logger, self._key("log10_lambda_max"), decades, step)
-        keys = dict.fromkeys(key for entry in self.history for key in entry)  # bounds are not in each
-        curves = [key for key in keys if "log10_bound" in key or "log10_lambda_max_max" in key]
-        charts = {"bound versus empirical (log10)": curves, "gap (log10)": [key for key in keys if "log10_gap" in key]}
-        send_charts(logger, self._keys_begin_with, {title: chosen for title, chosen in charts.items() if chosen})
-        if find_spec("matplotlib") is None:
-            self._warn_once("matplotlib", "draws no figure, since matplotlib is not installed.")
-            return
-        curve = bound_versus_empirical(self.history, prefix=self._keys_begin_with)
-        send_figure(logger, self._key("bound_versus_empirical"), curve, step)
-        if pictures := values.pictures[:NUM_PICTURES]:
-            eigenvalues, _, images, vectors = zip(*pictures, strict=True)
-            send_figure(logger, self._key("sensitive_examples"), sensitive_examples(images, vectors, eigenvalues), step)
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -519,16 +465,7 @@ class FisherMonitor(pl.Callback):
             rank_zero_warn(f"FisherMonitor {message}")
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        both = [value for value in (one, other) if value is not None]
-        return len(both) == 2 and torch.equal(*(torch.as_tensor(value).double().cpu().flatten() for value in both))
-    return bool(one == other)
-
-
-_ABSENT = object()
 _CHECKPOINT_KEY = "FisherMonitor"
-_OF_THE_REGULARIZER = ("penalty", "lambda_control")
 _SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
 _MASKS = 0.2

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from fisher_reg.callbacks.measuring import NUM_PICTURES, Values
+from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,6 +18,32 @@ if TYPE_CHECKING:
 def takes_pictures(logger: Any) -> bool:
     """Whether a logger is one of those that are known to take figures."""
     return _kind(logger) is not None
+
+
+def draw(logger: Any, values: Values, history: Sequence[Mapping[str, Any]], prefix: str, step: int) -> None:
+    """Send what a measurement shows to a logger; figures only where matplotlib is installed.
+
+    Args:
+        logger: One that :func:`takes_pictures`.
+        values: Of the measurement.
+        history: Of all measurements.
+        prefix: First part of all keys.
+        step: Optimiser steps before it.
+    """
+    decades = values.column("eigenvalue").log10()
+    decades = decades[decades.isfinite()]
+    if decades.numel():
+        send_histogram(logger, f"{prefix}/log10_lambda_max", decades, step)
+    keys = dict.fromkeys(key for entry in history for key in entry)  # bounds are not in each
+    curves = [key for key in keys if "log10_bound" in key or "log10_lambda_max_max" in key]
+    charts = {"bound versus empirical (log10)": curves, "gap (log10)": [key for key in keys if "log10_gap" in key]}
+    send_charts(logger, prefix, {title: chosen for title, chosen in charts.items() if chosen})
+    if find_spec("matplotlib") is None:
+        return
+    send_figure(logger, f"{prefix}/bound_versus_empirical", bound_versus_empirical(history, prefix=prefix), step)
+    if pictures := values.pictures[:NUM_PICTURES]:
+        eigenvalues, _, images, vectors = zip(*pictures, strict=True)
+        send_figure(logger, f"{prefix}/sensitive_examples", sensitive_examples(images, vectors, eigenvalues), step)
 
 
 def send_figure(logger: Any, name: str, figure: Figure, step: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,20 @@ class Rhythm:
             return bool(step - last["step"] >= self.steps)
         return bool(self.epochs == 1 or epoch - last["epoch"] >= self.epochs)
 
+    def is_last(self, trainer: pl.Trainer) -> bool:
+        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            return True
+        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.steps is not None:
+            return False
+        interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
+        interval = interval or 1
+        ends = trainer.current_epoch + self.epochs + 1  # of the epoch that may be the next
+        return math.ceil(ends / interval) * interval > trainer.max_epochs
 
-def watched_keys(trainer: pl.Trainer) -> set[str]:
-    """Return the keys of logged values that decide something at each validation.
+
+def watched_names(trainer: pl.Trainer, prefix: str) -> list[str]:
+    """Return the last parts of our keys that decide something at each validation.
 
     These are what other callbacks (early stopping, checkpoints) and learning-rate schedulers call their ``monitor``.
     """
@@ -52,4 +65,25 @@ def watched_keys(trainer: pl.Trainer) -> set[str]:
     schedulers = getattr(trainer, "lr_scheduler_configs", [])
     monitors = [getattr(callback, "monitor", None) for callback in callbacks]
     monitors += [scheduler.monitor for scheduler in schedulers if scheduler.reduce_on_plateau]
-    return {monitor for monitor in monitors if isinstance(monitor, str)}
+    return [str(key).removeprefix(f"{prefix}/") for key in monitors if _is_ours(key, prefix)]
+
+
+def refuse_late(monitor: pl.Callback, trainer: pl.Trainer, prefix: str) -> None:
+    """Refuse callbacks that would decide before ``monitor`` has measured, without a validation between them.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for earlier in callbacks[: callbacks.index(monitor)]:
+        key = getattr(earlier, "monitor", None)
+        if _is_ours(key, prefix):
+            raise MisconfigurationException(
+                f"{type(earlier).__name__} decides on {key} at the end of the epoch, before FisherMonitor has "
+                "measured it. Put FisherMonitor before it in Trainer(callbacks=[...])."
+            )
+
+
+def _is_ours(key: Any, prefix: str) -> bool:
+    of_the_regularizer = (f"{prefix}/penalty", f"{prefix}/lambda_control")
+    return isinstance(key, str) and key.startswith(f"{prefix}/") and not key.startswith(of_the_regularizer)

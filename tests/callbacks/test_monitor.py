@@ -390,7 +390,8 @@ def test_a_checkpoint_holds_no_second_copy_of_the_model(tmp_path):
 
 
 def test_without_matplotlib_there_is_no_figure_and_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr("fisher_reg.callbacks.monitor.find_spec", lambda name: None)
+    for module in ("monitor", "pictures"):
+        monkeypatch.setattr(f"fisher_reg.callbacks.{module}.find_spec", lambda name: None)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     with pytest.warns(UserWarning, match="matplotlib is not installed"):
         _fit(tmp_path, _module(), FisherMonitor(), logger=logger)
