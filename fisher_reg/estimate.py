@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.evaluation import (
+    InputStd,
     LogitsFunction,
     SideInputs,
     WithSideInputs,
@@ -46,7 +47,7 @@ def fisher_spectral_norm(
     *,
     solver: Solver | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
@@ -67,8 +68,9 @@ def fisher_spectral_norm(
         solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
             :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.
-        input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` (broadcastable to ``inputs``) to
-            get the Fisher matrix in pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`.
+        input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` to get the Fisher matrix in
+            pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`: a number, a list of one per channel, or a tensor
+            that is broadcastable to one example ``*S``.
         side_inputs: More arguments of the model (an attention mask, a class embedding): one tensor, a tuple for
             ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them follow their
             examples wherever a part of the batch is evaluated; they are not differentiated.
@@ -102,7 +104,7 @@ def fisher_eigenpairs(
     *,
     solver: EigenpairSolver | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
@@ -150,7 +152,7 @@ def fisher_effective_rank(
     solver: Solver | None = None,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -194,7 +196,7 @@ def fisher_spectral_norm_and_trace(
     solver: Solver | None = None,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> tuple[EigenResult, Tensor]:
@@ -240,7 +242,7 @@ def fisher_trace(
     *,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -295,7 +297,7 @@ def evaluation_operator(
     model: LogitsFunction,
     inputs: Tensor,
     likelihood: Likelihood,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Generator[InputFisher, None, None]:
     """Build the operator of the deployed function in full precision.

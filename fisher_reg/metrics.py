@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
-from fisher_reg.evaluation import LogitsFunction, SideInputs
+from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver, TraceEstimator
 
@@ -27,10 +27,11 @@ class _PerExampleMetric(Metric):
     full_state_update = False
     values: list[Tensor] | Tensor
 
-    def __init__(self, reduction: Reduction | None, likelihood: Likelihood, input_std: Tensor | None, **kwargs: Any):
+    def __init__(self, reduction: Reduction | None, likelihood: Likelihood, input_std: InputStd | None, **kwargs: Any):
         super().__init__(**kwargs)
         self.reduction = reduction
         self.likelihood = likelihood
+        check_input_std(input_std)
         self.input_std = input_std
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
@@ -97,7 +98,7 @@ class FisherSpectralNorm(_PerExampleMetric):
         *,
         solver: Solver | None = None,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
@@ -149,7 +150,7 @@ class FisherTrace(_PerExampleMetric):
         *,
         estimator: TraceEstimator | None = None,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)

@@ -31,7 +31,7 @@ from fisher_reg.callbacks.batch import (
 )
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm, fisher_spectral_norm_and_trace
-from fisher_reg.evaluation import SideInputs, select
+from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, select
 from fisher_reg.figures import bound_versus_empirical
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.metrics import PerExampleValues, summarize
@@ -45,7 +45,7 @@ class Bound(Protocol):
     """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
+        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: InputStd | None
     ) -> UpperBound:
         """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
@@ -117,7 +117,7 @@ class FisherMonitor(pl.Callback):
         bounds: Sequence[Bound] = (fisher_bound,),
         bound_every_n_epochs: int = 3,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
@@ -126,6 +126,7 @@ class FisherMonitor(pl.Callback):
         check_at_least_one(
             self, every_n_epochs=every_n_epochs, num_samples=num_samples, bound_every_n_epochs=bound_every_n_epochs
         )
+        check_input_std(input_std)
         self.every_n_epochs = every_n_epochs
         self.num_samples = num_samples
         self.solver = solver

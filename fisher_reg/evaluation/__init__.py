@@ -15,11 +15,11 @@ from fisher_reg.evaluation.evaluated import (
     trained,
     trained_module,
 )
+from fisher_reg.evaluation.input_std import InputStd, check_input_std, standard_deviation
 from fisher_reg.evaluation.inputs import (
     LogitsFunction,
     SideInputs,
     WithSideInputs,
-    check_input_std,
     check_inputs,
     select,
 )
@@ -33,6 +33,7 @@ from fisher_reg.evaluation.shared_copy import SharedCopy
 __all__ = [
     "EvaluatedModel",
     "GlobalState",
+    "InputStd",
     "LogitsFunction",
     "LogitsOf",
     "Noise",
@@ -60,6 +61,7 @@ __all__ = [
     "refuse_unseen_batch_norm",
     "select",
     "source_of",
+    "standard_deviation",
     "trained",
     "trained_module",
     "twice_differentiable",

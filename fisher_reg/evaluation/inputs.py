@@ -34,16 +34,6 @@ def check_inputs(inputs: Tensor) -> None:
         raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.")
 
 
-def check_input_std(input_std: Tensor) -> None:
-    """Refuse a standard deviation that cannot have been divided by.
-
-    Raises:
-        ValueError: With the smallest value.
-    """
-    if not bool((input_std > 0).all()):
-        raise ValueError(f"input_std must be positive; its smallest value is {float(input_std.min())}.")
-
-
 @dataclass(frozen=True)
 class WithSideInputs:
     """A model with its side inputs for a batch: a function of the inputs alone.

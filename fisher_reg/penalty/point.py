@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.evaluation import (
+    InputStd,
     LogitsFunction,
     SideInputs,
     WithSideInputs,
@@ -46,7 +47,7 @@ class TrainingPoint:
     logits: Tensor
 
     def fisher(
-        self, likelihood: Likelihood, input_std: Tensor | None, linearize: Linearization = vjp_only
+        self, likelihood: Likelihood, input_std: InputStd | None, linearize: Linearization = vjp_only
     ) -> InputFisher:
         """Return the operator here."""
         return InputFisher(self.function, self.inputs, likelihood, input_std, linearize, logits=self.logits)
