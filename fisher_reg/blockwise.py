@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.bounds.compositions import traced_model
 from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
@@ -68,6 +69,7 @@ def blockwise_fisher_bound(
         tensor([2.], dtype=torch.float64)
     """
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood, "blockwise_fisher_bound")
     whole_std = standard_deviation(input_std, inputs)
     traced = traced_model(model, inputs, likelihood)
     segments = _grouped(_segments(traced), num_segments)

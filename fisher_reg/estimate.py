@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import EIGENPAIR_SOLVER, LIKELIHOOD, SOLVER, TRACE_ESTIMATOR
 from fisher_reg.evaluation import (
     InputStd,
     LogitsFunction,
@@ -81,6 +82,7 @@ def fisher_spectral_norm(
         exceeds the true value beyond round-off; one eigenvalue of F lies within ``residual`` of it.
 
     Raises:
+        TypeError: For a class or a name where an object is meant, as in ``solver=Lanczos``.
         ValueError: If ``inputs`` is not a non-empty floating-point batch, or the logits are not ``(B, K)`` with finite
             values and ``K`` large enough for the likelihood.
         NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
@@ -90,6 +92,7 @@ def fisher_spectral_norm(
         >>> fisher_spectral_norm(lambda x: x @ weight.T, torch.zeros(1, 2)).eigenvalue  # p (1 - p) |w0 - w1|^2 = 4 / 4
         tensor([1.0000])
     """
+    SOLVER.check(solver, "fisher_spectral_norm")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solver = solver or automatic_solver(fisher.logits.shape[1])
         result = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)])
@@ -134,6 +137,7 @@ def fisher_eigenpairs(
         >>> fisher_eigenpairs(lambda x: x @ weight.T, torch.zeros(1, 2), 2).eigenvalue
         tensor([[1.0000, 0.0000]])
     """
+    EIGENPAIR_SOLVER.check(solver, "fisher_eigenpairs")
     solver = solver or Exact()
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         num_outputs = fisher.logits.shape[1]
@@ -220,6 +224,8 @@ def fisher_spectral_norm_and_trace(
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
     """
+    SOLVER.check(solver, "fisher_spectral_norm_and_trace")
+    TRACE_ESTIMATOR.check(estimator, "fisher_spectral_norm_and_trace")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         num_outputs = fisher.logits.shape[1]
         estimator = estimator or automatic_trace_estimator(num_outputs)
@@ -273,6 +279,7 @@ def fisher_trace(
         >>> fisher_trace(lambda x: x @ weight.T, torch.zeros(1, 2))
         tensor([1.0000])
     """
+    TRACE_ESTIMATOR.check(estimator, "fisher_trace")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         estimator = estimator or automatic_trace_estimator(fisher.logits.shape[1])
         return torch.cat([estimator.trace(chunk, generator) for chunk in _chunks(fisher, estimator)])
@@ -306,6 +313,7 @@ def evaluation_operator(
         ValueError: As in :func:`fisher_spectral_norm`.
     """
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
     with differentiable(inputs) as safe_inputs:
         evaluated = deployed(model, safe_inputs)
         whole = WithSideInputs(evaluated, side_inputs, len(safe_inputs))

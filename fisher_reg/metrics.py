@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from fisher_reg.arguments import LIKELIHOOD, METRIC_REDUCTION, SOLVER, TRACE_ESTIMATOR
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
@@ -31,6 +32,8 @@ class _PerExampleMetric(Metric):
         super().__init__(**kwargs)
         self.reduction = reduction
         self.likelihood = likelihood
+        METRIC_REDUCTION.check(reduction, self)
+        LIKELIHOOD.check(likelihood, self)
         check_input_std(input_std)
         self.input_std = input_std
         self.add_state("values", default=[], dist_reduce_fx="cat")
@@ -102,6 +105,7 @@ class FisherSpectralNorm(_PerExampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
+        SOLVER.check(solver, self)
         self.solver = solver
         self.add_state("num_wide", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_examples", default=torch.tensor(0), dist_reduce_fx="sum")
@@ -154,6 +158,7 @@ class FisherTrace(_PerExampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
+        TRACE_ESTIMATOR.check(estimator, self)
         self.estimator = estimator
 
     def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:

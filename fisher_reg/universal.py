@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD, SOLVER
 from fisher_reg.estimate import evaluation_operator
 from fisher_reg.evaluation import InputStd, LogitsFunction, check_input_std
 from fisher_reg.left_out import present
@@ -78,6 +79,8 @@ def universal_spectral_norm(
         >>> universal_spectral_norm(lambda x: x @ weight.T, [torch.zeros(3, 2), torch.zeros(1, 2)]).eigenvalue
         tensor([1.0000])
     """
+    SOLVER.check(solver, "universal_spectral_norm")
+    LIKELIHOOD.check(likelihood, "universal_spectral_norm")
     if not isinstance(solver, Lanczos | PowerIteration):
         raise TypeError(
             "universal_spectral_norm takes solver=Lanczos(...) or solver=PowerIteration(...), since a data set has N K "

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fisher_reg.arguments import BLACK_BOX_ESTIMATOR
 from fisher_reg.blackbox.questions import Questions, within
 from fisher_reg.blackbox.result import BlackBoxEstimator, BlackBoxResult, warn_of_missing
 from fisher_reg.blackbox.service import Array, Predict, Progress, Service, own_inputs
@@ -63,6 +64,7 @@ def blackbox_spectral_norm(
         >>> bool((result.eigenvalue - 1).abs() < 3 * result.standard_error)
         True
     """
+    BLACK_BOX_ESTIMATOR.check(estimator, "blackbox_spectral_norm")
     points = own_inputs(inputs)
     std = standard_deviation(1.0 if input_std is None else input_std, points)
     assert std is not None

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds.compositions import Head, compositions_of, shares, tightest, traced_at_few, traced_model
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
@@ -109,6 +110,8 @@ def log_fisher_bound(
 ) -> Tensor:
     """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
+    check_tightening(tightening)
     std = standard_deviation(input_std, inputs)
     traced = traced_at_few(model, inputs, likelihood)
     with torch.inference_mode(False), torch.enable_grad():
@@ -129,6 +132,8 @@ def _global(
     input_std: InputStd | None = None,
 ) -> UpperBound:
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
+    check_tightening(tightening)
     std = standard_deviation(input_std, inputs)
     region = None
     if domain is None:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds.compositions import (
     checked_logits,
     checked_module,
@@ -99,6 +100,8 @@ def local_fisher_bound(
         tensor([1.], dtype=torch.float64)
     """
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood, "local_fisher_bound")
+    check_tightening(tightening)
     std = standard_deviation(input_std, inputs)
     if radius is None:
         return _at_inputs(model, inputs, likelihood, std, tightening)
@@ -156,6 +159,7 @@ def certified_radius(
         tensor([3.], dtype=torch.float64)
     """
     check_inputs(inputs)
+    check_tightening(tightening)
     std = standard_deviation(input_std, inputs)
     radii, predicted = [], []
     with torch.inference_mode(False), torch.no_grad():
@@ -200,6 +204,7 @@ def certified_divergence(
         tensor([0.0050], dtype=torch.float64)
     """
     check_inputs(inputs)
+    check_tightening(tightening)
     std = standard_deviation(input_std, inputs)
     check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import UpperBound, fisher_bound
 from fisher_reg.callbacks.batch import (
     InputsFn,
@@ -126,7 +127,14 @@ class FisherMonitor(pl.Callback):
         check_at_least_one(
             self, every_n_epochs=every_n_epochs, num_samples=num_samples, bound_every_n_epochs=bound_every_n_epochs
         )
+        SOLVER.check(solver, self)
+        LIKELIHOOD.check(likelihood, self)
         check_input_std(input_std)
+        bounds = tuple(bounds) if isinstance(bounds, Iterator) else bounds
+        check_bounds(bounds, self)
+        INPUTS_FN.check(inputs_fn, self)
+        LOGITS_FN.check(logits_fn, self)
+        SIDE_INPUTS_FN.check(side_inputs_fn, self)
         self.every_n_epochs = every_n_epochs
         self.num_samples = num_samples
         self.solver = solver

@@ -12,6 +12,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from fisher_reg.arguments import INPUTS_FN, LABELS_FN, LOGITS_FN, PENALTY, SCHEDULE, SIDE_INPUTS_FN
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LabelsFn,
@@ -118,6 +119,12 @@ class FisherRegularizer(pl.Callback):
         side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
     ) -> None:
+        PENALTY.check(penalty, self)
+        SCHEDULE.check(schedule, self)
+        INPUTS_FN.check(inputs_fn, self)
+        LOGITS_FN.check(logits_fn, self)
+        SIDE_INPUTS_FN.check(side_inputs_fn, self)
+        LABELS_FN.check(labels_fn, self)
         if not 0 <= weight < math.inf:
             raise ValueError(f"FisherRegularizer needs a finite weight >= 0; got {weight}.")
         if not 0 < batch_fraction <= 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds import Tightening, log_fisher_bound
 from fisher_reg.evaluation import (
     InputStd,
@@ -51,6 +52,8 @@ class BoundPenalty:
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
+        check_tightening(self.tightening)
 
     def __call__(self, model: LogitsFunction, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the penalty, a scalar in double precision.

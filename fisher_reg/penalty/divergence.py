@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
@@ -52,6 +53,7 @@ class KLPenalty(PointPenalty):
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
         if not 0 < self.step < math.inf:
             raise ValueError(f"KLPenalty needs a finite step > 0, in the input unit; got {self.step}.")
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD, REDUCTION
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import double_backward, vjp_only
@@ -62,6 +63,8 @@ class SpectralPenalty(PointPenalty):
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
+        REDUCTION.check(self.reduction, self)
         if self.num_steps < 0:
             raise ValueError(f"SpectralPenalty needs num_steps >= 0; got {self.num_steps}.")
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
@@ -39,6 +40,7 @@ class TracePenalty(PointPenalty):
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
         if self.num_samples < 1:
             raise ValueError(f"TracePenalty needs num_samples >= 1; got {self.num_samples}.")
 
