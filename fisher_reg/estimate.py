@@ -16,6 +16,7 @@ from fisher_reg.evaluation import (
     LogitsFunction,
     SideInputs,
     WithSideInputs,
+    called,
     check_inputs,
     deployed,
     differentiable,
@@ -318,7 +319,10 @@ def evaluation_operator(
         evaluated = deployed(model, safe_inputs)
         whole = WithSideInputs(evaluated, side_inputs, len(safe_inputs))
         function = in_fast_layout(whole, safe_inputs)
-        fisher = InputFisher(function, safe_inputs, likelihood, input_std, quotients=_rounds_to_float32(safe_inputs))
+        point = safe_inputs.detach().requires_grad_()
+        quotients = _rounds_to_float32(safe_inputs)
+        logits = called(function, point)
+        fisher = InputFisher(function, point, likelihood, input_std, quotients=quotients, logits=logits)
         refuse_random(evaluated, fisher.logits, lambda: whole(safe_inputs))
         yield fisher
 

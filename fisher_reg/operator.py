@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisher_reg.evaluation import InputStd, LogitsFunction, standard_deviation, twice_differentiable
+from fisher_reg.evaluation import InputStd, LogitsFunction, name_of_call, standard_deviation, twice_differentiable
 from fisher_reg.left_out import change, magnitude
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.outputs import check_logits
@@ -155,7 +155,7 @@ class InputFisher:
         self.linearize = linearize
         self.quotients = quotients
         self.logits = function(self.inputs) if logits is None else logits
-        check_logits(self.logits, len(inputs), likelihood)
+        check_logits(self.logits, len(inputs), likelihood, name_of_call(function, inputs))
         if not self.logits.requires_grad:
             raise ValueError(_NO_PATH)
         self._std = None if std is None else std.to(inputs)

@@ -36,6 +36,7 @@ from fisher_reg.evaluation import (
     SideInputs,
     UnrecordedError,
     WithSideInputs,
+    called,
     deployed_with_gradient,
     differentiable,
     has_training_batch_norm,
@@ -299,7 +300,7 @@ class FisherRegularizer(pl.Callback):
             self._tell("batch norms ran unseen in the training step")
         with differentiable(due.inputs) as inputs:
             model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False)
-            model.recording = WithSideInputs(model.record, due.side_inputs, len(inputs))(inputs)
+            model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
         return self._of_a_part(model, due, options)
 
     def _reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:

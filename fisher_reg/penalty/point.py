@@ -16,6 +16,7 @@ from fisher_reg.evaluation import (
     LogitsFunction,
     SideInputs,
     WithSideInputs,
+    called,
     check_inputs,
     differentiable,
     trained,
@@ -117,7 +118,7 @@ def training_point(
     with differentiable(inputs) as safe_inputs, kernels(differentiates_twice):
         function = WithSideInputs(trained(model, safe_inputs), side_inputs, len(safe_inputs))
         safe_inputs.requires_grad_()
-        yield TrainingPoint(function, safe_inputs, function(safe_inputs))
+        yield TrainingPoint(function, safe_inputs, called(function, safe_inputs))
 
 
 @contextmanager
