@@ -43,12 +43,12 @@ class Argument:
         needed = self.methods or ("__call__",)
         is_class = isinstance(value, type) and (bool(self.methods) or self.name == "penalty" or _makes_callables(value))
         if is_class or not all(callable(getattr(value, method, None)) for method in needed):
-            raise TypeError(f"{self._needs(owner)}; got {_given(value)}. Write {self._remedy(value)}.")
+            raise TypeError(f"{self._needs(owner, value)}; got {_given(value)}. Write {self._remedy(value)}.")
 
-    def _needs(self, owner: object) -> str:
-        kind = "an object" if self.methods else "a function"
+    def _needs(self, owner: object, value: object) -> str:
+        kind = "an instance" if self.examples[0].endswith("()") else "a function"
         what = f"{kind} such as {self.examples[0]}"
-        if self.methods:
+        if self.methods and not isinstance(value, type | str):
             what += f", with {', '.join(self.methods)}"
         if owner is None:
             return f"{self.name} must be {what}"
@@ -169,6 +169,6 @@ def check_tightening(tightening: object) -> None:
     """
     if isinstance(tightening, type) or not all(hasattr(tightening, name) for name in ("folded", "dense", "merged")):
         raise TypeError(
-            f"tightening must be an object such as Tightening(); got {_given(tightening)}. "
+            f"tightening must be an instance such as Tightening(); got {_given(tightening)}. "
             "Write tightening=Tightening()."
         )

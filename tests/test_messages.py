@@ -192,6 +192,12 @@ def test_the_remedies_work(tmp_path):
         assert trainer.callback_metrics["fisher/penalty"] >= 0
 
 
+def test_what_this_package_refuses_inside_a_forward_is_no_error_of_the_model():
+    with _says(ValueError, "no per-example Fisher matrix exists") as caught:
+        fr.fisher_spectral_norm(nn.BatchNorm1d(6, track_running_stats=False), X)
+    assert not isinstance(caught.value, fr.ForwardError)
+
+
 def test_errors_in_functions_keep_their_cause():
     with _says(fr.ForwardError, "Linear.forward, called with inputs (4, 6)", "RuntimeError: mat1") as caught:
         fr.fisher_spectral_norm(nn.Linear(3, 2), X)

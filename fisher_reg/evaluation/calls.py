@@ -26,7 +26,18 @@ def called(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     except _PASSED_ON:
         raise
     except Exception as error:
+        if _is_own(error):
+            raise
         raise ForwardError(f"{name_of_call(function, inputs)} failed. {_remedy(error)} {_short(error)}") from error
+
+
+def _is_own(error: Exception) -> bool:
+    """Say whether this package refuses what the model does: functions of torch that our rules call raise no such."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, ValueError) and module.startswith("fisher_reg.")
 
 
 def name_of_call(function: object, inputs: Tensor) -> str:
