@@ -26,6 +26,7 @@ from fisher_reg.callbacks import (
 )
 from fisher_reg.check import Finding, ModelCheck, check_model
 from fisher_reg.errors import (
+    ForwardError,
     NoBoundError,
     NonFiniteError,
     NonFiniteJacobianError,
@@ -75,6 +76,7 @@ __all__ = [
     "FisherRegularizer",
     "FisherSpectralNorm",
     "FisherTrace",
+    "ForwardError",
     "Gain",
     "Gaussian",
     "Hutchinson",

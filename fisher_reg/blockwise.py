@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.bounds.compositions import traced_model
 from fisher_reg.bounds.report import BoundTerm, UpperBound
 from fisher_reg.bounds.tracing import Trace, asks_for_shape, where
-from fisher_reg.evaluation import Noise, check_input_std, differentiable, twice_differentiable
+from fisher_reg.evaluation import (
+    InputStd,
+    Noise,
+    check_inputs,
+    differentiable,
+    standard_deviation,
+    twice_differentiable,
+)
 from fisher_reg.likelihood import Categorical, Gaussian, Likelihood
 from fisher_reg.operator import InputFisher, double_backward
 from fisher_reg.solvers import Lanczos
@@ -27,7 +35,7 @@ def blockwise_fisher_bound(
     *,
     num_segments: int | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
 ) -> UpperBound:
     r"""Multiply the largest singular values of the Jacobians of consecutive segments of the network, at the inputs.
 
@@ -60,14 +68,15 @@ def blockwise_fisher_bound(
         >>> blockwise_fisher_bound(model, torch.zeros(1, 2)).value  # |J_1|^2 = 2, F_2 = p (1 - p) |w0 - w1|^2 = 1
         tensor([2.], dtype=torch.float64)
     """
-    if input_std is not None:
-        check_input_std(input_std)
+    check_inputs(inputs)
+    LIKELIHOOD.check(likelihood, "blockwise_fisher_bound")
+    whole_std = standard_deviation(input_std, inputs)
     traced = traced_model(model, inputs, likelihood)
     segments = _grouped(_segments(traced), num_segments)
     logs, names = [], []
     for segment in segments:
         is_last = segment is segments[-1]
-        std = input_std if segment is segments[0] else None
+        std = whole_std if segment is segments[0] else None
         with Noise(inputs.device).replayed():
             logs.append(_log10_norm(segment, likelihood if is_last else Gaussian(), std))
         names.append(segment.name)

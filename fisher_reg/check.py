@@ -9,6 +9,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.evaluation import (
     EvaluatedModel,
     LogitsFunction,
@@ -120,6 +121,7 @@ def check_model(
         True
     """
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood, "check_model")
     with differentiable(inputs) as safe_inputs:
         return ModelCheck(tuple(_Check(model, safe_inputs, likelihood, side_inputs, is_training).run()))
 

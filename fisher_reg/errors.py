@@ -15,6 +15,10 @@ class NonFiniteJacobianError(NonFiniteError):
     """The logits are finite and their derivatives are not."""
 
 
+class ForwardError(RuntimeError):
+    """The model raised an error, which is the cause; the message says what was called with what, and the remedy."""
+
+
 class NonFiniteWeightsError(NonFiniteError):
     """A layer has NaN or infinite weights, for which no bound exists."""
 

@@ -10,10 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import EIGENPAIR_SOLVER, LIKELIHOOD, SOLVER, TRACE_ESTIMATOR
 from fisher_reg.evaluation import (
+    InputStd,
     LogitsFunction,
     SideInputs,
     WithSideInputs,
+    called,
     check_inputs,
     deployed,
     differentiable,
@@ -46,7 +49,7 @@ def fisher_spectral_norm(
     *,
     solver: Solver | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
@@ -67,8 +70,9 @@ def fisher_spectral_norm(
         solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
             :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.
-        input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` (broadcastable to ``inputs``) to
-            get the Fisher matrix in pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`.
+        input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` to get the Fisher matrix in
+            pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`: a number, a list of one per channel, or a tensor
+            that is broadcastable to one example ``*S``.
         side_inputs: More arguments of the model (an attention mask, a class embedding): one tensor, a tuple for
             ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them follow their
             examples wherever a part of the batch is evaluated; they are not differentiated.
@@ -79,6 +83,7 @@ def fisher_spectral_norm(
         exceeds the true value beyond round-off; one eigenvalue of F lies within ``residual`` of it.
 
     Raises:
+        TypeError: For a class or a name where an object is meant, as in ``solver=Lanczos``.
         ValueError: If ``inputs`` is not a non-empty floating-point batch, or the logits are not ``(B, K)`` with finite
             values and ``K`` large enough for the likelihood.
         NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
@@ -88,6 +93,7 @@ def fisher_spectral_norm(
         >>> fisher_spectral_norm(lambda x: x @ weight.T, torch.zeros(1, 2)).eigenvalue  # p (1 - p) |w0 - w1|^2 = 4 / 4
         tensor([1.0000])
     """
+    SOLVER.check(solver, "fisher_spectral_norm")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solver = solver or automatic_solver(fisher.logits.shape[1])
         result = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)])
@@ -102,7 +108,7 @@ def fisher_eigenpairs(
     *,
     solver: EigenpairSolver | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
@@ -132,6 +138,7 @@ def fisher_eigenpairs(
         >>> fisher_eigenpairs(lambda x: x @ weight.T, torch.zeros(1, 2), 2).eigenvalue
         tensor([[1.0000, 0.0000]])
     """
+    EIGENPAIR_SOLVER.check(solver, "fisher_eigenpairs")
     solver = solver or Exact()
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         num_outputs = fisher.logits.shape[1]
@@ -150,7 +157,7 @@ def fisher_effective_rank(
     solver: Solver | None = None,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -194,7 +201,7 @@ def fisher_spectral_norm_and_trace(
     solver: Solver | None = None,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> tuple[EigenResult, Tensor]:
@@ -218,6 +225,8 @@ def fisher_spectral_norm_and_trace(
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
     """
+    SOLVER.check(solver, "fisher_spectral_norm_and_trace")
+    TRACE_ESTIMATOR.check(estimator, "fisher_spectral_norm_and_trace")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solved = list(solved_with_trace(fisher, solver, estimator, generator))
     result = concatenate([result for _, result, _ in solved])
@@ -247,7 +256,7 @@ def fisher_trace(
     *,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -278,6 +287,7 @@ def fisher_trace(
         >>> fisher_trace(lambda x: x @ weight.T, torch.zeros(1, 2))
         tensor([1.0000])
     """
+    TRACE_ESTIMATOR.check(estimator, "fisher_trace")
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         estimator = estimator or automatic_trace_estimator(fisher.logits.shape[1])
         return torch.cat([estimator.trace(chunk, generator) for chunk in _chunks(fisher, estimator)])
@@ -302,7 +312,7 @@ def evaluation_operator(
     model: LogitsFunction,
     inputs: Tensor,
     likelihood: Likelihood,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Generator[InputFisher, None, None]:
     """Build the operator of the deployed function in full precision.
@@ -311,11 +321,15 @@ def evaluation_operator(
         ValueError: As in :func:`fisher_spectral_norm`.
     """
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
     with differentiable(inputs) as safe_inputs:
         evaluated = deployed(model, safe_inputs)
         whole = WithSideInputs(evaluated, side_inputs, len(safe_inputs))
         function = in_fast_layout(whole, safe_inputs)
-        fisher = InputFisher(function, safe_inputs, likelihood, input_std, quotients=_rounds_to_float32(safe_inputs))
+        point = safe_inputs.detach().requires_grad_()
+        quotients = _rounds_to_float32(safe_inputs)
+        logits = called(function, point)
+        fisher = InputFisher(function, point, likelihood, input_std, quotients=quotients, logits=logits)
         refuse_random(evaluated, fisher.logits, lambda: whole(safe_inputs))
         yield fisher
 

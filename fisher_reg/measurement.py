@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.estimate import automatic_solver, evaluation_operator, solved_with_trace
-from fisher_reg.evaluation import LogitsFunction, SideInputs
+from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.quadratic import kl_ratio
 from fisher_reg.solvers import EigenResult, Solver, TraceEstimator, concatenate
@@ -36,7 +36,7 @@ def measure(
     solver: Solver | None = None,
     estimator: TraceEstimator | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Measurement:
     """Return the numbers of a batch; arguments as of :func:`fisher_reg.fisher_spectral_norm_and_trace`.
@@ -58,7 +58,7 @@ def fisher_kl_ratio(
     *,
     solver: Solver | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Tensor:
     r"""Compare KL with its quadratic form along the top eigenvector, at a length that matters, per example.

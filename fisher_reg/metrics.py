@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from fisher_reg.arguments import LIKELIHOOD, METRIC_REDUCTION, SOLVER, TRACE_ESTIMATOR
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
-from fisher_reg.evaluation import LogitsFunction, SideInputs
+from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver, TraceEstimator
 
@@ -20,28 +24,67 @@ Reduction = Callable[[Tensor], Any]
 
 
 class _PerExampleMetric(Metric):
-    """Collects one value per example, over batches and processes; reduces them all at once."""
+    """Collects one value per example, over batches and processes; reduces them all at once.
+
+    A collection of metrics lets those with equal states share their updates. What the values depend on is therefore a
+    state too, as a digest.
+    """
 
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
     values: list[Tensor] | Tensor
+    settings: Tensor
 
-    def __init__(self, reduction: Reduction | None, likelihood: Likelihood, input_std: Tensor | None, **kwargs: Any):
+    def __init__(self, reduction: Reduction | None, likelihood: Likelihood, input_std: InputStd | None, **kwargs: Any):
         super().__init__(**kwargs)
         self.reduction = reduction
         self.likelihood = likelihood
+        METRIC_REDUCTION.check(reduction, self)
+        LIKELIHOOD.check(likelihood, self)
+        check_input_std(input_std)
         self.input_std = input_std
         self.add_state("values", default=[], dist_reduce_fx="cat")
+        self.add_state("settings", default=torch.zeros(_DIGEST_SIZE, dtype=torch.long), dist_reduce_fx="max")
 
     def _append(self, values: Tensor) -> None:
         assert isinstance(self.values, list)
         self.values.append(values)
+        method = getattr(self, "solver", None), getattr(self, "estimator", None)
+        with torch.inference_mode(False):
+            digest = _digest(type(self).__qualname__, *method, self.likelihood, self.input_std)
+            self.settings = torch.tensor(digest, device=self.settings.device)
+
+    def reset(self) -> None:
+        """Forget all examples."""
+        self.values = list(self.values)  # the wrapper Running holds the list itself, which torchmetrics clears
+        super().reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take over the values of another metric, or of its states.
+
+        Raises:
+            ValueError: If they belong to another likelihood, solver, estimator or input normalisation.
+        """
+        states = incoming_state if isinstance(incoming_state, dict) else vars(incoming_state)
+        other = states.get("settings")
+        own = self.settings
+        if other is not None and bool(own.any()) and bool(other.any()) and not torch.equal(own, other.to(own)):
+            raise ValueError(
+                f"The values of two {type(self).__name__} with different settings (likelihood, solver, estimator or "
+                "input_std) are different quantities. Merge metrics that were made alike."
+            )
+        super().merge_state(incoming_state)
 
     def compute(self) -> Any:
-        """Return the reduction of the values of all examples; without one the values themselves, ``(N,)``."""
+        """Return the reduction of the values of all examples; without one the values themselves, ``(N,)``.
+
+        Without examples every tensor and number in the result is NaN, whatever the reduction.
+        """
         values = dim_zero_cat(self.values) if len(self.values) else torch.zeros(0, device=self.device)
-        return values if self.reduction is None else self.reduction(values)
+        if self.reduction is None:
+            return values
+        return self.reduction(values) if values.numel() else _nothing(self.reduction, values)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value or several, as every metric of torchmetrics does; needs matplotlib.
@@ -60,15 +103,46 @@ class _PerExampleMetric(Metric):
         return self._plot(val, ax)
 
 
+_DIGEST_SIZE = 32
+
+
+def _digest(*settings: Any) -> list[int]:
+    """Return bytes that differ where settings differ; equal settings nearly always have equal ones."""
+    texts = [f"{tuple(part.shape)} {part.tolist()}" if isinstance(part, Tensor) else part for part in settings]
+    return list(hashlib.sha256(b"".join(_bytes(part) for part in texts)).digest())
+
+
+def _bytes(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception:  # whatever an object of the user's raises: then it equals itself alone
+        return f"{type(value).__qualname__} {id(value)}".encode()
+
+
+def _nothing(reduction: Reduction, values: Tensor) -> Any:
+    """Return what a reduction would return, with NaN in place of all numbers; one NaN where it takes no single one."""
+    try:
+        result = reduction(values.new_full((1,), torch.nan))
+    except Exception:  # whatever the user's reduction raises for a single value
+        return values.new_full((), torch.nan)
+    result = apply_to_collection(result, (int, float), lambda number: torch.nan)
+    return apply_to_collection(result, Tensor, lambda part: torch.full_like(part, torch.nan, dtype=values.dtype))
+
+
 class FisherSpectralNorm(_PerExampleMetric):
     """Largest eigenvalue of the input-space Fisher matrix, reduced over all examples seen.
 
     The model is an argument of ``update`` and not a part of the metric, so that no checkpoint holds it twice. Works
     under ``no_grad`` and ``inference_mode``. Cost per update: as :func:`fisher_reg.fisher_spectral_norm`.
 
+    ``compute`` before ``update`` warns, as every metric of torchmetrics does, and returns NaN. A ``MetricCollection``
+    lets metrics that differ in their reduction alone share one estimate. The wrappers ``Running``, ``MetricTracker``
+    (with ``maximize=False``) and ``MinMaxMetric`` work; ``BootStrapper`` reads the batch size from the first argument,
+    so that it needs them by keyword, inputs first: ``update(inputs=x, model=model)``.
+
     Args:
-        reduction: From the values of all examples ``(N,)`` to the result: :func:`torch.mean` (each example counts
-            alike, whatever the batches), ``torch.max``, ``torch.median``,
+        reduction: From the values of all examples ``(N,)`` to the result, a tensor or a dictionary of tensors:
+            :func:`torch.mean` (each example counts alike, whatever the batches), ``torch.max``, ``torch.median``,
             ``functools.partial(torch.quantile, q=0.95)``, or None for the values themselves.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         likelihood: The output distribution.
@@ -86,6 +160,21 @@ class FisherSpectralNorm(_PerExampleMetric):
         >>> metric.update(lambda x: x @ weight.T, torch.zeros(3, 2))
         >>> metric.compute()
         tensor(1.0000)
+
+        Reductions are functions of the values:
+
+        >>> from functools import partial
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])  # p (1 - p) |w0 - w1|^2, p = sigmoid(2 x)
+        >>> p95, num_large = partial(torch.quantile, q=0.95), lambda values: (values > 0.5).sum()
+        >>> for reduction in (None, torch.max, torch.median, p95, num_large):
+        ...     metric = FisherSpectralNorm(reduction)
+        ...     metric.update(lambda x: x @ weight.T, x)
+        ...     print(metric.compute())
+        tensor([1.0000, 0.4200, 0.0707])
+        tensor(1.0000)
+        tensor(0.4200)
+        tensor(0.9420)
+        tensor(1)
     """
 
     num_wide: Tensor
@@ -97,10 +186,11 @@ class FisherSpectralNorm(_PerExampleMetric):
         *,
         solver: Solver | None = None,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
+        SOLVER.check(solver, self)
         self.solver = solver
         self.add_state("num_wide", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_examples", default=torch.tensor(0), dist_reduce_fx="sum")
@@ -141,6 +231,13 @@ class FisherTrace(_PerExampleMetric):
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         kwargs: For :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = FisherTrace(torch.max)
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        >>> metric.update(lambda x: x @ weight.T, torch.zeros(3, 2))
+        >>> metric.compute()
+        tensor(1.0000)
     """
 
     def __init__(
@@ -149,10 +246,11 @@ class FisherTrace(_PerExampleMetric):
         *,
         estimator: TraceEstimator | None = None,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
+        TRACE_ESTIMATOR.check(estimator, self)
         self.estimator = estimator
 
     def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fisher_reg.evaluation import LogitsFunction, check_input_std, twice_differentiable
+from fisher_reg.evaluation import InputStd, LogitsFunction, name_of_call, standard_deviation, twice_differentiable
 from fisher_reg.left_out import change, magnitude
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.outputs import check_logits
@@ -127,7 +127,7 @@ class InputFisher:
         function: Per-example function from ``(B, *S)`` to logits ``(B, K)``.
         inputs: ``(B, *S)``, floating point.
         likelihood: What the logits parametrise.
-        input_std: Broadcastable to ``(B, *S)``; see :func:`fisher_reg.fisher_spectral_norm`.
+        input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
         linearize: How an exact ``apply`` differentiates: :func:`forward_mode`, or :func:`double_backward` where the
             function cannot be called again for the same numbers.
         quotients: Whether an ``apply`` that need not be exact is a :func:`difference_quotient`.
@@ -143,23 +143,22 @@ class InputFisher:
         function: LogitsFunction,
         inputs: Tensor,
         likelihood: Likelihood,
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         linearize: Linearization = forward_mode,
         quotients: bool = False,
         logits: Tensor | None = None,
     ) -> None:
-        if input_std is not None:
-            check_input_std(input_std)
+        std = standard_deviation(input_std, inputs)
         self.function = function
         self.inputs = inputs.detach().requires_grad_() if logits is None else inputs
         self.likelihood = likelihood
         self.linearize = linearize
         self.quotients = quotients
         self.logits = function(self.inputs) if logits is None else logits
-        check_logits(self.logits, len(inputs), likelihood)
+        check_logits(self.logits, len(inputs), likelihood, name_of_call(function, inputs))
         if not self.logits.requires_grad:
             raise ValueError(_NO_PATH)
-        self._std = None if input_std is None else input_std.to(inputs).expand_as(inputs)
+        self._std = None if std is None else std.to(inputs)
         self._jvp = linearize(function, self.inputs, self.logits)
 
     def starts(self, count: int) -> Tensor:
@@ -257,9 +256,8 @@ class InputFisher:
 
     def _at(self, index: Tensor | slice) -> InputFisher | None:
         function = self.function.part(index) if hasattr(self.function, "part") else self.function
-        std = None if self._std is None else self._std[index]
         try:
-            part = InputFisher(function, self.inputs[index], self.likelihood, std, self.linearize, self.quotients)
+            part = InputFisher(function, self.inputs[index], self.likelihood, self._std, self.linearize, self.quotients)
         except Exception:  # whatever the user's forward raises for a batch of another size
             return None
         agrees = torch.allclose(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -10,29 +12,36 @@ from fisher_reg.errors import NonFiniteLogitsError
 from fisher_reg.likelihood import Bernoulli, Likelihood
 
 
-def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> None:
+def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str = "The model") -> None:
     """Refuse outputs that are not ``(B, K)`` logits, finite or minus infinity for classes that are left out.
+
+    Args:
+        logits: What the model returned.
+        batch_size: B.
+        likelihood: What the logits parametrise.
+        call: What was called with what, to begin a message with.
 
     Raises:
         ValueError: If the shape is not ``(B, K)`` or ``K`` is too small for the likelihood.
         NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity where the likelihood gives that no
             meaning, or if a row has no finite logit; the message counts the examples.
     """
-    found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
         raise ValueError(
-            f"The model must return logits of shape (B, K) with B = {batch_size}; it returned {found}. "
-            "If the logits are inside that, say how to get them: logits_fn=lambda model, inputs: model(inputs).logits "
-            "in a callback, LogitsOf(model, logits_fn) elsewhere."
+            f"{call} must return logits of shape (B, K) with B = {batch_size}; it returned {_describe(logits)}. "
+            f"{_remedy(logits, batch_size)}"
         )
     num_outputs = logits.shape[1]
     if num_outputs < likelihood.min_outputs:
         raise ValueError(
-            f"{type(likelihood).__name__} needs at least {likelihood.min_outputs} outputs; the model returned "
-            f"K = {num_outputs}. A single logit is a yes/no label: pass likelihood=Bernoulli()."
+            f"{type(likelihood).__name__} needs at least {likelihood.min_outputs} outputs; {call} returned K = "
+            f"{num_outputs}. Pass likelihood=Bernoulli() for a yes/no label, likelihood=Gaussian() for a regression."
         )
     if not logits.is_floating_point():
-        raise ValueError(f"The model must return floating-point logits; it returned {logits.dtype}.")
+        raise ValueError(
+            f"{call} must return floating-point logits; it returned {logits.dtype}. Return the scores from before "
+            "argmax or round, or say how to get them with logits_fn."
+        )
     _refuse_non_finite(logits.detach(), likelihood)
     if looks_like_probabilities(logits.detach(), likelihood):
         warnings.warn(
@@ -47,6 +56,56 @@ def check_logits(logits: Tensor, batch_size: int, likelihood: Likelihood) -> Non
             "likelihood=Bernoulli(). If they are logits, this warning is wrong.",
             stacklevel=2,
         )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        parts = (f"{key!r}: {_describe(part)}" for key, part in value.items())
+        return f"{type(value).__name__} with {{{', '.join(parts)}}}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of [{', '.join(_describe(part) for part in value)}]"
+    return type(value).__name__
+
+
+def _remedy(value: Any, batch_size: int) -> str:
+    """Say how to get logits out of what a model returned."""
+    how, why = "module(x).logits", "If the logits are inside that, say how to get them"
+    if isinstance(value, Tensor):
+        why, how = _way_out_of_a_tensor(value, batch_size)
+    elif not hasattr(value, "logits") and isinstance(value, Mapping):
+        how = f"module(x)[{_key_of_logits(value)!r}]"
+    elif not hasattr(value, "logits") and isinstance(value, list | tuple):
+        places = [place for place, part in enumerate(value) if _may_be_logits(part)]
+        how = f"module(x)[{places[0] if places else 0}]"
+    return f"{why}: logits_fn=lambda module, x: {how} in a callback, LogitsOf(module, logits_fn) elsewhere."
+
+
+def _way_out_of_a_tensor(value: Tensor, batch_size: int) -> tuple[str, str]:
+    if value.shape[:1] != (batch_size,):
+        why = "The first axis must be that of the examples. If forward takes the whole batch, or other inputs, say so"
+        return why, "module((x, None))"
+    if value.ndim == 1:
+        why = (
+            "One number per example is K = 1, with likelihood=Gaussian() for a regression and likelihood=Bernoulli() "
+            "for a yes/no label. Add the axis"
+        )
+        return why, "module(x)[:, None]"
+    if value.ndim == 3:
+        return "There is one prediction per position. Choose one, or take their mean", "module(x)[:, -1]"
+    why = "There is one prediction per position. Take their mean, or choose one, as in module(x)[:, :, 0, 0]"
+    return why, "module(x).flatten(2).mean(2)"
+
+
+def _key_of_logits(value: Mapping[Any, Any]) -> Any:
+    likely = [key for key, part in value.items() if _may_be_logits(part)]
+    named = [key for key in (*likely, *value) if "logit" in str(key)]
+    return next(iter((*named, *likely)), "logits")
+
+
+def _may_be_logits(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
 def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import PROBE, SOLVER
 from fisher_reg.probes import Probe, Rademacher
 from fisher_reg.sampling import fixed_generator
 from fisher_reg.solvers import EigenResult, FactoredOperator, Lanczos, Solver
@@ -41,6 +42,8 @@ class Hutchinson:
     solver: Solver | None = Lanczos(is_exact=True)
 
     def __post_init__(self) -> None:
+        PROBE.check(self.probe, self)
+        SOLVER.check(self.solver, self)
         check_positive(self, num_samples=self.num_samples)
 
     def trace(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD, SOLVER
 from fisher_reg.estimate import evaluation_operator
-from fisher_reg.evaluation import LogitsFunction
+from fisher_reg.evaluation import InputStd, LogitsFunction, check_input_std
 from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
@@ -32,7 +33,7 @@ def universal_spectral_norm(
     *,
     solver: Solver = Lanczos(num_steps=20, rtol=1e-2),
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     generator: torch.Generator | None = None,
 ) -> EigenResult:
     r"""Estimate :math:`\lambda_\max(\operatorname{mean}_x F(x))` over a data set, and its universal direction.
@@ -78,11 +79,14 @@ def universal_spectral_norm(
         >>> universal_spectral_norm(lambda x: x @ weight.T, [torch.zeros(3, 2), torch.zeros(1, 2)]).eigenvalue
         tensor([1.0000])
     """
+    SOLVER.check(solver, "universal_spectral_norm")
+    LIKELIHOOD.check(likelihood, "universal_spectral_norm")
     if not isinstance(solver, Lanczos | PowerIteration):
         raise TypeError(
             "universal_spectral_norm takes solver=Lanczos(...) or solver=PowerIteration(...), since a data set has N K "
             f"outputs; got {solver!r}."
         )
+    check_input_std(input_std)
     if iter(batches) is batches:
         raise ValueError("batches can be iterated only once, and each step goes through all of them. Pass a list.")
     with torch.inference_mode(False), torch.no_grad():
@@ -171,7 +175,7 @@ class _MeanFisher:
     input_shape: torch.Size
 
     def __init__(
-        self, model: LogitsFunction, batches: Batches, likelihood: Likelihood, input_std: Tensor | None
+        self, model: LogitsFunction, batches: Batches, likelihood: Likelihood, input_std: InputStd | None
     ) -> None:
         self._model, self._batches = model, batches
         self._likelihood, self._input_std = likelihood, input_std

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fisher_reg.arguments import BLACK_BOX_ESTIMATOR
 from fisher_reg.blackbox.questions import Questions, within
 from fisher_reg.blackbox.result import BlackBoxEstimator, BlackBoxResult, warn_of_missing
 from fisher_reg.blackbox.service import Array, Predict, Progress, Service, own_inputs
 from fisher_reg.blackbox.sketch import BlackBox
-from fisher_reg.evaluation import check_input_std
+from fisher_reg.evaluation import InputStd, standard_deviation
 from fisher_reg.sampling import fixed_generator
 
 
@@ -20,7 +20,7 @@ def blackbox_spectral_norm(
     inputs: Array,
     *,
     estimator: BlackBoxEstimator | None = None,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     bounds: tuple[Any, Any] | None = None,
     max_batch_size: int | None = None,
     progress: Progress | None = None,
@@ -64,10 +64,11 @@ def blackbox_spectral_norm(
         >>> bool((result.eigenvalue - 1).abs() < 3 * result.standard_error)
         True
     """
+    BLACK_BOX_ESTIMATOR.check(estimator, "blackbox_spectral_norm")
     points = own_inputs(inputs)
-    std = torch.ones_like(points[:1]) if input_std is None else input_std.to(points)
-    check_input_std(std)
-    questions = within(Questions(points, std), bounds)
+    std = standard_deviation(1.0 if input_std is None else input_std, points)
+    assert std is not None
+    questions = within(Questions(points, std.to(points).expand(points.shape[1:])[None]), bounds)
     if max_batch_size is not None and not (isinstance(max_batch_size, int) and max_batch_size >= 1):
         raise ValueError(f"max_batch_size must be a whole number, at least 1; got {max_batch_size}.")
     chosen = estimator or BlackBox()

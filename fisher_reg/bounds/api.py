@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds.compositions import Head, compositions_of, shares, tightest, traced_at_few, traced_model
 from fisher_reg.bounds.operator_norms.matrix import linear_norm
 from fisher_reg.bounds.operator_norms.measures import CertifiedNorms
@@ -15,7 +16,7 @@ from fisher_reg.bounds.region import Domain, region_of
 from fisher_reg.bounds.report import UpperBound
 from fisher_reg.bounds.sensitivity import log
 from fisher_reg.bounds.tightening import Tightening
-from fisher_reg.evaluation import check_input_std, check_inputs
+from fisher_reg.evaluation import InputStd, check_inputs, standard_deviation
 from fisher_reg.likelihood import Categorical, Likelihood
 
 
@@ -62,7 +63,7 @@ def fisher_bound(
     *,
     domain: Domain | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     tightening: Tightening = Tightening(),
 ) -> UpperBound:
     r"""Bound the largest eigenvalue of the input-space Fisher matrix over all inputs, from the weights alone.
@@ -105,16 +106,18 @@ def fisher_bound(
 
 
 def log_fisher_bound(
-    model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
+    model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: InputStd | None, tightening: Tightening
 ) -> Tensor:
     """Return the natural logarithm of :func:`fisher_bound`, differentiable in the weights: a scalar."""
-    if input_std is not None:
-        check_input_std(input_std)
+    check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
+    check_tightening(tightening)
+    std = standard_deviation(input_std, inputs)
     traced = traced_at_few(model, inputs, likelihood)
     with torch.inference_mode(False), torch.enable_grad():
         composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
         log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
-    return log_value if input_std is None else log_value - 2 * input_std.min().log()
+    return log_value if std is None else log_value - 2 * std.min().log()
 
 
 def _global(
@@ -126,15 +129,16 @@ def _global(
     domain: Domain | None,
     *,
     power: int = 2,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
 ) -> UpperBound:
-    if input_std is not None:
-        check_input_std(input_std)
+    check_inputs(inputs)
+    LIKELIHOOD.check(likelihood)
+    check_tightening(tightening)
+    std = standard_deviation(input_std, inputs)
     region = None
     if domain is None:
         traced = traced_at_few(model, inputs, likelihood)
     else:
-        check_inputs(inputs)
         region = region_of(domain, inputs)
         traced = traced_model(model, region.centre.expand(min(len(inputs), 2), *inputs.shape[1:]), likelihood)
     with torch.inference_mode(False), torch.enable_grad():
@@ -142,7 +146,7 @@ def _global(
             compositions_of(traced, likelihood, tightening, region=region), traced.result, head, power
         )
         terms = shares(composition, log_value, head(composition, traced.result), power)
-    shift = 0.0 if input_std is None else power * math.log10(float(input_std.min()))
+    shift = 0.0 if std is None else power * math.log10(float(std.min()))
     log10_value = float(log_value.detach().max()) / math.log(10) - shift
     limits = composition.domains if region is None else (region.name, *composition.domains)
     return UpperBound("global", log10_value, True, terms, "; ".join(limits) or "all inputs")

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds.compositions import (
     checked_logits,
     checked_module,
@@ -41,7 +42,7 @@ from fisher_reg.bounds.tracing import Trace
 from fisher_reg.bounds.tracing.compare import eager
 from fisher_reg.errors import NoBoundError
 from fisher_reg.estimate import fisher_spectral_norm
-from fisher_reg.evaluation import Noise, check_input_std, check_inputs, deployed, differentiable
+from fisher_reg.evaluation import InputStd, Noise, check_inputs, deployed, differentiable, standard_deviation
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Lanczos
 
@@ -57,7 +58,7 @@ def local_fisher_bound(
     *,
     radius: float | Tensor | None = None,
     likelihood: Likelihood = Categorical(),
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     tightening: Tightening = Tightening(),
 ) -> UpperBound:
     r"""Bound the largest eigenvalue of the input-space Fisher matrix at the given inputs, or in a ball around each.
@@ -98,16 +99,15 @@ def local_fisher_bound(
         >>> local_fisher_bound(model, torch.tensor([[5.0, 0.0]]), radius=5.0).value  # the ball holds (0, 0)
         tensor([1.], dtype=torch.float64)
     """
-    if input_std is not None:
-        check_input_std(input_std)
-    if radius is None:
-        return _at_inputs(model, inputs, likelihood, input_std, tightening)
     check_inputs(inputs)
+    LIKELIHOOD.check(likelihood, "local_fisher_bound")
+    check_tightening(tightening)
+    std = standard_deviation(input_std, inputs)
+    if radius is None:
+        return _at_inputs(model, inputs, likelihood, std, tightening)
     check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
-    parts = [
-        around.candidates(radii[place]) for place, around in _parts(model, inputs, likelihood, input_std, tightening)
-    ]
+    parts = [around.candidates(radii[place]) for place, around in _parts(model, inputs, likelihood, std, tightening)]
     names = set.intersection(*(set(found) for found, _ in parts))
     candidates = {name: torch.cat([found[name].detach() for found, _ in parts]) for name in sorted(names)}
     return _smallest("local", candidates, parts[0][1], f"within {_said(radii)} of the given inputs")
@@ -118,7 +118,7 @@ def certified_radius(
     inputs: Tensor,
     *,
     uses_balls: bool = True,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     tightening: Tightening = Tightening(),
 ) -> Tensor:
     r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
@@ -158,11 +158,12 @@ def certified_radius(
         >>> certified_radius(model, torch.tensor([[3.0]]))  # the boundary is at 0
         tensor([3.], dtype=torch.float64)
     """
-    if input_std is not None:
-        check_input_std(input_std)
+    check_inputs(inputs)
+    check_tightening(tightening)
+    std = standard_deviation(input_std, inputs)
     radii, predicted = [], []
     with torch.inference_mode(False), torch.no_grad():
-        for _, around in _parts(model, inputs, Categorical(), input_std, tightening):
+        for _, around in _parts(model, inputs, Categorical(), std, tightening):
             radii.append(around.radius() if uses_balls else around.radius_everywhere(is_required=True))
             predicted.append(around.logits.argmax(1))
     return torch.where(_own_classes(model, inputs) == torch.cat(predicted), torch.cat(radii), 0.0)
@@ -173,7 +174,7 @@ def certified_divergence(
     inputs: Tensor,
     radius: float | Tensor,
     *,
-    input_std: Tensor | None = None,
+    input_std: InputStd | None = None,
     tightening: Tightening = Tightening(),
 ) -> Tensor:
     r"""Bound the KL divergence :math:`\mathrm{KL}(p_x \| p_{x'})` for every :math:`x'` within a Euclidean distance r.
@@ -202,14 +203,14 @@ def certified_divergence(
         >>> certified_divergence(model, torch.tensor([[0.0, 0.0]]), 0.1)  # |w0 - w1|^2 / 4 * 0.1^2 / 2
         tensor([0.0050], dtype=torch.float64)
     """
-    if input_std is not None:
-        check_input_std(input_std)
     check_inputs(inputs)
+    check_tightening(tightening)
+    std = standard_deviation(input_std, inputs)
     check_radius(radius, len(inputs))
     radii = torch.as_tensor(radius, dtype=torch.float64, device=inputs.device).expand(len(inputs))
     parts = [
         around.largest_curvature(radii[place])
-        for place, around in _parts(model, inputs, Categorical(), input_std, tightening)
+        for place, around in _parts(model, inputs, Categorical(), std, tightening)
     ]
     return 0.5 * radii.square() * torch.cat(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from fisher_reg.check import check_model
-from fisher_reg.evaluation import LogitsOf, SideInputs
+from fisher_reg.evaluation import LogitsOf, SideInputs, remedy_for_integers
 from fisher_reg.likelihood import Likelihood
 
 InputsFn = Callable[[Any], Tensor]
@@ -60,10 +60,17 @@ _ABSENT = object()
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        both = [value for value in (one, other) if value is not None]
-        return len(both) == 2 and torch.equal(*(torch.as_tensor(value).double().cpu().flatten() for value in both))
-    return bool(one == other)
+    """Compare likelihoods, or standard deviations in whatever form they were given."""
+    if one is None or other is None or not isinstance(one, Tensor | float | int | Sequence):
+        return bool(one == other)
+    first, second = (torch.as_tensor(v if isinstance(v, Tensor) else list(_each(v))).double() for v in (one, other))
+    first, second = first.cpu().flatten(), second.cpu().flatten()
+    is_comparable = 1 in (len(first), len(second)) or len(first) == len(second)
+    return is_comparable and bool((first == second).all())
+
+
+def _each(value: Any) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else [value]
 
 
 def find_inputs(batch: Any) -> Tensor:
@@ -84,7 +91,7 @@ def find_inputs(batch: Any) -> Tensor:
     if len(candidates) != 1 or not _may_be_inputs(candidates[0]) or not candidates[0].is_floating_point():
         raise MisconfigurationException(
             f"The inputs cannot be told from this batch: {_describe(batch)}. They must be a floating-point tensor "
-            "(B, *S): say which with inputs_fn=lambda batch: batch['image'], for example."
+            f"(B, *S): say which with {_inputs_fn_for(batch)}"
         )
     inputs: Tensor = candidates[0]
     return inputs
@@ -107,6 +114,33 @@ def find_labels(batch: Any) -> Tensor:
         )
     labels: Tensor = candidates[0]
     return labels
+
+
+def _inputs_fn_for(batch: Any) -> str:
+    """Return what to write for a batch, with the first of its parts that may be inputs."""
+    parts = list(_parts(batch, "batch"))
+    for path, part in parts:
+        if _may_be_inputs(part) and part.is_floating_point():
+            return f"inputs_fn=lambda batch: {path}, for example."
+    for path, part in parts:
+        if part.ndim >= 2:
+            return f"inputs_fn=lambda batch: {path}.float(), for example. {remedy_for_integers(path)}"
+    return "inputs_fn=lambda batch: batch['image'], for example."
+
+
+def _parts(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _parts(part, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for place, part in enumerate(value):
+            yield from _parts(part, f"{path}[{place}]")
+    elif hasattr(value, "__dict__"):
+        for name, part in vars(value).items():
+            if isinstance(part, Tensor):
+                yield f"{path}.{name}", part
 
 
 def _may_be_labels(value: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fisher_reg.bounds import UpperBound
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
-from fisher_reg.evaluation import is_sharded
+from fisher_reg.evaluation import InputStd, is_sharded
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
 from fisher_reg.metrics import summarize
@@ -36,7 +36,7 @@ class Bound(Protocol):
     """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
 
     def __call__(
-        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: Tensor | None
+        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: InputStd | None
     ) -> UpperBound:
         """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
@@ -47,7 +47,7 @@ class Settings:
 
     solver: Solver | None
     likelihood: Likelihood
-    input_std: Any
+    input_std: InputStd | None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import fisher_bound
 from fisher_reg.callbacks.batch import (
     InputsFn,
@@ -43,7 +44,7 @@ from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.estimate import fisher_spectral_norm
-from fisher_reg.evaluation import SideInputs, check_inputs
+from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, check_inputs
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver
 
@@ -140,7 +141,7 @@ class FisherMonitor(pl.Callback):
         bounds: Sequence[Bound] = (fisher_bound,),
         bound_every_n_epochs: int = 3,
         likelihood: Likelihood = Categorical(),
-        input_std: Tensor | None = None,
+        input_std: InputStd | None = None,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
@@ -152,6 +153,14 @@ class FisherMonitor(pl.Callback):
         check_at_least_one(self, bound_every_n_epochs=bound_every_n_epochs)
         if num_samples is not None:
             check_at_least_one(self, num_samples=num_samples)
+        SOLVER.check(solver, self)
+        LIKELIHOOD.check(likelihood, self)
+        check_input_std(input_std)
+        bounds = tuple(bounds) if isinstance(bounds, Iterator) else bounds
+        check_bounds(bounds, self)
+        INPUTS_FN.check(inputs_fn, self)
+        LOGITS_FN.check(logits_fn, self)
+        SIDE_INPUTS_FN.check(side_inputs_fn, self)
         self.rhythm = Rhythm(every_n_epochs, every_n_steps)
         self.num_samples = num_samples
         self.solver = solver

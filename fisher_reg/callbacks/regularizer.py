@@ -12,6 +12,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from fisher_reg.arguments import INPUTS_FN, LABELS_FN, LOGITS_FN, PENALTY, SCHEDULE, SIDE_INPUTS_FN
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LabelsFn,
@@ -35,6 +36,7 @@ from fisher_reg.evaluation import (
     SideInputs,
     UnrecordedError,
     WithSideInputs,
+    called,
     deployed_with_gradient,
     differentiable,
     has_training_batch_norm,
@@ -118,6 +120,12 @@ class FisherRegularizer(pl.Callback):
         side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
     ) -> None:
+        PENALTY.check(penalty, self)
+        SCHEDULE.check(schedule, self)
+        INPUTS_FN.check(inputs_fn, self)
+        LOGITS_FN.check(logits_fn, self)
+        SIDE_INPUTS_FN.check(side_inputs_fn, self)
+        LABELS_FN.check(labels_fn, self)
         if not 0 <= weight < math.inf:
             raise ValueError(f"FisherRegularizer needs a finite weight >= 0; got {weight}.")
         if not 0 < batch_fraction <= 1:
@@ -292,7 +300,7 @@ class FisherRegularizer(pl.Callback):
             self._tell("batch norms ran unseen in the training step")
         with differentiable(due.inputs) as inputs:
             model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False)
-            model.recording = WithSideInputs(model.record, due.side_inputs, len(inputs))(inputs)
+            model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
         return self._of_a_part(model, due, options)
 
     def _reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:

@@ -25,6 +25,7 @@ from fisher_reg.evaluation import (
     Rules,
     SharedCopy,
     Source,
+    called,
     is_checkpointed,
     math_attention_rules,
     recording_rules,
@@ -138,7 +139,7 @@ class Tap:
                 given.append((original_of[part], output, output._version))
 
         with torch.no_grad(), _watching(before, after):
-            logits = EvaluatedModel(source, Noise(inputs.device), is_deployed=False)(inputs.detach())
+            logits = called(EvaluatedModel(source, Noise(inputs.device), is_deployed=False), inputs.detach())
         if not isinstance(logits, Tensor) or [tensor._version for tensor in probe] != versions:
             return cls([], [])  # a step may go on with inputs that its forward has changed in place
         outlets = [

@@ -1,6 +1,7 @@
 """Which function of a model is meant: a copy that shares the parameters, and is the same function in every call."""
 
 from fisher_reg.evaluation.batch_norm import Recording, UnrecordedError, recording_rules
+from fisher_reg.evaluation.calls import called, name_of_call
 from fisher_reg.evaluation.copying import is_sharded
 from fisher_reg.evaluation.evaluated import (
     EvaluatedModel,
@@ -15,12 +16,13 @@ from fisher_reg.evaluation.evaluated import (
     trained,
     trained_module,
 )
+from fisher_reg.evaluation.input_std import InputStd, check_input_std, standard_deviation
 from fisher_reg.evaluation.inputs import (
     LogitsFunction,
     SideInputs,
     WithSideInputs,
-    check_input_std,
     check_inputs,
+    remedy_for_integers,
     select,
 )
 from fisher_reg.evaluation.layout import in_fast_layout
@@ -33,6 +35,7 @@ from fisher_reg.evaluation.shared_copy import SharedCopy
 __all__ = [
     "EvaluatedModel",
     "GlobalState",
+    "InputStd",
     "LogitsFunction",
     "LogitsOf",
     "Noise",
@@ -43,6 +46,7 @@ __all__ = [
     "Source",
     "UnrecordedError",
     "WithSideInputs",
+    "called",
     "check_input_std",
     "check_inputs",
     "deployed",
@@ -55,11 +59,14 @@ __all__ = [
     "is_checkpointed",
     "is_sharded",
     "math_attention_rules",
+    "name_of_call",
     "recording_rules",
     "refuse_random",
     "refuse_unseen_batch_norm",
+    "remedy_for_integers",
     "select",
     "source_of",
+    "standard_deviation",
     "trained",
     "trained_module",
     "twice_differentiable",

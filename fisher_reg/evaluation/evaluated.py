@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fisher_reg.arguments import MODEL
 from fisher_reg.evaluation.batch_norm import (
     Recording,
     UnrecordedError,
@@ -281,6 +282,7 @@ def refuse_unseen_batch_norm(model: object) -> None:
 
 def source_of(model: LogitsFunction, is_deployed: bool) -> Source:
     """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be."""
+    MODEL.check(model)
     model = _underlying(model)
     if is_sharded(model):
         assert isinstance(model, nn.Module)

@@ -24,24 +24,27 @@ def check_inputs(inputs: Tensor) -> None:
     Raises:
         ValueError: With what was given and what to do.
     """
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        given = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+    if not isinstance(inputs, Tensor):
         raise ValueError(
-            f"inputs must be a floating-point tensor, since they are differentiated; got {given}. "
-            "Convert images with inputs.float() / 255; for token ids pass the embeddings."
+            f"inputs must be a floating-point tensor (B, *S); got {type(inputs).__name__}. Pass the tensor in it, in a "
+            "callback by inputs_fn=lambda batch: batch[0]; more arguments of the model are side inputs."
+        )
+    if not inputs.is_floating_point():
+        raise ValueError(
+            "inputs must be a floating-point tensor, since they are differentiated; got "
+            f"{inputs.dtype} {tuple(inputs.shape)}. {remedy_for_integers('inputs')}"
         )
     if inputs.ndim < 2 or inputs.numel() == 0:
-        raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.")
+        remedy = " One number per example is inputs[:, None]." if inputs.ndim == 1 and inputs.numel() else ""
+        raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.{remedy}")
 
 
-def check_input_std(input_std: Tensor) -> None:
-    """Refuse a standard deviation that cannot have been divided by.
-
-    Raises:
-        ValueError: With the smallest value.
-    """
-    if not bool((input_std > 0).all()):
-        raise ValueError(f"input_std must be positive; its smallest value is {float(input_std.min())}.")
+def remedy_for_integers(inputs: str) -> str:
+    """Return what to do with inputs that are integers, given the expression that they are."""
+    return (
+        f"For images pass {inputs}.float(), and divide as in training only if the model does not do that itself. Token "
+        "ids have no derivative: pass their embeddings, with LogitsOf(model, logits_fn) or logits_fn from there on."
+    )
 
 
 @dataclass(frozen=True)

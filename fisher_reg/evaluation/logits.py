@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisher_reg.arguments import CHOSEN_LOGITS_FN, MODEL
+
 
 class LogitsOf(nn.Module):
     """A module whose forward returns the logits of another one that returns something else.
@@ -24,6 +26,8 @@ class LogitsOf(nn.Module):
     """
 
     def __init__(self, module: nn.Module, logits_fn: Callable[..., Tensor]) -> None:
+        MODEL.check(module, self)
+        CHOSEN_LOGITS_FN.check(logits_fn, self)
         super().__init__()
         self.module = module
         self.logits_fn = logits_fn

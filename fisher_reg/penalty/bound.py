@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fisher_reg.arguments import LIKELIHOOD, check_tightening
 from fisher_reg.bounds import Tightening, log_fisher_bound
-from fisher_reg.evaluation import LogitsFunction, check_inputs, differentiable, trained_module
+from fisher_reg.evaluation import (
+    InputStd,
+    LogitsFunction,
+    check_input_std,
+    check_inputs,
+    differentiable,
+    trained_module,
+)
 from fisher_reg.likelihood import Categorical, Likelihood
 
 
@@ -39,8 +47,13 @@ class BoundPenalty:
     """
 
     likelihood: Likelihood = Categorical()
-    input_std: Tensor | None = None
+    input_std: InputStd | None = None
     tightening: Tightening = Tightening()
+
+    def __post_init__(self) -> None:
+        check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
+        check_tightening(self.tightening)
 
     def __call__(self, model: LogitsFunction, inputs: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return the penalty, a scalar in double precision.

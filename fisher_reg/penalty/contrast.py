@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 
@@ -32,10 +33,13 @@ class LabelContrastPenalty(PointPenalty):
         4.0
     """
 
-    input_std: Tensor | None = None
+    input_std: InputStd | None = None
 
     differentiates_twice: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_input_std(self.input_std)
 
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD
+from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
@@ -45,11 +47,13 @@ class KLPenalty(PointPenalty):
 
     step: float = 0.5
     likelihood: Likelihood = Categorical()
-    input_std: Tensor | None = None
+    input_std: InputStd | None = None
 
     differentiates_twice: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
         if not 0 < self.step < math.inf:
             raise ValueError(f"KLPenalty needs a finite step > 0, in the input unit; got {self.step}.")
 

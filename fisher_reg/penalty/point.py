@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fisher_reg.evaluation import (
+    InputStd,
     LogitsFunction,
     SideInputs,
     WithSideInputs,
+    called,
     check_inputs,
     differentiable,
     trained,
@@ -46,7 +48,7 @@ class TrainingPoint:
     logits: Tensor
 
     def fisher(
-        self, likelihood: Likelihood, input_std: Tensor | None, linearize: Linearization = vjp_only
+        self, likelihood: Likelihood, input_std: InputStd | None, linearize: Linearization = vjp_only
     ) -> InputFisher:
         """Return the operator here."""
         return InputFisher(self.function, self.inputs, likelihood, input_std, linearize, logits=self.logits)
@@ -116,7 +118,7 @@ def training_point(
     with differentiable(inputs) as safe_inputs, kernels(differentiates_twice):
         function = WithSideInputs(trained(model, safe_inputs), side_inputs, len(safe_inputs))
         safe_inputs.requires_grad_()
-        yield TrainingPoint(function, safe_inputs, function(safe_inputs))
+        yield TrainingPoint(function, safe_inputs, called(function, safe_inputs))
 
 
 @contextmanager

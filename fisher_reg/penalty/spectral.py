@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD, REDUCTION
+from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import double_backward, vjp_only
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
@@ -55,11 +57,14 @@ class SpectralPenalty(PointPenalty):
     num_steps: int = 0
     reduction: Reduction = torch.mean
     likelihood: Likelihood = Categorical()
-    input_std: Tensor | None = None
+    input_std: InputStd | None = None
 
     differentiates_twice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
+        REDUCTION.check(self.reduction, self)
         if self.num_steps < 0:
             raise ValueError(f"SpectralPenalty needs num_steps >= 0; got {self.num_steps}.")
 

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fisher_reg.arguments import LIKELIHOOD
+from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.sampling import signs
@@ -32,11 +34,13 @@ class TracePenalty(PointPenalty):
 
     num_samples: int = 1
     likelihood: Likelihood = Categorical()
-    input_std: Tensor | None = None
+    input_std: InputStd | None = None
 
     differentiates_twice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_input_std(self.input_std)
+        LIKELIHOOD.check(self.likelihood, self)
         if self.num_samples < 1:
             raise ValueError(f"TracePenalty needs num_samples >= 1; got {self.num_samples}.")
 

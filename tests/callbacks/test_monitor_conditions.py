@@ -344,8 +344,9 @@ def test_a_regularizer_of_another_matrix_is_warned_of(tmp_path, penalty, monitor
 def test_a_regularizer_of_the_same_matrix_is_not(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*Give both the same")
-        std = torch.full((6,), 0.5)
-        _fit(tmp_path, _module(), FisherRegularizer(penalty=KLPenalty(input_std=std)), FisherMonitor(input_std=std))
+        for own, other in ((torch.full((6,), 0.5), [0.5] * 6), (0.5, torch.full((6,), 0.5)), (None, None)):
+            penalty, monitor = KLPenalty(input_std=own), FisherMonitor(input_std=other)
+            _fit(tmp_path, _module(), FisherRegularizer(penalty=penalty), monitor)
 
 
 def test_it_is_printed_in_a_line(tmp_path):

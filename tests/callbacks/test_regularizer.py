@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, DistributedSampler
 
-from fisher_reg import BoundPenalty, FisherRegularizer, SpectralPenalty, TracePenalty
+from fisher_reg import BoundPenalty, FisherRegularizer, ForwardError, SpectralPenalty, TracePenalty
 from tests import cases
 
 _TWO_CLASS = SpectralPenalty()
@@ -355,7 +355,7 @@ def test_inputs_fn_and_logits_fn_reach_unusual_modules(tmp_path):
     with pytest.raises(MisconfigurationException, match="'mask'.*inputs_fn"):
         _fit(tmp_path, copy.deepcopy(module), _every_step(0.7), loader)
     choose = {"inputs_fn": lambda batch: batch["features"]}
-    with pytest.raises((ValueError, TypeError, IndexError)):
+    with pytest.raises(ForwardError, match=r"_TwoOutputs.forward, called with inputs \(4, 6\).*logits_fn=lambda"):
         _fit(tmp_path, copy.deepcopy(module), _every_step(0.7, **choose), loader)
     logits_fn = lambda module, x: module({"features": x})["logits"]  # noqa: E731
     _fit(tmp_path, module, _every_step(0.7, logits_fn=logits_fn, **choose), loader)

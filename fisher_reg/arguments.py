@@ -1,0 +1,174 @@
+"""Refuse a class or a name where an object is meant, with the line to write instead.
+
+Objects of the user's own are accepted wherever they have the methods that are called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What an argument must be.
+
+    Attributes:
+        name: Of the argument.
+        examples: What one may write, the most usual one first.
+        methods: What the object must have; without any it is called itself.
+        is_optional: Whether None is allowed.
+    """
+
+    name: str
+    examples: tuple[str, ...]
+    methods: tuple[str, ...] = ()
+    is_optional: bool = False
+
+    def check(self, value: object, owner: object = None) -> None:
+        """Refuse what cannot be used.
+
+        Args:
+            value: What was given.
+            owner: An object, or the name of a function, to be named in the message.
+
+        Raises:
+            TypeError: With what was given and what to write.
+        """
+        if value is None and self.is_optional:
+            return
+        needed = self.methods or ("__call__",)
+        is_class = isinstance(value, type) and (bool(self.methods) or self.name == "penalty" or _makes_callables(value))
+        if is_class or not all(callable(getattr(value, method, None)) for method in needed):
+            raise TypeError(f"{self._needs(owner, value)}; got {_given(value)}. Write {self._remedy(value)}.")
+
+    def _needs(self, owner: object, value: object) -> str:
+        kind = "an instance" if self.examples[0].endswith("()") else "a function"
+        what = f"{kind} such as {self.examples[0]}"
+        if self.methods and not isinstance(value, type | str):
+            what += f", with {', '.join(self.methods)}"
+        if owner is None:
+            return f"{self.name} must be {what}"
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        return f"{name} needs {self.name} to be {what}"
+
+    def _remedy(self, value: object) -> str:
+        written = self.examples[0]
+        if isinstance(value, type) and all(hasattr(value, method) for method in self.methods):
+            written = f"{value.__name__}()"
+        elif isinstance(value, str) and value:
+            meant = [example for example in self.examples if _alike(value, example)]
+            written = meant[0] if meant else written
+        if isinstance(value, str | int) and not self.methods:
+            written = re.sub(r"\['\w+'\]", lambda _: f"[{value!r}]", written)  # the key or the place is told
+        return f"{self.name}={written}"
+
+
+def _makes_callables(kind: type) -> bool:
+    """Say whether the instances of a class are functions, so that the class itself is hardly meant as one."""
+    return any("__call__" in vars(base) for base in kind.__mro__)
+
+
+def _alike(text: str, example: str) -> bool:
+    plain, full = (part.lower().replace("_", "").replace("-", "") for part in (text, example))
+    return plain in full
+
+
+def _given(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str):
+        return f"the string {value!r}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{type(value).__name__}(...)"
+
+
+SOLVER = Argument("solver", ("Lanczos()", "Exact()", "PowerIteration()", "HutchinsonMax()"), ("solve",), True)
+EIGENPAIR_SOLVER = Argument("solver", ("Exact()", "Lanczos()"), ("eigenpairs",), True)
+TRACE_ESTIMATOR = Argument("estimator", ("Hutchinson()", "Exact()"), ("trace",), True)
+BLACK_BOX_ESTIMATOR = Argument("estimator", ("BlackBox()", "BlackBoxMax()"), ("check", "estimate"), True)
+PROBE = Argument("probe", ("Rademacher()", "StandardNormal()", "SampledLabels()"), ("draw",))
+LIKELIHOOD = Argument(
+    "likelihood", ("Categorical()", "Bernoulli()", "Gaussian()", "MarginTempered()"), ("whiten", "unwhiten")
+)
+SCHEDULE = Argument("schedule", ("ConstantSchedule()", "LinearSchedule()", "CosineSchedule()"), ("factor",))
+PENALTY = Argument(
+    "penalty", ("KLPenalty()", "SpectralPenalty()", "TracePenalty()", "LabelContrastPenalty()", "BoundPenalty()")
+)
+REDUCTION = Argument(
+    "reduction",
+    ("torch.mean", "torch.max", "torch.median", "functools.partial(torch.quantile, q=0.95)", "torch.sum", "torch.min"),
+)
+METRIC_REDUCTION = Argument("reduction", REDUCTION.examples, is_optional=True)
+MODEL = Argument("model", ("network", "lambda x: x @ weight.T"))
+INPUTS_FN = Argument("inputs_fn", ("lambda batch: batch['image']",), is_optional=True)
+LOGITS_FN = Argument("logits_fn", ("lambda module, x: module(x)['logits']",), is_optional=True)
+SIDE_INPUTS_FN = Argument("side_inputs_fn", ("lambda batch: (batch['mask'],)",))
+CHOSEN_LOGITS_FN = Argument("logits_fn", LOGITS_FN.examples)
+LABELS_FN = Argument("labels_fn", ("lambda batch: batch['label']",), is_optional=True)
+
+_BOUND = Argument("bounds", ("fisher_bound", "local_fisher_bound", "blockwise_fisher_bound"))
+_LEVELS = {"global": "fisher_bound", "local": "local_fisher_bound", "blockwise": "blockwise_fisher_bound"}
+
+
+def check_bounds(bounds: object, owner: object) -> None:
+    """Refuse anything but a sequence of functions ``bound(model, inputs, likelihood=..., input_std=...)``.
+
+    Raises:
+        TypeError: With what was given and what to write.
+    """
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    needs = f"{name} needs bounds to be a sequence of functions such as (fisher_bound, local_fisher_bound)"
+    if bounds is None:
+        raise TypeError(f"{needs}; got None. Write bounds=() for none.")
+    if isinstance(bounds, str | Mapping) or not isinstance(bounds, Iterable):
+        raise TypeError(f"{needs}; got {_name(bounds)}, which is no sequence. Write bounds=({_bound_for(bounds)},).")
+    for bound in bounds:
+        if isinstance(bound, type) or not callable(bound):
+            raise TypeError(f"{needs}; got {_given(bound)} in it. Write bounds=({_bound_for(bound)},).")
+        if not _takes_what_a_bound_takes(bound):
+            raise TypeError(
+                f"{needs}; {_name(bound)} cannot be called as bound(model, inputs, likelihood=..., input_std=...). "
+                "Write bounds=(fisher_bound,)."
+            )
+
+
+def _takes_what_a_bound_takes(bound: Any) -> bool:
+    try:
+        signature = inspect.signature(bound)
+    except (TypeError, ValueError):  # of a builtin
+        return True
+    try:
+        signature.bind(None, None, likelihood=None, input_std=None)
+    except TypeError:
+        return False
+    return True
+
+
+def _bound_for(value: object) -> str:
+    if isinstance(value, str):
+        known = [example for example in _BOUND.examples if value and _alike(value, example)]
+        return _LEVELS.get(value.lower(), known[0] if known else _BOUND.examples[0])
+    return _name(value) if callable(value) and not isinstance(value, type) else _BOUND.examples[0]
+
+
+def _name(value: object) -> str:
+    return str(getattr(value, "__name__", None) or _given(value))
+
+
+def check_tightening(tightening: object) -> None:
+    """Refuse anything but an object with the fields of :class:`fisher_reg.Tightening`.
+
+    Raises:
+        TypeError: With what was given and what to write.
+    """
+    if isinstance(tightening, type) or not all(hasattr(tightening, name) for name in ("folded", "dense", "merged")):
+        raise TypeError(
+            f"tightening must be an instance such as Tightening(); got {_given(tightening)}. "
+            "Write tightening=Tightening()."
+        )
