@@ -8,8 +8,8 @@ true to the trained function: it cannot lower the penalty by shrinking a weight 
 
 So the calls of a forward are recorded (the training step's own, or one without input gradient) and then replayed.
 With fixed statistics an input that moves can leave the range of batch norm: in training none of :math:`n` values is
-further than :math:`\sqrt{n - 1}\,\sigma` from their mean, whatever the input, while the fixed map has no limit. Over the
-four values per channel that the last stage of a DenseNet has of 4 small images, 70 layers took a moved input
+further than :math:`\sqrt{n - 1}\,\sigma` from their mean, whatever the input, while the fixed map has no limit. Over
+the four values per channel that the last stage of a DenseNet has of 4 small images, 70 layers took a moved input
 :math:`10^4\,\sigma` away and the gradient of a penalty to :math:`10^7` (in float64 too, and with the statistics held
 constant); so a replay over few values is kept to :math:`\sqrt n\,\sigma`, which changes nothing at the input itself.
 
@@ -42,12 +42,12 @@ class Statistics(NamedTuple):
     Attributes:
         mean: ``(C,)``, at least float32.
         variance: ``(C,)``, biased.
-        count: Of how many values per channel.
+        num_values: Of how many values per channel.
     """
 
     mean: Tensor
     variance: Tensor
-    count: int
+    num_values: int
 
 
 class UnrecordedError(ValueError):
@@ -105,19 +105,19 @@ class _Call:
     def key(self, identity_of: IdentityOf) -> _Key:
         return _key(self.weight, self.running_mean, identity_of)
 
-    def with_statistics(self, mean: Tensor, variance: Tensor, count: int) -> Tensor:
+    def with_statistics(self, mean: Tensor, variance: Tensor, num_values: int) -> Tensor:
         # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias that take
         # on the derivatives of what it leaves constant.
         scale, shift = scale_and_shift(mean, variance, self.weight, self.bias, self.eps)
         fixed_mean, fixed_variance = mean.detach(), variance.detach()
         deviation = (fixed_variance + self.eps).sqrt()
         weight, bias = scale * deviation, shift + scale * fixed_mean
-        hidden = self.within_range(mean, variance, count) if count < _FEW_VALUES else self.hidden
+        hidden = self.within_range(mean, variance, num_values) if num_values < _FEW_VALUES else self.hidden
         return batch_norm(hidden, fixed_mean, fixed_variance, weight, bias, training=False, eps=self.eps)
 
-    def within_range(self, mean: Tensor, variance: Tensor, count: int) -> Tensor:
-        # sqrt(count - 1) is the limit; the slack keeps rounding from cutting off a derivative at the input itself
-        radius = (count * (variance + self.eps)).sqrt()
+    def within_range(self, mean: Tensor, variance: Tensor, num_values: int) -> Tensor:
+        # sqrt(num_values - 1) is the limit; the slack keeps rounding from cutting off a derivative at the input itself
+        radius = (num_values * (variance + self.eps)).sqrt()
         shape = (1, -1) + (1,) * (self.hidden.ndim - 2)
         lowest, highest = (mean - radius).view(shape), (mean + radius).view(shape)
         return torch.clamp(self.hidden, lowest.to(self.hidden.dtype), highest.to(self.hidden.dtype))
