@@ -66,8 +66,9 @@ class FisherRegularizer(pl.Callback):
 
     A penalty that is not finite, or whose gradient is not, is left out of the loss, with a warning that counts. For
     that its gradient is taken by itself (see :mod:`fisher_reg.callbacks.gradients`), which costs the memory of a second
-    gradient; not with sharded weights, or a hook on a weight, where only its value is looked at. With sharded weights
-    one that is not finite stops the training, since no process can leave it out alone.
+    gradient, and a backward pass where a penalty with second derivatives reuses the step's forward; not with sharded
+    weights, or a hook on a weight, where only its value is looked at. With sharded weights one that is not finite stops
+    the training, since no process can leave it out alone.
 
     Activation checkpointing with ``use_reentrant=False`` works; a forward of the penalty's own with second derivatives
     or batch statistics keeps its activations all the same.
