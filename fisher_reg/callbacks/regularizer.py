@@ -26,7 +26,9 @@ from fisher_reg.callbacks.batch import (
     report_check,
 )
 from fisher_reg.callbacks.control import LambdaControl, check_control
+from fisher_reg.callbacks.gradients import GradientGuard
 from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
+from fisher_reg.callbacks.sharded import refuse_sharded
 from fisher_reg.callbacks.step import Due, Observation, PenalisedStep
 from fisher_reg.callbacks.tap import standing_obstacle
 from fisher_reg.errors import NonFiniteError
@@ -45,7 +47,7 @@ from fisher_reg.evaluation import (
     select,
 )
 from fisher_reg.likelihood import Categorical
-from fisher_reg.penalty import BoundPenalty, KLPenalty, Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty import KLPenalty, Penalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
 
 
@@ -64,9 +66,14 @@ class FisherRegularizer(pl.Callback):
     part of it, in full precision and not compiled (and for a penalty with second derivatives, without batch norm in
     training). Otherwise the penalty runs a forward of its own, and says so once.
 
-    A penalty that is NaN or infinite is left out of the loss, with a warning that counts (with sharded weights it stops
-    the training, since no process can leave it out alone). Activation checkpointing with ``use_reentrant=False`` works;
-    a forward of the penalty's own with second derivatives or batch statistics keeps its activations all the same.
+    A penalty that is not finite, or whose gradient is not, is left out of the loss, with a warning that counts. For
+    that its gradient is taken by itself (see :mod:`fisher_reg.callbacks.gradients`), which costs the memory of a second
+    gradient, and a backward pass where a penalty with second derivatives reuses the step's forward; not with sharded
+    weights, or a hook on a weight, where only its value is looked at. With sharded weights one that is not finite stops
+    the training, since no process can leave it out alone.
+
+    Activation checkpointing with ``use_reentrant=False`` works; a forward of the penalty's own with second derivatives
+    or batch statistics keeps its activations all the same.
 
     Before the first penalised step :func:`fisher_reg.check_model` is run on two inputs (not with sharded weights); what
     fails is warned of, with the remedy.
@@ -75,8 +82,9 @@ class FisherRegularizer(pl.Callback):
     ``on_after_batch_transfer`` to have it at those that are trained on.
 
     Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
-    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); with ``target_lambda`` also ``fisher/lambda_control``.
-    Those of a second regularizer in the same Trainer end in ``_2``.
+    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); ``fisher/penalty_gradient_ratio``, the norm of the
+    gradient of what is added over that of the loss's, of the steps where it is measured; with ``target_lambda`` also
+    ``fisher/lambda_control``. Those of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
         weight: Factor of the penalty, at least 0; at 0 the training step is untouched.
@@ -94,6 +102,11 @@ class FisherRegularizer(pl.Callback):
             of the one being trained.
         backward_pass: In manual optimisation, which ``self.manual_backward`` of a training step gets the penalty,
             counted from 0. Needed where there are several.
+        max_gradient_ratio: Most that what is added to the loss may have of the norm of the loss's own gradient; a
+            penalty above that keeps its direction. Costs two more backward passes through the step's forward, and with
+            several processes two means of gradients, at each penalised step.
+        gradient_ratio_every: Penalised steps from one measurement of that ratio to the next, from the first step on;
+            None for none. The parameters are trained as without.
         inputs_fn: As in :class:`FisherMonitor`.
         logits_fn: As in :class:`FisherMonitor`.
         side_inputs_fn: As in :class:`FisherMonitor`.
@@ -115,6 +128,8 @@ class FisherRegularizer(pl.Callback):
         target_lambda: float | None = None,
         use_running_statistics: bool = False,
         backward_pass: int | None = None,
+        max_gradient_ratio: float | None = None,
+        gradient_ratio_every: int | None = 50,
         inputs_fn: InputsFn | None = None,
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
@@ -156,6 +171,7 @@ class FisherRegularizer(pl.Callback):
         self.side_inputs_fn = side_inputs_fn
         self.labels_fn = labels_fn or find_labels
         self.num_skipped = 0
+        self.guard = GradientGuard(max_gradient_ratio, gradient_ratio_every)
         self._num_schedule_steps = math.inf
         self._told = self._checked = False
         self._step: PenalisedStep | None = None
@@ -166,6 +182,7 @@ class FisherRegularizer(pl.Callback):
             return
         refuse_unseen_batch_norm(pl_module)
         self._told = self._checked = False
+        self.guard.begin_anew()
         if self.control is not None:
             self.control.begin_anew()
         self._step = PenalisedStep.of(trainer, pl_module)
@@ -178,7 +195,7 @@ class FisherRegularizer(pl.Callback):
             MisconfigurationException: If it is to last as long as a training without end, or if the weights are sharded
                 and the penalty needs them whole.
         """
-        _refuse_sharded(self, pl_module)
+        refuse_sharded(pl_module, self.penalty, self.differentiates_twice(), self.control is not None)
         if isinstance(self.schedule, ConstantSchedule):
             return
         num_steps = self.schedule.num_steps or trainer.estimated_stepping_batches
@@ -277,10 +294,10 @@ class FisherRegularizer(pl.Callback):
         except NonFiniteError as error:
             if is_sharded(module):
                 raise  # the other processes wait for this one in the forward that it would skip
-            self._skip(str(error))
+            self.skip(str(error))
             return None
         if not bool(torch.isfinite(penalty.detach())):
-            self._skip(f"The penalty is {penalty.item()}.")
+            self.skip(f"The penalty is {penalty.item()}.")
             return None
         return penalty
 
@@ -324,7 +341,8 @@ class FisherRegularizer(pl.Callback):
         assert flow is not None
         noise = Noise(due.inputs.device, flow.state)
         model = EvaluatedModel(due.model, noise, is_deployed=False, recording=seen.recording)
-        point = TrainingPoint(model, flow.inputs, flow.outputs[0])
+        leaf = None if self.differentiates_twice() else seen.cut.leaf(flow.outputs[0])
+        point = TrainingPoint(model, flow.inputs, flow.outputs[0], leaf)
         with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
             return self.penalty.at(point, **options)
 
@@ -340,7 +358,8 @@ class FisherRegularizer(pl.Callback):
             options = options | {"side_inputs": side_inputs}
         return self.penalty(model, inputs, **options)
 
-    def _skip(self, reason: str) -> None:
+    def skip(self, reason: str) -> None:
+        """Count a penalty that is left out; warn of the first, the tenth, and so on."""
         self.num_skipped += 1
         if math.log10(self.num_skipped).is_integer():
             warnings.warn(
@@ -367,18 +386,3 @@ _CONTROL_EVERY = 2  # penalised steps
 def _optimiser_step(trainer: pl.Trainer) -> int:
     """Count the steps of all optimisers at once: with several, Lightning counts each."""
     return trainer.global_step // max(1, len(trainer.optimizers))
-
-
-def _refuse_sharded(regularizer: FisherRegularizer, module: nn.Module) -> None:
-    if not is_sharded(module):
-        return
-    if regularizer.differentiates_twice() or isinstance(regularizer.penalty, BoundPenalty):
-        raise MisconfigurationException(
-            f"{type(regularizer.penalty).__name__} needs the weights after a backward pass, when FSDP has freed them. "
-            "KLPenalty() does not."
-        )
-    if regularizer.control is not None:
-        raise MisconfigurationException(
-            "target_lambda measures with a number of passes that differs from process to process, which FSDP does not "
-            "allow. Use a fixed weight or a schedule."
-        )

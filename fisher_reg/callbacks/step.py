@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, SideInputsFn, logits_model
+from fisher_reg.callbacks.gradients import Cut, GradientGuard
 from fisher_reg.callbacks.tap import Flow, Tap, recorded
 from fisher_reg.evaluation import Recording, SideInputs, Source, check_inputs, source_of
 
@@ -31,10 +32,12 @@ class Observation:
     Attributes:
         recording: Batch statistics.
         flow: The inputs and logits, where a tap was open.
+        cut: By which a penalty takes logits and statistics from the step.
     """
 
     recording: Recording = field(default_factory=Recording)
     flow: Flow | None = None
+    cut: Cut = field(default_factory=Cut)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Term(Protocol):
     inputs_fn: InputsFn
     logits_fn: LogitsFn | None
     side_inputs_fn: SideInputsFn
+    guard: GradientGuard
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Whether this step is penalised."""
@@ -86,6 +90,9 @@ class Term(Protocol):
         self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
     ) -> Tensor | None:
         """Return the penalty, or None if it is not finite."""
+
+    def skip(self, reason: str) -> None:
+        """Count a penalty that is left out."""
 
 
 class PenalisedStep:
@@ -140,9 +147,10 @@ class PenalisedStep:
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             return output  # None skips the step; anything else Lightning refuses itself
+        total = loss
         for add in terms:
-            loss = add(loss)
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+            total = add(total, loss)
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def due(self, number: int, regularizer: Term, batch: object) -> Due:
         """Return what a regularizer needs of a batch, as it is before the step."""
@@ -155,6 +163,7 @@ class PenalisedStep:
     def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the penalties to what their backward pass of a step in manual optimisation differentiates."""
         number, self.num_backward = self.num_backward, self.num_backward + 1
+        total = loss
         for add in list(self.pending):
             chosen = add.keywords["due"].regularizer.backward_pass
             if chosen is None and number > 0:
@@ -163,8 +172,8 @@ class PenalisedStep:
                 if chosen is not None:
                     self.pending.remove(add)
                 # the graph of what was seen is gone with an earlier backward pass
-                loss = add(loss) if number == 0 else add(loss, seen=Observation())
-        return self.backward(loss, *args, **kwargs)
+                total = add(total, loss) if number == 0 else add(total, loss, seen=Observation())
+        return self.backward(total, *args, **kwargs)
 
     def check_manual(self, step: int) -> None:
         """Tell of a penalty that the step did not take, or takes more often than the optimizer steps.
@@ -211,8 +220,22 @@ class PenalisedStep:
         stack.enter_context(recorded(self.module, seen.recording, seen.flow))
         return stack
 
-    def penalised(self, loss: Tensor, due: Due, batch: object, seen: Observation) -> Tensor:
-        """Return the loss plus a penalty, if that is finite, and log it."""
+    def penalised(self, total: Tensor, loss: Tensor, due: Due, batch: object, seen: Observation) -> Tensor:
+        """Return what is differentiated plus a penalty, if that and its gradient are finite, and log it.
+
+        Args:
+            total: The user's loss with the penalties before.
+            loss: The user's loss.
+            due: The penalty.
+            batch: As the step got it.
+            seen: What was seen of its forwards.
+
+        Returns:
+            The sum.
+
+        Raises:
+            MisconfigurationException: For a loss without gradient.
+        """
         if not loss.requires_grad:
             raise MisconfigurationException(
                 "training_step returned a loss that carries no gradient, so there is nothing to add a penalty to. "
@@ -220,13 +243,33 @@ class PenalisedStep:
             )
         trainer, regularizer = self.module.trainer, due.regularizer
         generator = torch.Generator().manual_seed(trainer.fit_loop.total_batch_idx)
-        penalty = regularizer.penalise(self.module, due, batch, seen, generator)
-        weight = regularizer.current_weight(trainer)
-        if penalty is not None:
+        cut = Cut.of(trainer, self.module)
+        regularizer.guard.count()
+        own = Observation(cut.recording(seen.recording), seen.flow, cut)
+        penalty = regularizer.penalise(self.module, due, batch, own, generator)
+        weight = regularizer.current_weight(trainer)  # after the penalty, which may adapt it
+        coefficient = regularizer.every_n_steps * weight
+        guarded = regularizer.guard.applied(self.module, loss, penalty, cut, coefficient)
+        if guarded.penalty is not None:
             precise = torch.promote_types(loss.dtype, torch.float32)
-            loss = loss + regularizer.every_n_steps * weight * penalty.to(loss.device, precise)
-        self.log(f"_{due.number + 1}" if due.number else "", penalty, weight, len(due.inputs))
-        return loss
+            total = total + coefficient * guarded.penalty.to(loss.device, precise)
+        elif penalty is not None:
+            regularizer.skip(f"The penalty is {penalty.item():.4g}, but its gradient is not finite.")
+        suffix = f"_{due.number + 1}" if due.number else ""
+        self.log(suffix, guarded.penalty, weight, len(due.inputs))
+        if regularizer.guard.is_measuring:
+            self.log_ratio(suffix, guarded.ratio, len(due.inputs))
+        return total
+
+    def log_ratio(self, suffix: str, ratio: Tensor | None, batch_size: int) -> None:
+        """Log the ratio of the gradients; one that could not be measured counts nothing in the mean."""
+        value, is_known = torch.zeros((), device=self.module.device), False
+        if ratio is not None and bool(ratio.isfinite()):
+            value, is_known = ratio, True
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.module.log(
+            f"fisher/penalty_gradient_ratio{suffix}", value, batch_size=batch_size if is_known else 0, **options
+        )
 
     def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int) -> None:
         """Log what was added; a penalty that was skipped counts nothing in the means."""

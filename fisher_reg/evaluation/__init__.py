@@ -1,6 +1,6 @@
 """Which function of a model is meant: a copy that shares the parameters, and is the same function in every call."""
 
-from fisher_reg.evaluation.batch_norm import Recording, UnrecordedError, recording_rules
+from fisher_reg.evaluation.batch_norm import Recording, Statistics, UnrecordedError, recording_rules
 from fisher_reg.evaluation.calls import called, name_of_call
 from fisher_reg.evaluation.copying import is_sharded
 from fisher_reg.evaluation.evaluated import (
@@ -44,6 +44,7 @@ __all__ = [
     "SharedCopy",
     "SideInputs",
     "Source",
+    "Statistics",
     "UnrecordedError",
     "WithSideInputs",
     "called",

@@ -224,7 +224,7 @@ def trained_module(model: nn.Module, inputs: Tensor) -> nn.Module:
         for original, part in in_training:
             found = recording.of(original.weight, original.running_mean, function.source.identity_of)
             if found is not None:
-                part._buffers["running_mean"], part._buffers["running_var"] = found
+                part._buffers["running_mean"], part._buffers["running_var"] = found.mean, found.variance
     module: nn.Module = copied.model
     return module
 

@@ -68,5 +68,5 @@ class KLPenalty(PointPenalty):
         direction = unit(fisher.slope(towards))
         moved = fisher.logits_at(self.step * direction)
         # no slope, no step: another forward may round otherwise than that of the training step
-        moved = torch.where(direction.any(1, keepdim=True), moved, fisher.logits)
-        return 2 / self.step**2 * self.likelihood.divergence(fisher.logits, moved).mean()
+        moved = torch.where(direction.any(1, keepdim=True), moved, point.outputs)
+        return 2 / self.step**2 * self.likelihood.divergence(point.outputs, moved).mean()

@@ -41,11 +41,20 @@ class TrainingPoint:
         function: From ``(B, *S)`` to logits ``(B, K)``, with the batch statistics and the dropout masks of this point.
         inputs: ``(B, *S)``, with a gradient of their own.
         logits: ``(B, K)``, of ``inputs``, with a graph to them and to the parameters.
+        leaf: The same numbers as a leaf, where the caller takes the gradient there by itself and sends it through the
+            graph of ``logits`` later. A penalty that differentiates no further than to the logits may use it for
+            them; one that does not is as right, and costs a backward pass more.
     """
 
     function: LogitsFunction
     inputs: Tensor
     logits: Tensor
+    leaf: Tensor | None = None
+
+    @property
+    def outputs(self) -> Tensor:
+        """The logits for a term in the loss: the leaf if there is one."""
+        return self.logits if self.leaf is None else self.leaf
 
     def fisher(
         self, likelihood: Likelihood, input_std: InputStd | None, linearize: Linearization = vjp_only

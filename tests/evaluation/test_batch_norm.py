@@ -124,7 +124,7 @@ def test_the_statistics_carry_the_gradient_of_mean_and_variance():
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3)).double().train()
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
     recording = trained(model, x).record(x)
-    mean, variance = recording.of(model[1].weight, model[1].running_mean, id)
+    mean, variance, _ = recording.of(model[1].weight, model[1].running_mean, id)
     first, second = torch.randn(2, 3, dtype=torch.float64)
     hidden = model[0](x)
     expected = hidden.mean((0, 2, 3)) @ first + hidden.var((0, 2, 3), unbiased=False) @ second

@@ -1,0 +1,315 @@
+r"""The gradient of a penalty, taken by itself: looked at, limited, and handed to the loss.
+
+A backward pass of loss and penalty together shows only the sum of their gradients. So the penalty's is taken before,
+and what is added to the loss is a scalar with the penalty's value and this gradient. What the penalty takes from the
+forward of the training step (logits, batch statistics) it gets as leaves, and the gradients there go on through that
+forward in the one backward pass of the loss. So nothing is differentiated twice, except the forward of a step that is
+reused for a penalty with second derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from fisher_reg.evaluation import Recording, Statistics, is_sharded
+
+Gradients = Sequence[Tensor | None]
+
+_WARN_ABOVE = 10.0
+
+
+class Cut:
+    """Where a penalty leaves the graph of the training step.
+
+    Args:
+        parameters: What is trained.
+        obstacle: Why the penalty's gradient cannot be taken by itself; None if it can. Then nothing is cut.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor] = (), obstacle: str | None = "the gradient is not asked for"
+    ) -> None:
+        self.parameters = parameters
+        self.obstacle = obstacle
+        self.originals: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, module: nn.Module) -> Cut:
+        """Return the cut for what a trainer trains."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        found = [*module.parameters(), *(parameter for group in groups for parameter in group["params"])]
+        parameters = list({id(parameter): parameter for parameter in found if parameter.requires_grad}.values())
+        if is_sharded(module):
+            return cls(parameters, "its weights are divided among processes")
+        if any(parameter._backward_hooks for parameter in parameters):
+            return cls(parameters, "a hook changes the gradient of a weight, and would do so twice")
+        return cls(parameters, None)
+
+    @property
+    def nothing(self) -> Gradients:
+        """No gradient at any parameter."""
+        return [None] * len(self.parameters)
+
+    def leaf(self, tensor: Tensor) -> Tensor:
+        """Return what the penalty gets instead of a tensor of the step."""
+        if self.obstacle is not None or not tensor.requires_grad:
+            return tensor
+        self.originals.append(tensor)
+        self.leaves.append(tensor.detach().requires_grad_())
+        return self.leaves[-1]
+
+    def recording(self, recording: Recording) -> Recording:
+        """Return batch statistics that are leaves."""
+        return Recording(
+            {
+                key: [Statistics(self.leaf(one.mean), self.leaf(one.variance), one.num_values) for one in found]
+                for key, found in recording.calls.items()
+            }
+        )
+
+
+@dataclass(frozen=True)
+class SeparateGradient:
+    """The gradient of a scalar at the parameters and at the originals of a cut.
+
+    Attributes:
+        value: The scalar, without a graph.
+        tensors: What it has a gradient at.
+        gradients: Those, of the same shapes.
+    """
+
+    value: Tensor
+    tensors: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+
+    @classmethod
+    def take(cls, scalar: Tensor, cut: Cut) -> SeparateGradient:
+        """Differentiate down to a cut: one backward pass, which leaves ``.grad`` alone."""
+        if not scalar.requires_grad:
+            return cls(scalar, (), ())
+        targets = [*cut.parameters, *cut.originals]
+        # the graph is kept, since a penalty may hold more of the step than what was cut
+        found = torch.autograd.grad(scalar, [*cut.parameters, *cut.leaves], retain_graph=True, allow_unused=True)
+        pairs = [(target, one) for target, one in zip(targets, found, strict=True) if one is not None]
+        return cls(scalar.detach(), tuple(target for target, _ in pairs), tuple(one for _, one in pairs))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all gradients are."""
+        return math.isfinite(norm(self.gradients).item())
+
+    def at_parameters(self, cut: Cut, scale: float) -> Gradients:
+        """Return the whole gradient: one backward pass through the forward of the step, if that was cut.
+
+        Args:
+            cut: By which it was taken.
+            scale: Multiplies what goes through the step, whose half precision would lose small numbers.
+
+        Returns:
+            One for each parameter; None where there is none.
+        """
+        own = {id(tensor): one for tensor, one in zip(self.tensors, self.gradients, strict=True)}
+        inside = [tensor for tensor in cut.originals if id(tensor) in own]
+        through = cut.nothing
+        if inside:
+            scaled = [scale * own[id(tensor)] for tensor in inside]
+            through = torch.autograd.grad(inside, cut.parameters, scaled, retain_graph=True, allow_unused=True)
+        direct = [own.get(id(parameter)) for parameter in cut.parameters]
+        return [
+            one if other is None else other / scale + (0 if one is None else one)
+            for one, other in zip(direct, through, strict=True)
+        ]
+
+    def attached(self, factor: Tensor | None = None) -> Tensor:
+        """Return the value with this gradient, times a factor if one is given."""
+        gradients = self.gradients if factor is None else tuple(factor.to(one.device) * one for one in self.gradients)
+        attached: Tensor = _Attached.apply(self.value, len(gradients), *gradients, *self.tensors)
+        return attached
+
+
+class _Attached(torch.autograd.Function):
+    """A value with a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *gradients_and_tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_tensors[:count])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        scaled = [cotangent.to(one.device) * one for one in gradients]
+        return (None, None, *(None for _ in gradients), *scaled)
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A penalty whose gradient has been looked at.
+
+    Attributes:
+        penalty: What the loss gets; None if its gradient is not finite.
+        ratio: Of the norms of its gradient and the loss's, before it was limited; None where it was not measured.
+    """
+
+    penalty: Tensor | None
+    ratio: Tensor | None = None
+
+
+@dataclass
+class GradientGuard:
+    """What is done about the gradients of a penalty.
+
+    Args:
+        max_ratio: Most that what is added to the loss may have of the norm of the loss's gradient; None for no limit.
+        measure_every: Penalised steps from one measurement of the ratio to the next; None for no measurement.
+
+    Attributes:
+        is_measuring: Whether the ratio is measured at this penalised step.
+    """
+
+    max_ratio: float | None = None
+    measure_every: int | None = 50
+    is_measuring: bool = field(default=False, init=False)
+    _num_seen: int = field(default=0, init=False)
+    _told: set[str] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        if self.max_ratio is not None and not 0 < self.max_ratio < math.inf:
+            raise ValueError(f"FisherRegularizer needs a finite max_gradient_ratio > 0; got {self.max_ratio}.")
+        if self.measure_every is not None and self.measure_every < 1:
+            raise ValueError(f"FisherRegularizer needs gradient_ratio_every >= 1 or None; got {self.measure_every}.")
+
+    def begin_anew(self) -> None:
+        """Count from a first penalised step again."""
+        self._num_seen = 0
+        self._told.clear()
+
+    def count(self) -> None:
+        """Count a penalised step, also one whose penalty is skipped, so that all processes measure at the same."""
+        is_due = self.measure_every is not None and self._num_seen % self.measure_every == 0
+        self.is_measuring = is_due or self.max_ratio is not None
+        self._num_seen += 1
+
+    def applied(
+        self, module: pl.LightningModule, loss: Tensor, penalty: Tensor | None, cut: Cut, coefficient: float
+    ) -> Guarded:
+        """Return a penalty with the gradient that the loss shall get of it, looked at if it can be.
+
+        Args:
+            module: What is trained.
+            loss: The user's own.
+            penalty: A finite scalar; None where this process skips it.
+            cut: By which the penalty left the graph of the step.
+            coefficient: Factor of the penalty in the loss.
+
+        Returns:
+            The penalty, without a gradient that is not finite.
+        """
+        if cut.obstacle is not None:
+            if self.max_ratio is not None:
+                self.tell("obstacle", f"max_gradient_ratio has no effect on {type(module).__name__}: {cut.obstacle}.")
+            return Guarded(penalty)
+        gradient = None if penalty is None else SeparateGradient.take(penalty, cut)
+        if gradient is not None and not gradient.is_finite:
+            gradient = None
+        # the other processes wait for this one in the mean of the gradients
+        is_alone = module.trainer.world_size == 1
+        measures = self.is_measuring and (gradient is not None or not is_alone)
+        ratio = self.ratio(module, loss, gradient, cut, coefficient) if measures else None
+        if ratio is not None:
+            self.report(ratio.item())
+        return Guarded(None if gradient is None else self.limited(gradient, ratio), ratio)
+
+    def ratio(
+        self, module: pl.LightningModule, loss: Tensor, gradient: SeparateGradient | None, cut: Cut, coefficient: float
+    ) -> Tensor | None:
+        """Return the norm of the gradient of ``coefficient * penalty`` over that of the loss, means of all processes.
+
+        Two backward passes through the step. None where it is not a number, or the step takes no pass before the last.
+        """
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        of_loss, of_penalty = cut.nothing, cut.nothing
+        try:
+            with _unmoved_buffers(module):
+                scaled = scale * loss.to(torch.promote_types(loss.dtype, torch.float32))
+                of_loss = torch.autograd.grad(scaled, cut.parameters, retain_graph=True, allow_unused=True)
+                of_penalty = cut.nothing if gradient is None else gradient.at_parameters(cut, scale)
+        except RuntimeError as error:
+            self.tell("obstacle", f"The gradients of loss and penalty cannot be compared: {error}")
+        norms = [_norm_of_mean(module.trainer, gradients, cut.parameters) for gradients in (of_penalty, of_loss)]
+        ratio = coefficient * norms[0] / (norms[1] / scale)
+        return None if math.isnan(ratio.item()) else ratio
+
+    def limited(self, gradient: SeparateGradient, ratio: Tensor | None) -> Tensor:
+        """Return the penalty with its gradient, shortened where the ratio is above the limit."""
+        if ratio is None or self.max_ratio is None or ratio <= self.max_ratio:
+            return gradient.attached()
+        return gradient.attached(self.max_ratio / ratio)
+
+    def report(self, ratio: float) -> None:
+        """Warn once of a gradient that dwarfs that of the loss."""
+        if ratio > _WARN_ABOVE:
+            self.tell("ratio", _DWARFED.format(ratio=ratio) + (_LIMITED if self.max_ratio is not None else _REMEDIES))
+
+    def tell(self, what: str, message: str) -> None:
+        """Warn once in a fit."""
+        if what not in self._told:
+            self._told.add(what)
+            rank_zero_warn(message)
+
+
+def norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all together, a scalar in at least float32."""
+    if not gradients:
+        return torch.zeros(())
+    values = [one.coalesce().values() if one.is_sparse else one for one in gradients]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in values]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([one.to(norms[0]) for one in norms]))
+    return total
+
+
+def _norm_of_mean(trainer: pl.Trainer, gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the norm of the mean of the gradients over the processes, as it will be in the step of the optimizer."""
+    if trainer.world_size == 1:
+        return norm([one for one in gradients if one is not None])
+    filled = [torch.zeros_like(at) if one is None else one for one, at in zip(gradients, parameters, strict=True)]
+    flat = torch.cat([(one.to_dense() if one.is_sparse else one).flatten().float() for one in filled])
+    mean = trainer.strategy.reduce(flat, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return norm([mean])
+
+
+@contextmanager
+def _unmoved_buffers(module: nn.Module) -> Generator[None, None, None]:
+    """Put buffers back that a backward pass changes: a checkpoint runs batch norm again."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in before:
+                if not torch.equal(buffer, kept):  # writing alone would spoil what autograd has saved of them
+                    buffer.copy_(kept)
+
+
+_DWARFED = (
+    "The gradient of the penalty, with its weight, is {ratio:.3g} times that of the loss (logged as "
+    "fisher/penalty_gradient_ratio)"
+)
+_LIMITED = ", and is shortened to max_gradient_ratio times it."
+_REMEDIES = (
+    ", so that the training follows the penalty alone and may diverge. Lower the weight or begin it with warmup_steps, "
+    "or limit the gradient with FisherRegularizer(max_gradient_ratio=1.0). Where batch norm has few values per channel "
+    "(small batches of small images): larger batches, use_running_statistics=True, or GroupNorm."
+)
