@@ -19,6 +19,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from fisher_reg.bounds import UpperBound, fisher_bound
+from fisher_reg.callbacks.base import Callback
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LogitsFn,
@@ -50,7 +51,7 @@ class Bound(Protocol):
         """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
 
-class FisherMonitor(pl.Callback):
+class FisherMonitor(Callback):
     """Measure the input-space Fisher matrix at the end of each validation, on a fixed probe, and log it.
 
     The probe is the first ``num_samples`` validation inputs (over all processes), taken once. The network is measured
