@@ -26,6 +26,8 @@ SideInputsFn = Callable[[Any], Any]
 """From a batch to :data:`fisher_reg.evaluation.SideInputs`."""
 PenaltyFn = Callable[..., Any]
 """As :class:`fisher_reg.penalty.Penalty`."""
+BoundFn = Callable[..., Any]
+"""As :class:`fisher_reg.callbacks.monitor.Bound`."""
 
 
 def no_side_inputs(batch: Any) -> SideInputs:

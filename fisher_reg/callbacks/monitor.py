@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fisher_reg.bounds import UpperBound, fisher_bound
 from fisher_reg.callbacks.base import Callback
 from fisher_reg.callbacks.batch import (
+    BoundFn,
     InputsFn,
     LogitsFn,
     SideInputsFn,
@@ -115,7 +116,7 @@ class FisherMonitor(Callback):
         num_samples: int = 256,
         *,
         solver: Solver | None = None,
-        bounds: Sequence[Bound] = (fisher_bound,),
+        bounds: Sequence[BoundFn] = (fisher_bound,),
         bound_every_n_epochs: int = 3,
         likelihood: Likelihood = Categorical(),
         input_std: Tensor | None = None,
