@@ -71,7 +71,7 @@ class Likelihood(Protocol):
 
 
 @dataclass(frozen=True)
-class Categorical:
+class Categorical(Likelihood):
     r"""One label out of ``K``: :math:`p = \mathrm{softmax}(z)`, :math:`\Sigma = \mathrm{diag}(p) - p p^\top`.
 
     With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is taken as
@@ -158,7 +158,7 @@ class Categorical:
 
 
 @dataclass(frozen=True)
-class Bernoulli:
+class Bernoulli(Likelihood):
     r"""``K`` independent yes/no labels: :math:`p = \mathrm{sigmoid}(z)`, :math:`\Sigma = \mathrm{diag}(p(1-p))`."""
 
     min_outputs: ClassVar[int] = 1
@@ -206,7 +206,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Likelihood):
     r"""Regression with mean :math:`z` and fixed variance: :math:`\Sigma = I / \sigma^2`.
 
     Args:

@@ -33,7 +33,7 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class Rademacher:
+class Rademacher(Probe):
     """Independent random signs: the smallest variance of all vectors with independent entries."""
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:
@@ -46,7 +46,7 @@ class Rademacher:
 
 
 @dataclass(frozen=True)
-class StandardNormal:
+class StandardNormal(Probe):
     """Independent standard normal numbers: a variance that depends on the eigenvalues alone."""
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class StandardNormal:
 
 
 @dataclass(frozen=True)
-class SampledLabels:
+class SampledLabels(Probe):
     r"""Labels drawn under the model: each sample is a squared score :math:`\|\nabla_x \log p(y|x)\|^2`.
 
     For one label out of ``K`` the variance of one sample is

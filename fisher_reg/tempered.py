@@ -11,11 +11,11 @@ from torch import Tensor
 from fisher_reg.divergence import categorical_divergence
 from fisher_reg.errors import NoBoundError
 from fisher_reg.left_out import change, present
-from fisher_reg.likelihood import Categorical
+from fisher_reg.likelihood import Categorical, Likelihood
 
 
 @dataclass(frozen=True)
-class MarginTempered:
+class MarginTempered(Likelihood):
     r"""One label out of ``K`` at a temperature of its own per example: :math:`p = \mathrm{softmax}(z / T)`.
 
     :math:`T = (z_{(1)} - z_{(2)}) / \text{margin}` puts the two largest logits ``margin`` apart, so that

@@ -10,12 +10,12 @@ from torch import Tensor
 from fisher_reg.arguments import PROBE, SOLVER
 from fisher_reg.probes import Probe, Rademacher
 from fisher_reg.sampling import fixed_generator
-from fisher_reg.solvers import EigenResult, FactoredOperator, Lanczos, Solver
+from fisher_reg.solvers import EigenResult, FactoredOperator, Lanczos, Solver, TraceEstimator
 from fisher_reg.solvers.linalg import check_positive, outside
 
 
 @dataclass(frozen=True)
-class Hutchinson:
+class Hutchinson(TraceEstimator):
     r"""Trace of F: exact on the search space of a solver, by random probes :math:`\epsilon` on its complement.
 
     .. math:: \mathrm{tr} F = \sum_i \theta_i + \mathrm{E} \|A^\top (I - W^\top W)\, \epsilon\|^2

@@ -15,10 +15,20 @@ from fisher_reg.check import check_model
 from fisher_reg.evaluation import LogitsOf, SideInputs, remedy_for_integers
 from fisher_reg.likelihood import Likelihood
 
-InputsFn = Callable[[Any], Tensor]
-LabelsFn = Callable[[Any], Tensor]
-LogitsFn = Callable[..., Tensor]
-SideInputsFn = Callable[[Any], SideInputs]
+# These say Any where they mean a tensor: jsonargparse takes a callable that returns a class for a factory of that
+# class, and refuses a user's function without annotations, or an instance that is callable.
+InputsFn = Callable[[Any], Any]
+"""From a batch to the inputs ``(B, *S)``."""
+LabelsFn = Callable[[Any], Any]
+"""From a batch to class indices ``(B,)``."""
+LogitsFn = Callable[..., Any]
+"""From a module, inputs and perhaps side inputs to logits ``(B, K)``."""
+SideInputsFn = Callable[[Any], Any]
+"""From a batch to :data:`fisher_reg.evaluation.SideInputs`."""
+PenaltyFn = Callable[..., Any]
+"""As :class:`fisher_reg.penalty.Penalty`."""
+BoundFn = Callable[..., Any]
+"""As :class:`fisher_reg.callbacks.monitor.Bound`."""
 
 
 def no_side_inputs(batch: Any) -> SideInputs:

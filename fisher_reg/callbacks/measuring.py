@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from fisher_reg.bounds import UpperBound
+from fisher_reg.callbacks.batch import BoundFn
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.evaluation import InputStd, is_sharded
@@ -30,15 +30,6 @@ _TRACE = Hutchinson(num_samples=2)
 _EXAMPLE_COLUMNS = ("eigenvalue", "trace", "is_wide", "kl_ratio")
 NUM_PICTURES = 8
 """Most sensitive examples that are kept for a picture."""
-
-
-class Bound(Protocol):
-    """An upper bound of the Fisher spectral norm, such as :func:`fisher_reg.fisher_bound`."""
-
-    def __call__(
-        self, model: nn.Module, inputs: Tensor, *, likelihood: Likelihood, input_std: InputStd | None
-    ) -> UpperBound:
-        """Return the bound of ``model`` for inputs of the shape of ``inputs``, or at these."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,13 @@ def _measured(model: nn.Module, part: Part, settings: Settings, values: Values) 
 
 
 def measure_bound(
-    values: Values, number: int, bound: Bound, model: nn.Module, parts: Sequence[Part], settings: Settings, device: Any
+    values: Values,
+    number: int,
+    bound: BoundFn,
+    model: nn.Module,
+    parts: Sequence[Part],
+    settings: Settings,
+    device: Any,
 ) -> None:
     """Add a bound to what this process has measured; whatever it raises is a trouble, and leaves the rest."""
     begin = time.perf_counter()
@@ -171,7 +168,13 @@ def measure_bound(
 
 
 def _bound(
-    values: Values, number: int, bound: Bound, model: nn.Module, parts: Sequence[Part], settings: Settings, device: Any
+    values: Values,
+    number: int,
+    bound: BoundFn,
+    model: nn.Module,
+    parts: Sequence[Part],
+    settings: Settings,
+    device: Any,
 ) -> None:
     own = torch.full_like(values.column("eigenvalue"), torch.nan)
     is_measured, shapes, begin = values.column("eigenvalue").isfinite(), set(), 0

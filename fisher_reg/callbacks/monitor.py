@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import fisher_bound
+from fisher_reg.callbacks.base import Callback
 from fisher_reg.callbacks.batch import (
+    BoundFn,
     InputsFn,
     LogitsFn,
     SideInputsFn,
@@ -29,7 +31,6 @@ from fisher_reg.callbacks.batch import (
     report_check,
 )
 from fisher_reg.callbacks.measuring import (
-    Bound,
     Level,
     Settings,
     Values,
@@ -49,7 +50,7 @@ from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver
 
 
-class FisherMonitor(pl.Callback):
+class FisherMonitor(Callback):
     """Measure the input-space Fisher matrix at the end of each validation, on a fixed probe, and log it.
 
     The probe is the first ``num_samples`` validation inputs over all processes, taken once, in the first validation
@@ -138,7 +139,7 @@ class FisherMonitor(pl.Callback):
         *,
         every_n_steps: int | None = None,
         solver: Solver | None = None,
-        bounds: Sequence[Bound] = (fisher_bound,),
+        bounds: Sequence[BoundFn] = (fisher_bound,),
         bound_every_n_epochs: int = 3,
         likelihood: Likelihood = Categorical(),
         input_std: InputStd | None = None,

@@ -13,10 +13,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from fisher_reg.arguments import INPUTS_FN, LABELS_FN, LOGITS_FN, PENALTY, SCHEDULE, SIDE_INPUTS_FN
+from fisher_reg.callbacks.base import Callback
 from fisher_reg.callbacks.batch import (
     InputsFn,
     LabelsFn,
     LogitsFn,
+    PenaltyFn,
     SideInputsFn,
     check_at_least_one,
     find_inputs,
@@ -47,11 +49,11 @@ from fisher_reg.evaluation import (
     select,
 )
 from fisher_reg.likelihood import Categorical
-from fisher_reg.penalty import KLPenalty, Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty import KLPenalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
 
 
-class FisherRegularizer(pl.Callback):
+class FisherRegularizer(Callback):
     """Add ``weight * penalty`` to the loss of an unmodified LightningModule.
 
     The module is only read. The trainer's own call of ``training_step`` is wrapped, on its strategy, for the time of
@@ -119,7 +121,7 @@ class FisherRegularizer(pl.Callback):
     def __init__(
         self,
         weight: float = 0.1,
-        penalty: Penalty = KLPenalty(),
+        penalty: PenaltyFn = KLPenalty(),
         *,
         every_n_steps: int = 5,
         batch_fraction: float = 1.0,
@@ -356,7 +358,8 @@ class FisherRegularizer(pl.Callback):
             options = options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
         if side_inputs is not None:
             options = options | {"side_inputs": side_inputs}
-        return self.penalty(model, inputs, **options)
+        penalty: Tensor = self.penalty(model, inputs, **options)
+        return penalty
 
     def skip(self, reason: str) -> None:
         """Count a penalty that is left out; warn of the first, the tenth, and so on."""

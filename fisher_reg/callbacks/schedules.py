@@ -21,7 +21,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class ConstantSchedule:
+class ConstantSchedule(Schedule):
     """The weight as it is."""
 
     num_steps: int | None = None
@@ -32,7 +32,7 @@ class ConstantSchedule:
 
 
 @dataclass(frozen=True)
-class _Ramp:
+class _Ramp(Schedule):
     end: float = 0.0
     num_steps: int | None = None
 

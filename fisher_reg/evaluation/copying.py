@@ -267,7 +267,7 @@ class Copier:
 
 
 class _Unwrapped(nn.Module):
-    """Stands for a wrapper around a module whose forward does nothing but call it."""
+    """Stands for a wrapper around a module whose forward does nothing but call it, perhaps in another precision."""
 
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
@@ -290,7 +290,10 @@ def _wrapped_name(module: nn.Module) -> str | None:
     """Return under which name a wrapper of one process's module has it; None for any other module."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
-    return "_orig_mod" if "_orig_mod" in vars(module).get("_modules", ()) else None
+    parts = vars(module).get("_modules", ())
+    if "_forward_module" in parts and "_original_module" in parts:  # Fabric's, which refuses a backward of ours
+        return "_forward_module"
+    return "_orig_mod" if "_orig_mod" in parts else None
 
 
 def is_sharded(model: object) -> bool:

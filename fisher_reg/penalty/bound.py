@@ -18,10 +18,11 @@ from fisher_reg.evaluation import (
     trained_module,
 )
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.penalty.point import Penalty
 
 
 @dataclass(frozen=True)
-class BoundPenalty:
+class BoundPenalty(Penalty):
     r"""Logarithm of the certified upper bound :func:`fisher_reg.fisher_bound`, with its gradient.
 
     It needs no second derivative of the network and no input but for its shape, and pushes down what the weights allow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from fisher_reg.operator import double_backward, vjp_only
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.solvers import Lanczos
 
-Reduction = Callable[[Tensor], Tensor]
+# Any, not Tensor: jsonargparse takes a callable that returns a class for a factory, and would hand on its name
+Reduction = Callable[[Tensor], Any]
+"""From ``(B,)`` to a scalar."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,12 @@ class SpectralPenalty(PointPenalty):
         fisher = point.fisher(self.likelihood, self.input_std, double_backward if self.num_steps else vjp_only)
         if self.num_steps == 0:
             direction, weight = self.likelihood.contrast(fisher.logits)
-            return self.reduction(weight * squared_length(fisher, direction))
-        top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
-        return self.reduction(squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top)))
+            eigenvalues = weight * squared_length(fisher, direction)
+        else:
+            top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
+            eigenvalues = squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top))
+        reduced: Tensor = self.reduction(eigenvalues)
+        return reduced
 
 
 def mean_log1p(values: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from torch import Tensor
 from fisher_reg.solvers.interval import RandomProbe
 from fisher_reg.solvers.linalg import beyond_rank, dense_rows, inner_products, unit
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.result import EigenResult, Solver, TraceEstimator, leading
 from fisher_reg.solvers.space import Space
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Solver, TraceEstimator):
     r"""Eigenvalues of the ``K x K`` Gram matrix ``A Aᵀ``: ``K + 1`` backward passes, ``K d`` numbers per example.
 
     Right to round-off, and the cheapest for few classes. The last pass repeats the top eigenvector, which measures the

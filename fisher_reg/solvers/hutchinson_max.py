@@ -10,12 +10,12 @@ from fisher_reg.probes import Probe, StandardNormal
 from fisher_reg.sampling import fixed_generator
 from fisher_reg.solvers.linalg import check_positive, unit
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.result import EigenResult, Solver, leading
 from fisher_reg.solvers.search import Plan, search
 
 
 @dataclass(frozen=True)
-class HutchinsonMax:
+class HutchinsonMax(Solver):
     r"""The largest of ``num_samples`` random Rayleigh quotients of :math:`A A^\top`: what the paper's code computes.
 
     Biased low, the more the larger ``K``: a random direction meets the top eigenvector by :math:`1/K` on average. Kept

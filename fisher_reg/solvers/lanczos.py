@@ -9,12 +9,12 @@ import torch
 from fisher_reg.solvers.interval import check_probability
 from fisher_reg.solvers.linalg import check_positive
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.result import EigenResult, Solver, leading
 from fisher_reg.solvers.search import Plan, search
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(Solver):
     r"""Rayleigh-Ritz on a growing subspace of outputs; for one start this is Golub-Kahan bidiagonalisation of ``A``.
 
     The space begins with ``num_starts`` vectors, whitened contrasts and indicators of the likeliest classes, and grows

@@ -10,12 +10,12 @@ from torch import Tensor
 from fisher_reg.solvers.interval import check_probability
 from fisher_reg.solvers.linalg import check_finite, check_positive, unit
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, leading
+from fisher_reg.solvers.result import EigenResult, Solver, leading
 from fisher_reg.solvers.search import Plan, search
 
 
 @dataclass(frozen=True)
-class PowerIteration:
+class PowerIteration(Solver):
     """Repeated multiplication with ``A Aᵀ``; the paper's white-box method without its ``K x K`` matrix, to compare.
 
     What it converges to is checked as by :class:`Lanczos`, which needs fewer passes: by a random vector outside the
