@@ -1,0 +1,175 @@
+"""Do the singular vectors of the last epoch make the next measurement cheaper? ``python -m recipes.warm_starts``.
+
+A network is trained, and after each epoch the same validation images are measured by several searches:
+
+- ``cold``: the default solver, which begins with the contrast of the two likeliest classes
+- ``warm``: the same, beginning with the left singular vectors of the epoch before, made orthogonal to ``sqrt(p)``, the
+  direction that the outputs cannot move in
+- ``cold, 1 step`` and ``warm, 1 step``: without the passes that certify; the interval stays wide
+- ``both, 1 step``: beginning with both vectors
+
+``passes`` is the cost per image in forwards: one for the graph, one for each backward pass and for each difference
+quotient, three for each exact forward-mode pass. ``error_p95`` and ``error_max`` are relative to the exact eigenvalue.
+
+Leaves ``warm_starts.csv`` (every epoch), ``warm_starts.md`` (means over the epochs from the second one on) and
+``warm_starts.json`` (settings) in Hydra's run folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from fisher_reg import Categorical, Exact, Lanczos, fisher_spectral_norm
+from fisher_reg.estimate import evaluation_operator
+from fisher_reg.operator import InputFisher
+from recipes.benchmark import environment
+from recipes.classifier import Classifier
+from recipes.data import ImageData
+
+_EXACT_PASS = 3
+"""Forwards that an exact forward-mode pass costs, about."""
+
+
+class Counted:
+    """An operator that begins with given vectors and counts passes, each by the share of the batch that it covers.
+
+    Args:
+        operator: Of the whole batch, or of what is left of it.
+        starts: Unit vectors ``(B, n, K)``.
+        passes: What was counted so far, in forwards per image.
+        batch_size: Of the whole batch.
+    """
+
+    def __init__(self, operator: InputFisher, starts: Tensor, passes: list[float], batch_size: int) -> None:
+        self.operator = operator
+        self.own = starts
+        self.passes = passes
+        self.share = len(starts) / batch_size
+        self.batch_size = batch_size
+
+    def starts(self, count: int) -> Tensor:
+        """Return the given vectors, however many are asked for."""
+        return self.own
+
+    def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
+        """Count a forward for a difference quotient, three for an exact derivative."""
+        is_quotient = self.operator.quotients and slope is not None and not exact
+        self.passes.append(self.share * (1 if is_quotient else _EXACT_PASS))
+        return self.operator.apply(tangent, exact=exact, slope=slope)
+
+    def adjoint(self, cotangent: Tensor) -> Tensor:
+        """Count a backward pass."""
+        self.passes.append(self.share)
+        return self.operator.adjoint(cotangent)
+
+    def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
+        """Cost nothing."""
+        return self.operator.slope_along(cotangent, row)
+
+    def restrict(self, keep: Tensor) -> Counted | None:
+        """Count the forward of the examples that are left."""
+        smaller = self.operator.restrict(keep)
+        if smaller is None:
+            return None
+        counted = Counted(smaller, self.own[keep], self.passes, self.batch_size)
+        self.passes.append(counted.share)
+        return counted
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="warm_starts")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    warm_starts(config)
+
+
+def warm_starts(config: DictConfig) -> pd.DataFrame:
+    """Measure while each network trains, write the files, and return the rows of ``warm_starts.csv``."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = pd.DataFrame([row for name in config.networks for row in _of_a_network(name, config)])
+    rows.to_csv(folder / "warm_starts.csv", index=False, float_format="%.4g")
+    later = rows[rows.epoch > 0].groupby(["network", "search"], sort=False).mean(numeric_only=True)
+    table = later.drop(columns="epoch").reset_index().to_string(index=False, float_format=lambda value: f"{value:.3g}")
+    (folder / "warm_starts.md").write_text(f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n")
+    settings = OmegaConf.to_container(config, resolve=True)
+    result = {"environment": environment(torch.device("cpu")), "config": settings}
+    (folder / "warm_starts.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table, f"\nFiles: {folder}")
+    return rows
+
+
+def _of_a_network(name: str, config: DictConfig) -> list[dict[str, Any]]:
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    data: ImageData = instantiate(config.data)
+    data.prepare_data()
+    data.setup()
+    network = instantiate(config.networks[name], spec=data.spec)
+    module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
+    images = torch.cat([batch[0] for batch in data.val_dataloader()])[: config.num_images]
+    searches = _Searches(name, images)
+    trainer: pl.Trainer = instantiate(config.trainer, callbacks=[searches], num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=data)
+    return searches.rows
+
+
+class _Searches(pl.Callback):
+    """Measures the same images after each epoch, in each way."""
+
+    def __init__(self, name: str, images: Tensor) -> None:
+        self.name = name
+        self.images = images
+        self.last: Tensor | None = None
+        self.rows: list[dict[str, Any]] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        exact = fisher_spectral_norm(pl_module, self.images, solver=Exact()).eigenvalue
+        with evaluation_operator(pl_module, self.images, Categorical()) as fisher:
+            for search, (starts, solver) in self._searches(fisher).items():
+                passes = [1.0]
+                result = solver.solve(Counted(fisher, starts, passes, len(self.images)))
+                error = ((exact - result.eigenvalue) / exact).clamp_min(0)[exact > 0]
+                self.rows.append(
+                    {
+                        "network": self.name,
+                        "epoch": trainer.current_epoch,
+                        "search": search,
+                        "passes": sum(passes),
+                        "error_p95": float(error.quantile(0.95)),
+                        "error_max": float(error.max()),
+                        "error_of_mean": float(1 - result.eigenvalue.mean() / exact.mean()),
+                        "wide_share": float((~result.converged).float().mean()),
+                    }
+                )
+                if search == "cold":
+                    found = result.left_singular_vector
+        self.last = found
+
+    def _searches(self, fisher: InputFisher) -> dict[str, tuple[Tensor, Lanczos]]:
+        cold = _unit(fisher.starts(1))
+        one_step = Lanczos(num_steps=1)
+        searches = {"cold": (cold, Lanczos()), "cold, 1 step": (cold, one_step)}
+        if self.last is not None:
+            root = (0.5 * fisher.logits.detach().log_softmax(1)).exp()  # sqrt(p), which A' maps to zero
+            warm = _unit((self.last - root * (root * self.last).sum(1, keepdim=True))[:, None])
+            rest = cold - warm * (warm * cold).sum(2, keepdim=True)
+            searches |= {"warm": (warm, Lanczos()), "warm, 1 step": (warm, one_step)}
+            searches["both, 1 step"] = (torch.cat([warm, _unit(rest)], 1), one_step)
+        return searches
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-30)
+
+
+if __name__ == "__main__":
+    main()
