@@ -25,6 +25,7 @@ from fisher_reg import fisher_spectral_norm
 from fisher_reg.evaluation import deployed
 from recipes.benchmark import environment, timed
 from recipes.networks import chosen_device
+from recipes.records import without_folders
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="copy_cost")
@@ -39,7 +40,7 @@ def copy_cost(config: DictConfig) -> pd.DataFrame:
     folder.mkdir(parents=True, exist_ok=True)
     rows = pd.DataFrame([measure(name, network, config, device) for name, network in config.networks.items()])
     rows.to_csv(folder / "copy_cost.csv", index=False, float_format="%.4g")
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(device), "config": settings, "rows": rows.to_dict("records")}
     (folder / "copy_cost.json").write_text(json.dumps(result, indent=2) + "\n")
     Console().print(rows.to_string(index=False), f"\nFiles: {folder}", soft_wrap=True)

@@ -35,6 +35,7 @@ from fisher_reg.operator import InputFisher
 from recipes.benchmark import environment
 from recipes.classifier import Classifier
 from recipes.data import ImageData
+from recipes.records import without_folders
 
 _EXACT_PASS = 3
 """Forwards that an exact forward-mode pass costs, about."""
@@ -101,7 +102,7 @@ def warm_starts(config: DictConfig) -> pd.DataFrame:
     later = rows[rows.epoch > 0].groupby(["network", "search"], sort=False).mean(numeric_only=True)
     table = later.drop(columns="epoch").reset_index().to_string(index=False, float_format=lambda value: f"{value:.3g}")
     (folder / "warm_starts.md").write_text(f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n")
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(torch.device("cpu")), "config": settings}
     (folder / "warm_starts.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table, f"\nFiles: {folder}")
