@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -183,7 +184,9 @@ class FisherMonitor(Callback):
     def __repr__(self) -> str:
         samples = "all" if self.given is None and self.num_samples is None else self.num_samples
         samples = samples if self.given is None else len(self.given[0])
-        last = f", lambda_max_mean={self.history[-1][self._key('lambda_max_mean')]:.4g}" if self.history else ""
+        last = ""
+        if self.history:
+            last = f", lambda_max_mean={self.history[-1].get(self._key('lambda_max_mean'), math.nan):.4g}"
         return f"FisherMonitor({self.rhythm}, num_samples={samples}{last})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
