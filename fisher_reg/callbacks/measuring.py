@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
@@ -33,9 +32,25 @@ NUM_PICTURES = 8
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How the examples are measured; see :class:`fisher_reg.FisherMonitor`."""
+class Subject:
+    """What is measured, and how.
 
+    Attributes:
+        model: Gives the logits.
+        parts: The share of the probe that this process has.
+        device: Where the model is.
+        takes_parts: Whether the model takes a part of a batch, so that an example that fails can be found.
+        keeps_pictures: Whether the most sensitive images are kept.
+        solver: As of :class:`fisher_reg.FisherMonitor`.
+        likelihood: As there.
+        input_std: As there.
+    """
+
+    model: nn.Module
+    parts: Sequence[Part]
+    device: torch.device
+    takes_parts: bool
+    keeps_pictures: bool
     solver: Solver | None
     likelihood: Likelihood
     input_std: InputStd | None
@@ -61,7 +76,9 @@ class Values:
     Attributes:
         places: ``(N,)``, of the examples in the data.
         columns: Names to ``(N,)`` in double precision; NaN where an example could not be measured.
-        log10_bounds: Bounds that hold for all inputs: the number of the bound to its decimal logarithm.
+        log10_bounds: Decimal logarithms of the bounds that hold for all inputs of a shape, by the number of the bound
+            and that shape.
+        shapes: Of the examples.
         levels: The number of a bound to its level.
         without_bound: Numbers of the bounds that this network does not have.
         seconds: The number of a bound to what it took.
@@ -71,7 +88,8 @@ class Values:
 
     places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     columns: dict[str, Tensor] = field(default_factory=dict)
-    log10_bounds: dict[int, float] = field(default_factory=dict)
+    log10_bounds: dict[tuple[int, torch.Size], float] = field(default_factory=dict)
+    shapes: set[torch.Size] = field(default_factory=set)
     levels: dict[int, Level] = field(default_factory=dict)
     without_bound: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -82,80 +100,66 @@ class Values:
         """Return a column, NaN where no process has it."""
         return self.columns.get(name, torch.full((len(self.places),), torch.nan, dtype=torch.float64))
 
+    def log10_bound(self, number: int) -> float:
+        """Return the largest of a bound over the shapes, which holds for all of them; NaN if one of them has none."""
+        return max((self.log10_bounds.get((number, shape), math.nan) for shape in self.shapes), default=math.nan)
 
-def measure_probe(
-    model: nn.Module, parts: Sequence[Part], settings: Settings, device: torch.device, takes_parts: bool
-) -> Values:
+
+def measure_probe(subject: Subject) -> Values:
     """Measure the share of this process; whatever goes wrong costs the examples that it concerns.
-
-    Args:
-        model: Gives the logits.
-        parts: Of the probe.
-        settings: How.
-        device: Where.
-        takes_parts: Whether the model takes a part of a batch, so that an example that fails can be found.
 
     Returns:
         The values of this process, without bounds.
     """
-    values = Values()
-    rows: list[dict[str, Tensor]] = []
-    halves = takes_parts and not is_sharded(model)  # with sharded weights each forward is one of all processes
-    for part in parts:
-        rows += _rows(model, _to(part, device), settings, values, halves)
+    values = Values(shapes={part.inputs.shape[1:] for part in subject.parts})
+    rows = [row for part in subject.parts for row in _rows(subject, _to(part, subject.device), values)]
     if rows:
-        values.places = torch.cat([part.places for part in parts])
+        values.places = torch.cat([part.places for part in subject.parts])
         values.columns = {name: torch.cat([row[name] for row in rows]) for name in _EXAMPLE_COLUMNS}
     return values
 
 
-def _rows(model: nn.Module, part: Part, settings: Settings, values: Values, halves: bool) -> list[dict[str, Tensor]]:
+def _rows(subject: Subject, part: Part, values: Values) -> list[dict[str, Tensor]]:
     """Measure some examples; where they fail together, one half after the other."""
     try:
-        return [_measured(model, part, settings, values)]
+        return [_measured(subject, part, values)]
     except Exception as error:  # whatever the user's forward raises
-        if halves and len(part) > 1:
+        # with sharded weights each forward is one of all processes
+        if len(part) > 1 and subject.takes_parts and not is_sharded(subject.model):
             middle = len(part) // 2
-            first, second = part.part(slice(middle)), part.part(slice(middle, None))
-            return [row for half in (first, second) for row in _rows(model, half, settings, values, halves)]
+            halves = part.part(slice(middle)), part.part(slice(middle, None))
+            return [row for half in halves for row in _rows(subject, half, values)]
         kind = "" if isinstance(error, NonFiniteError) else f"{type(error).__name__}: "
         values.troubles.setdefault("examples", f"{kind}{error}")
         return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in _EXAMPLE_COLUMNS}]
 
 
-def _measured(model: nn.Module, part: Part, settings: Settings, values: Values) -> dict[str, Tensor]:
+def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]:
     measured = measure(
-        model,
+        subject.model,
         part.inputs,
-        solver=settings.solver,
+        solver=subject.solver,
         estimator=_TRACE,
-        likelihood=settings.likelihood,
-        input_std=settings.input_std,
+        likelihood=subject.likelihood,
+        input_std=subject.input_std,
         side_inputs=part.side_inputs,
     )
     result = measured.result
-    if part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
+    if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
         vectors = result.eigenvector.view_as(part.inputs)
         for i in result.eigenvalue.topk(min(NUM_PICTURES, len(part))).indices.tolist():
             image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
             values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
+        values.pictures = _largest(values.pictures)
     columns = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
     return {name: column.double().cpu() for name, column in zip(_EXAMPLE_COLUMNS, columns, strict=True)}
 
 
-def measure_bound(
-    values: Values,
-    number: int,
-    bound: BoundFn,
-    model: nn.Module,
-    parts: Sequence[Part],
-    settings: Settings,
-    device: Any,
-) -> None:
+def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
     """Add a bound to what this process has measured; whatever it raises is a trouble, and leaves the rest."""
     begin = time.perf_counter()
     try:
-        _bound(values, number, bound, model, parts, settings, device)
+        _add_bound(values, number, bound, subject)
     except NoBoundError as error:
         values.without_bound.add(number)
         values.troubles[f"bound {number}"] = f"leaves out a bound that this network does not have. {error}"
@@ -167,31 +171,22 @@ def measure_bound(
     values.seconds[number] = time.perf_counter() - begin
 
 
-def _bound(
-    values: Values,
-    number: int,
-    bound: BoundFn,
-    model: nn.Module,
-    parts: Sequence[Part],
-    settings: Settings,
-    device: Any,
-) -> None:
-    own = torch.full_like(values.column("eigenvalue"), torch.nan)
-    is_measured, shapes, begin = values.column("eigenvalue").isfinite(), set(), 0
-    for part in parts:
-        rows = slice(begin, begin := begin + len(part))
+def _add_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
+    is_measured, begin = values.column("eigenvalue").isfinite(), 0
+    of_each = torch.full_like(values.column("eigenvalue"), torch.nan)
+    for part in subject.parts:
+        rows, key = slice(begin, begin := begin + len(part)), (number, part.inputs.shape[1:])
         chosen = is_measured[rows] if bool(is_measured.any()) else ~is_measured[rows]  # of none, all may say why
-        if not bool(chosen.any()) or (number in values.log10_bounds and part.inputs.shape[1:] in shapes):
+        if not bool(chosen.any()) or key in values.log10_bounds:
             continue
-        inputs = part.inputs[chosen].to(device)
-        upper = bound(model, inputs, likelihood=settings.likelihood, input_std=settings.input_std)
+        inputs = part.inputs[chosen].to(subject.device)
+        upper = bound(subject.model, inputs, likelihood=subject.likelihood, input_std=subject.input_std)
         values.levels[number] = Level(upper.level, isinstance(upper.log10_value, Tensor))
         if isinstance(upper.log10_value, Tensor):
-            own[rows] = own[rows].masked_scatter(chosen, upper.log10_value.double().cpu())
-            values.columns[_bound_column(number)] = own
-        else:  # it holds for all inputs of a shape, so that the largest over the shapes holds for all
-            shapes.add(part.inputs.shape[1:])
-            values.log10_bounds[number] = max(upper.log10_value, values.log10_bounds.get(number, -math.inf))
+            of_each[rows] = of_each[rows].masked_scatter(chosen, upper.log10_value.double().cpu())
+            values.columns[_bound_column(number)] = of_each
+        else:
+            values.log10_bounds[key] = upper.log10_value
 
 
 def exchange(values: Values, limit: float) -> Values:
@@ -214,14 +209,14 @@ def exchange(values: Values, limit: float) -> Values:
     joined = Values(
         places=places[kept],
         columns={name: torch.cat([share.column(name) for share in shares])[kept] for name in names},
-        pictures=sorted((picture for share in shares for picture in share.pictures), key=lambda picture: -picture[0]),
+        shapes=set().union(*(share.shapes for share in shares)),
+        pictures=_largest([picture for share in shares for picture in share.pictures if picture[1] < limit]),
     )
-    joined.pictures = [picture for picture in joined.pictures if picture[1] < limit]
     for rank, share in enumerate(shares):
         joined.levels |= share.levels
         joined.without_bound |= share.without_bound
-        for number, log10_bound in share.log10_bounds.items():
-            joined.log10_bounds[number] = max(log10_bound, joined.log10_bounds.get(number, -math.inf))
+        for key, log10_bound in share.log10_bounds.items():
+            joined.log10_bounds[key] = max(log10_bound, joined.log10_bounds.get(key, -math.inf))
         for number, seconds in share.seconds.items():
             joined.seconds[number] = max(seconds, joined.seconds.get(number, 0.0))
         for kind, trouble in share.troubles.items():
@@ -243,7 +238,7 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
 
     Args:
         values: Of all processes.
-        levels: Of the bounds that were measured now; one that failed this time is NaN.
+        levels: Of all bounds as far as they are known; one that was tried and failed this time is NaN.
     """
     eigenvalue = values.column("eigenvalue")
     is_measured = eigenvalue.isfinite()
@@ -256,8 +251,8 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     ratios = values.column("kl_ratio")
     logged["kl_ratio"] = float(summarize(ratios[ratios.isfinite()])["median"])
     logged["num_left_out"] = float(len(eigenvalue) - len(found))
-    for number, level in levels.items():
-        logged |= _of_a_bound(values, number, level, eigenvalue)
+    for number in sorted(values.seconds.keys() & levels.keys()):
+        logged |= _of_a_bound(values, number, levels[number], eigenvalue)
     return logged
 
 
@@ -269,7 +264,7 @@ def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -
         mean = {f"bound_{level.name}_mean": _mean((10**log10_bounds)[~log10_bounds.isnan()])}
         log10_bound, gap = _mean(log10_bounds[log10_bounds.isfinite()]), _mean(gaps[gaps.isfinite()])
     else:
-        log10_bound = values.log10_bounds.get(number, math.nan)
+        log10_bound = values.log10_bound(number)
         mean = {f"bound_{level.name}": 10**log10_bound if log10_bound < 308 else math.inf}
         finite = decades[decades.isfinite()]
         gap = log10_bound - float(finite.max()) if len(finite) else math.nan
@@ -278,6 +273,12 @@ def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -
         f"log10_gap_{level.name}": gap,
         f"seconds_bound_{level.name}": values.seconds.get(number, math.nan),
     }
+
+
+def _largest(pictures: list[tuple[float, int, Tensor, Tensor]]) -> list[tuple[float, int, Tensor, Tensor]]:
+    """Return the pictures of the largest eigenvalues, each example once."""
+    of_each = {picture[1]: picture for picture in pictures}
+    return sorted(of_each.values(), key=lambda picture: (-picture[0], picture[1]))[:NUM_PICTURES]
 
 
 def _bound_column(number: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import fisher_bound
@@ -33,7 +33,7 @@ from fisher_reg.callbacks.batch import (
 )
 from fisher_reg.callbacks.measuring import (
     Level,
-    Settings,
+    Subject,
     Values,
     exchange,
     measure_bound,
@@ -299,7 +299,7 @@ class FisherMonitor(Callback):
         self._keys_begin_with = self.prefix
         self._levels: dict[int, Level] = {}
         self._without_bound: set[int] = set()
-        self._is_tried = self._is_checked = False
+        self._is_tried = False
         self._takes_parts = True
 
     def _key(self, name: str) -> str:
@@ -366,21 +366,9 @@ class FisherMonitor(Callback):
 
     def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **when: Any) -> None:
         begin = time.perf_counter()
-        model = logits_model(pl_module, self.logits_fn)
-        parts, settings = self._probe.parts, Settings(self.solver, self.likelihood, self.input_std)
-        if parts:
-            first = move_data_to_device((parts[0].inputs, parts[0].side_inputs), pl_module.device)
-            self._check(model, *first)
-        values = measure_probe(model, parts, settings, pl_module.device, self._takes_parts)
-        measured = self._bounds_of(parts) if self._bounds_are_due(trainer) else []
-        for number in measured:
-            measure_bound(values, number, self.bounds[number], model, parts, settings, pl_module.device)
-        values = exchange(values, self._probe.limit)
+        values = exchange(self._measured(trainer, pl_module), self._probe.limit)
         self._learn(values)
-        logged = {
-            self._key(name): value
-            for name, value in numbers(values, {n: self._levels[n] for n in measured if n in self._levels}).items()
-        }
+        logged = {self._key(name): value for name, value in numbers(values, self._levels).items()}
         logged[self._key("seconds")] = time.perf_counter() - begin
         self._log(trainer, pl_module, logged, when)
         if trainer.state.fn == "fit":
@@ -388,12 +376,28 @@ class FisherMonitor(Callback):
             if trainer.is_global_zero:
                 self._draw(trainer, values)
 
-    def _bounds_of(self, parts: Sequence[Part]) -> list[int]:
-        """Return the numbers of the bounds that this network has, as far as is known."""
-        if self.bounds and any(part.side_inputs is not None for part in parts):
-            self._warn_once("side inputs", "leaves out the bounds: no bound is known with side inputs.")
-            return []
-        return [number for number in range(len(self.bounds)) if number not in self._without_bound]
+    def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Values:
+        """Measure the share of this process; nothing is raised, since the other processes wait for it."""
+        subject = Subject(
+            logits_model(pl_module, self.logits_fn),
+            self._probe.parts,
+            pl_module.device,
+            self._takes_parts,
+            any(takes_pictures(logger) for logger in trainer.loggers),
+            self.solver,
+            self.likelihood,
+            self.input_std,
+        )
+        values = measure_probe(subject)
+        if not self.bounds or not self._bounds_are_due(trainer):
+            return values
+        if any(part.side_inputs is not None for part in subject.parts):
+            values.troubles["side inputs"] = "leaves out the bounds: no bound is known with side inputs."
+            values.without_bound |= set(range(len(self.bounds)))
+        elif subject.parts:
+            for number in set(range(len(self.bounds))) - self._without_bound:
+                measure_bound(values, number, self.bounds[number], subject)
+        return values
 
     def _learn(self, values: Values) -> None:
         """Keep what all processes now know of the probe and of the bounds, and warn of what went wrong."""
@@ -442,7 +446,7 @@ class FisherMonitor(Callback):
             )
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
-        """Measure one input, or the batch where the model takes nothing less, and check the model once."""
+        """Measure one input, or the batch where the model takes nothing less, and check the model."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
         one = Part(inputs, side_inputs, torch.arange(len(inputs))).part(slice(1))
@@ -454,12 +458,7 @@ class FisherMonitor(Callback):
             except Exception:  # whatever the user's forward raises for a batch of one
                 fisher_spectral_norm(model, inputs, side_inputs=side_inputs, **options)
                 self._takes_parts = False
-        self._check(model, inputs, side_inputs)
-
-    def _check(self, model: nn.Module, inputs: Tensor, side_inputs: SideInputs) -> None:
-        if not self._is_checked:
-            self._is_checked = True
-            report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
+        report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
 
     def _draw(self, trainer: pl.Trainer, values: Values) -> None:
         loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]

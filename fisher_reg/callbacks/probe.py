@@ -54,10 +54,12 @@ class Share:
 
     @classmethod
     def of(cls, rank: int, num_processes: int, loaders: Any) -> Share:
-        """Read the share of the first of some loaders."""
+        """Return the share that this process has of the first of some loaders."""
         sampler = _sampler(_first(loaders))
-        known = num_processes > 1 and isinstance(sampler, DistributedSampler)
-        return cls(rank, num_processes, len(sampler.dataset) if known else math.inf)
+        if not isinstance(sampler, DistributedSampler):
+            return cls(rank, num_processes)
+        # its own numbers: processes that share a model see the same examples
+        return cls(sampler.rank, sampler.num_replicas, len(sampler.dataset))  # type: ignore[arg-type]
 
     def places(self, begin: int, count: int) -> Tensor:
         """Return the places of ``count`` examples after the first ``begin`` of this process."""

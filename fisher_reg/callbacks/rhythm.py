@@ -45,10 +45,10 @@ class Rhythm:
         return bool(self.epochs == 1 or epoch - last["epoch"] >= self.epochs)
 
     def is_last(self, trainer: pl.Trainer) -> bool:
-        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
+        """Say whether this is the end of the last epoch that is measured, as far as is known beforehand."""
         if 0 <= trainer.max_steps <= trainer.global_step:
             return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.steps is not None:
+        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.steps is not None or not trainer.is_last_batch:
             return False
         interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
         interval = interval or 1
