@@ -1,3 +1,8 @@
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes, and for those that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
