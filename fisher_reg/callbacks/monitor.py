@@ -38,7 +38,7 @@ from fisher_reg.callbacks.measuring import (
     measure_probe,
     numbers,
 )
-from fisher_reg.callbacks.pictures import draw, takes_pictures
+from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
 from fisher_reg.callbacks.probe import Part, Probe, Share
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
@@ -263,7 +263,7 @@ class FisherMonitor(pl.Callback):
     ) -> None:
         """Measure and log between validations, where optimiser steps are counted."""
         if self.rhythm.steps is not None and self._probe.is_complete and self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module, on_step=True, on_epoch=False)
+            self._measure_and_log(trainer, pl_module, between_validations=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log where no validation does it."""
@@ -360,7 +360,9 @@ class FisherMonitor(pl.Callback):
         with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
         return not with_bounds or trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
 
-    def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **when: Any) -> None:
+    def _measure_and_log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, between_validations: bool = False
+    ) -> None:
         begin = time.perf_counter()
         model = logits_model(pl_module, self.logits_fn)
         parts, settings = self._probe.parts, Settings(self.solver, self.likelihood, self.input_std)
@@ -378,7 +380,7 @@ class FisherMonitor(pl.Callback):
             for name, value in numbers(values, {n: self._levels[n] for n in measured if n in self._levels}).items()
         }
         logged[self._key("seconds")] = time.perf_counter() - begin
-        self._log(trainer, pl_module, logged, when)
+        self._log(trainer, pl_module, logged, between_validations)
         if trainer.state.fn == "fit":
             self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
             if trainer.is_global_zero:
@@ -419,23 +421,28 @@ class FisherMonitor(pl.Callback):
             self._warn_once("masking", _MASKING.format(ratio))
 
     def _log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], when: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], between_validations: bool
     ) -> None:
         dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        when: dict[str, Any] = {"on_step": True, "on_epoch": False} if between_validations else {}
         for key, value in logged.items():
-            name = key.removeprefix(self._key(""))
-            is_shown = (
-                self.detailed or trainer.state.fn != "fit" or name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
-            )
             pl_module.log(
                 key,
                 torch.tensor(value, dtype=dtype, device=pl_module.device),
-                logger=None if is_shown else False,
-                prog_bar=self.prog_bar and name == "lambda_max_mean",
+                logger=None if self._is_shown(key, trainer) and not between_validations else False,
+                prog_bar=self.prog_bar and key == self._key("lambda_max_mean"),
                 sync_dist=True,  # equal on all processes already
                 batch_size=1,
                 **when,
             )
+        if between_validations:  # Lightning would drop these, except at a multiple of log_every_n_steps
+            shown = {key: value for key, value in logged.items() if self._is_shown(key, trainer)}
+            send_numbers(trainer, shown)
+
+    def _is_shown(self, key: str, trainer: pl.Trainer) -> bool:
+        name = key.removeprefix(self._key(""))
+        is_chosen = name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
+        return self.detailed or trainer.state.fn != "fit" or is_chosen
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
         """Measure one input, or the batch where the model takes nothing less, and check the model once."""
