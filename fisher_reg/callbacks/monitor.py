@@ -94,15 +94,16 @@ class FisherMonitor(pl.Callback):
     check, or before it where ``probe`` is given.
 
     Where another callback (:class:`~pytorch_lightning.callbacks.EarlyStopping`, a checkpoint) or a learning-rate
-    scheduler monitors one of the keys, every validation is measured, whatever the rhythm, so that none of them decides
-    on an old value.
+    scheduler monitors one of the keys, every validation is measured, and without validation the end of every epoch,
+    whatever the rhythm, so that none of them decides on an old value.
 
     Args:
         every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
             one n epochs or more after the last that was measured.
         num_samples: Size of the probe; it comes from the first validation loader. None for all of it.
         every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
-            the first one at the first validation, or before it with ``probe``.
+            the first one at the first validation, or before it with ``probe``. Without ``probe`` a training that is
+            resumed measures again from its first validation on, which takes the probe.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
             :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
@@ -253,6 +254,8 @@ class FisherMonitor(pl.Callback):
             return
         if self._is_due(trainer, is_validation=True):
             self._measure_and_log(trainer, pl_module)
+        if self.rhythm.steps is not None:
+            self._probe.is_complete = True
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
@@ -267,7 +270,11 @@ class FisherMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log where no validation does it."""
-        if not trainer.enable_validation and self.rhythm.steps is None and self._is_due(trainer):
+        if trainer.enable_validation:
+            return
+        is_old = not self.history or self.history[-1]["step"] < trainer.global_step
+        counts_epochs = self.rhythm.steps is None
+        if (counts_epochs and self._is_due(trainer)) or (is_old and self._is_watched(trainer)):
             self._measure_and_log(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -338,19 +345,21 @@ class FisherMonitor(pl.Callback):
         if (trainer.sanity_checking or is_due) and not self._is_tried:
             self._is_tried = True
             self._try(pl_module, inputs, side_inputs)
-        if is_due:
+        counts_steps = self.rhythm.steps is not None and not trainer.sanity_checking
+        if is_due or counts_steps:  # after a resume the next measurement may come before the next validation
             self._probe.share = Share.of(trainer.global_rank, trainer.world_size, loaders)
             self._probe.add(inputs, side_inputs, self._takes_parts)
 
     def _is_due(self, trainer: pl.Trainer, *, is_validation: bool = False) -> bool:
         if trainer.sanity_checking:
             return False
-        if trainer.state.fn in ("validate", "test") or (
-            is_validation and watched_names(trainer, self._keys_begin_with)
-        ):
+        if trainer.state.fn in ("validate", "test") or (is_validation and self._is_watched(trainer)):
             return True
         last = self.history[-1] if self.history else None
         return self.rhythm.is_due(trainer.current_epoch, trainer.global_step, last)
+
+    def _is_watched(self, trainer: pl.Trainer) -> bool:
+        return bool(watched_names(trainer, self._keys_begin_with))
 
     def _bounds_are_due(self, trainer: pl.Trainer) -> bool:
         if trainer.state.fn in ("validate", "test") or self.rhythm.is_last(trainer):

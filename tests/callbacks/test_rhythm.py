@@ -1,6 +1,7 @@
 """When the monitor measures, and that what it measured then reaches loggers and other callbacks."""
 
 import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from fisher_reg import FisherMonitor
@@ -44,3 +45,36 @@ def test_what_is_measured_between_validations_reaches_the_loggers_whatever_log_e
             assert "fisher/trace_mean" not in row
             assert row["epoch"] == entry["epoch"]
         assert float(trainer.callback_metrics["fisher/trace_mean"]) == monitor.history[-1]["fisher/trace_mean"]
+
+
+class _Seen(EarlyStopping):
+    """Remembers what it decided on."""
+
+    def __init__(self, key):
+        super().__init__(key, patience=100)
+        self.values = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.values.append(float(trainer.callback_metrics[self.monitor]))
+        super().on_train_epoch_end(trainer, pl_module)
+
+
+def test_early_stopping_without_validation_sees_a_new_value_after_each_epoch(tmp_path):
+    for rhythm in ({"every_n_epochs": 3}, {"every_n_steps": 3}, {"every_n_steps": 4}, {"every_n_steps": 100}):
+        monitor, seen = FisherMonitor(probe=torch.ones(2, 6), **rhythm), _Seen("fisher/log10_gap_global")
+        _fit(tmp_path, monitor, seen, val=False, max_epochs=3)
+        at_the_end = {entry["step"]: entry["fisher/log10_gap_global"] for entry in monitor.history}
+        assert seen.values == [at_the_end[step] for step in (4, 8, 12)]
+        assert len(at_the_end) == len(monitor.history)  # none is measured twice
+
+
+def test_a_resumed_training_measures_between_validations_from_the_first_one_on(tmp_path):
+    def monitor():
+        return FisherMonitor(every_n_steps=5, num_samples=None, bounds=())
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    whole, resumed = monitor(), monitor()
+    _fit(tmp_path, whole, saves, max_epochs=5, enable_checkpointing=True)
+    _fit(tmp_path, resumed, max_epochs=5, ckpt_path=str(tmp_path / "step=5.ckpt"))
+    assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history] == [4, 9, 14, 19]
+    assert len(resumed._probe.parts) == len(whole._probe.parts)
