@@ -39,7 +39,7 @@ from fisher_reg.callbacks.measuring import (
     numbers,
 )
 from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
-from fisher_reg.callbacks.probe import Part, Probe, Share
+from fisher_reg.callbacks.probe import Part, Probe, Share, own
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
 from fisher_reg.errors import NonFiniteError
@@ -328,7 +328,8 @@ class FisherMonitor(pl.Callback):
             )
         inputs = probe if inputs_fn is None else inputs_fn(probe)
         check_inputs(inputs)
-        return inputs, self.side_inputs_fn(probe)
+        taken: tuple[Tensor, SideInputs] = own((inputs, self.side_inputs_fn(probe)))
+        return taken
 
     def _take_given(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the probe that was given that of this process, cast as a batch, and try it."""
@@ -457,13 +458,9 @@ class FisherMonitor(pl.Callback):
         """Measure one input, or the batch where the model takes nothing less, and check the model once."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
-        one = Part(inputs, side_inputs, torch.arange(len(inputs))).part(slice(1))
+        whole = Part(inputs, side_inputs, torch.arange(len(inputs)))
         with suppress(NonFiniteError):
-            try:
-                fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
-            except NonFiniteError:
-                raise
-            except Exception:  # whatever the user's forward raises for a batch of one
+            if not _takes_one(model, whole, options):
                 fisher_spectral_norm(model, inputs, side_inputs=side_inputs, **options)
                 self._takes_parts = False
         self._check(model, inputs, side_inputs)
@@ -490,7 +487,22 @@ class FisherMonitor(pl.Callback):
             rank_zero_warn(f"FisherMonitor {message}")
 
 
+def _takes_one(model: nn.Module, whole: Part, options: dict[str, Any]) -> bool:
+    """Say whether one of the first examples can be measured alone; one that fails says nothing of the settings."""
+    for index in range(min(len(whole), _NUM_TRIED)):
+        one = whole.part(slice(index, index + 1))
+        try:
+            fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
+        except NonFiniteError:
+            return True
+        except Exception:  # whatever the user's forward raises
+            continue
+        return True
+    return False
+
+
 _CHECKPOINT_KEY = "FisherMonitor"
+_NUM_TRIED = 8
 _SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
 _MASKS = 0.2

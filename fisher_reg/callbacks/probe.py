@@ -111,7 +111,8 @@ class Probe:
         with torch.inference_mode(False):
             whole = Part(inputs, side_inputs, self.share.places(begin, len(inputs)))
             chosen = whole.part(slice(int(min(missing, len(whole))))) if takes_parts else whole
-            self.parts.append(_own(chosen))
+            taken, taken_beside = own((chosen.inputs, chosen.side_inputs))
+            self.parts.append(Part(taken, taken_beside, chosen.places))
 
     def _missing(self, have: int) -> float:
         if self.num_samples is None:
@@ -119,12 +120,9 @@ class Probe:
         return math.ceil(self.num_samples / self.share.num_processes) - have
 
 
-def _own(part: Part) -> Part:
-    """Return copies on the CPU."""
-    inputs, side_inputs = apply_to_collection(
-        (part.inputs, part.side_inputs), Tensor, lambda tensor: tensor.detach().cpu().clone()
-    )
-    return Part(inputs, side_inputs, part.places)
+def own(tensors: Any) -> Any:
+    """Return copies on the CPU, which no later change of the originals reaches."""
+    return apply_to_collection(tensors, Tensor, lambda tensor: tensor.detach().cpu().clone())
 
 
 def _first(loaders: Any) -> Any:

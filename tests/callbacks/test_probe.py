@@ -1,0 +1,56 @@
+"""What the monitor measures on stays what it was, and one bad example of it costs one example."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from fisher_reg import FisherMonitor
+from tests import cases
+
+
+def _x(count=8):
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(5))
+
+
+class _Refuses(cases.Plain):
+    """Cannot take values above 50."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)))
+
+    def forward(self, x):
+        if x.detach().amax() > 50:
+            raise ValueError("a value above 50")
+        return super().forward(x)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def _fit(folder, monitor, val):
+    loader = DataLoader(TensorDataset(val, torch.zeros(len(val))), batch_size=4)
+    cases.trainer(folder, callbacks=[monitor]).fit(_Refuses(), cases.tiny_batches(), loader)
+    return monitor.history[-1]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3, 7])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_an_example_that_fails_costs_that_example_wherever_it_is(tmp_path, place, is_given):
+    x = _x()
+    x[place] = 99
+    monitor = FisherMonitor(probe=x if is_given else None, bounds=())
+    with pytest.warns(UserWarning, match="leaves out 1 of the 8 examples"):
+        mine = _fit(tmp_path, monitor, _x() if is_given else x)
+    rest = FisherMonitor(probe=x[x[:, 0] < 50], bounds=())
+    assert_close(mine["fisher/lambda_max_mean"], _fit(tmp_path, rest, _x())["fisher/lambda_max_mean"])
+
+
+def test_a_probe_that_was_given_is_a_copy(tmp_path):
+    x = _x()
+    monitor = FisherMonitor(probe=x, bounds=())
+    x.zero_()
+    expected = _fit(tmp_path, FisherMonitor(probe=_x(), bounds=()), _x())
+    assert_close(_fit(tmp_path, monitor, _x())["fisher/lambda_max_mean"], expected["fisher/lambda_max_mean"])
