@@ -1,5 +1,6 @@
 """When the monitor measures, and that what it measured then reaches loggers and other callbacks."""
 
+import pytest
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -78,3 +79,24 @@ def test_a_resumed_training_measures_between_validations_from_the_first_one_on(t
     _fit(tmp_path, resumed, max_epochs=5, ckpt_path=str(tmp_path / "step=5.ckpt"))
     assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history] == [4, 9, 14, 19]
     assert len(resumed._probe.parts) == len(whole._probe.parts)
+
+
+@pytest.mark.parametrize("rhythm", [{}, {"every_n_steps": 3}, {"every_n_steps": 4}, {"every_n_epochs": 2}])
+@pytest.mark.parametrize(
+    "length",
+    [
+        {"max_steps": 10, "max_epochs": -1},
+        {"max_steps": 10, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"max_steps": 16, "max_epochs": 3},
+        {"max_epochs": 3},
+        {"max_epochs": 3, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"max_epochs": 3, "accumulate_grad_batches": 3},
+    ],
+)
+def test_the_last_measurement_has_the_bounds(tmp_path, rhythm, length):
+    monitor = FisherMonitor(bound_every_n_epochs=100, **rhythm)
+    _fit(tmp_path, monitor, **length)
+    has_bounds = ["fisher/bound_global" in entry for entry in monitor.history]
+    assert has_bounds[0]
+    assert has_bounds[-1]
+    assert sum(has_bounds) <= 3
