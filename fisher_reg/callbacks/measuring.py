@@ -191,12 +191,13 @@ def _bound(
             values.log10_bounds[number] = max(upper.log10_value, values.log10_bounds.get(number, -math.inf))
 
 
-def exchange(values: Values, limit: float) -> Values:
+def exchange(values: Values, end: float, num_samples: int | None) -> Values:
     """Join what all processes have measured; each example counts once, in the order of its place.
 
     Args:
         values: Of this process.
-        limit: Places from this one on do not count.
+        end: Places from this one on do not count; they are repetitions.
+        num_samples: How many examples count at most, those with the lowest places; None for all.
 
     Returns:
         The same on all processes.
@@ -207,13 +208,14 @@ def exchange(values: Values, limit: float) -> Values:
         torch.distributed.all_gather_object(shares, values)
     places = torch.cat([share.places for share in shares])
     names = dict.fromkeys(name for share in shares for name in share.columns)
-    kept = _first_of_each(places, limit)
+    kept = _first_of_each(places, end)[:num_samples]
     joined = Values(
         places=places[kept],
         columns={name: torch.cat([share.column(name) for share in shares])[kept] for name in names},
         pictures=sorted((picture for share in shares for picture in share.pictures), key=lambda picture: -picture[0]),
     )
-    joined.pictures = [picture for picture in joined.pictures if picture[1] < limit]
+    counted = set(joined.places.tolist())
+    joined.pictures = [picture for picture in joined.pictures if picture[1] in counted]
     for rank, share in enumerate(shares):
         joined.levels |= share.levels
         joined.without_bound |= share.without_bound
@@ -226,11 +228,11 @@ def exchange(values: Values, limit: float) -> Values:
     return joined
 
 
-def _first_of_each(places: Tensor, limit: float) -> Tensor:
-    """Return the indices of the first occurrences, in ascending order of the places below ``limit``."""
+def _first_of_each(places: Tensor, end: float) -> Tensor:
+    """Return the indices of the first occurrences, in ascending order of the places below ``end``."""
     first: dict[int, int] = {}
     for index, place in enumerate(places.tolist()):
-        if place < limit:
+        if place < end:
             first.setdefault(place, index)
     return torch.tensor([first[place] for place in sorted(first)], dtype=torch.long)
 

@@ -383,7 +383,7 @@ class FisherMonitor(pl.Callback):
         measured = self._bounds_of(parts) if self._bounds_are_due(trainer) else []
         for number in measured:
             measure_bound(values, number, self.bounds[number], model, parts, settings, pl_module.device)
-        values = exchange(values, self._probe.limit)
+        values = exchange(values, self._probe.share.end, self._probe.num_samples)
         self._learn(values)
         logged = {
             self._key(name): value

@@ -45,22 +45,31 @@ class Share:
         rank: Its number.
         num_processes: How many there are; the j-th example of process r has the place ``r + j * num_processes``, as
             :class:`torch.utils.data.DistributedSampler` deals them out.
-        num_examples: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
+        end: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
+        deals_batches: Whether that sampler deals out whole batches, as it does for ``DataLoader(batch_size=None)``; the
+            examples of a batch then have neighbouring places.
     """
 
     rank: int = 0
     num_processes: int = 1
-    num_examples: float = math.inf
+    end: float = math.inf
+    deals_batches: bool = False
 
     @classmethod
     def of(cls, rank: int, num_processes: int, loaders: Any) -> Share:
         """Read the share of the first of some loaders."""
-        sampler = _sampler(_first(loaders))
-        known = num_processes > 1 and isinstance(sampler, DistributedSampler)
-        return cls(rank, num_processes, len(sampler.dataset) if known else math.inf)
+        loader = _first(loaders)
+        sampler = _sampler(loader)
+        if num_processes == 1 or not isinstance(sampler, DistributedSampler):
+            return cls(rank, num_processes)
+        deals_batches = getattr(loader, "batch_sampler", None) is None
+        end = len(sampler.dataset) * (_LARGEST_BATCH if deals_batches else 1)  # type: ignore[arg-type]
+        return cls(rank, num_processes, end, deals_batches)
 
-    def places(self, begin: int, count: int) -> Tensor:
-        """Return the places of ``count`` examples after the first ``begin`` of this process."""
+    def places(self, batch: int, begin: int, count: int) -> Tensor:
+        """Return the places of ``count`` examples of a batch, after the first ``begin`` examples of this process."""
+        if self.deals_batches:
+            return (self.rank + self.num_processes * batch) * _LARGEST_BATCH + torch.arange(count)
         return self.rank + self.num_processes * torch.arange(begin, begin + count)
 
 
@@ -90,12 +99,6 @@ class Probe:
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
-    @property
-    def limit(self) -> float:
-        """Places from this one on do not count: they were not asked for, or are repetitions."""
-        asked = math.inf if self.num_samples is None else self.num_samples
-        return min(asked, self.share.num_examples)
-
     def add(self, inputs: Tensor, side_inputs: SideInputs, takes_parts: bool) -> None:
         """Take copies of the first examples of a batch that are still missing.
 
@@ -109,8 +112,11 @@ class Probe:
         if self.is_complete or missing <= 0:
             return
         with torch.inference_mode(False):
-            whole = Part(inputs, side_inputs, self.share.places(begin, len(inputs)))
-            chosen = whole.part(slice(int(min(missing, len(whole))))) if takes_parts else whole
+            whole = Part(inputs, side_inputs, self.share.places(len(self.parts), begin, len(inputs)))
+            may_cut = (
+                takes_parts and not self.share.deals_batches
+            )  # else other processes would have a gap before theirs
+            chosen = whole.part(slice(int(min(missing, len(whole))))) if may_cut else whole
             taken, taken_beside = own((chosen.inputs, chosen.side_inputs))
             self.parts.append(Part(taken, taken_beside, chosen.places))
 
@@ -141,3 +147,6 @@ def _sampler(loader: Any) -> Any:
     return (
         own if isinstance(own, DistributedSampler) else getattr(getattr(loader, "batch_sampler", None), "sampler", own)
     )
+
+
+_LARGEST_BATCH = 2**32

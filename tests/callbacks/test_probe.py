@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from fisher_reg import FisherMonitor
+from fisher_reg.callbacks.measuring import Values, exchange
+from fisher_reg.callbacks.probe import Probe, Share
 from tests import cases
 
 
@@ -54,3 +56,28 @@ def test_a_probe_that_was_given_is_a_copy(tmp_path):
     x.zero_()
     expected = _fit(tmp_path, FisherMonitor(probe=_x(), bounds=()), _x())
     assert_close(_fit(tmp_path, monitor, _x())["fisher/lambda_max_mean"], expected["fisher/lambda_max_mean"])
+
+
+def _taken(num_samples, num_processes, batches, batch_size):
+    """Return the first entries of the examples that count, in the order of their places."""
+    firsts, places = [], []
+    for rank in range(num_processes):
+        sampler = DistributedSampler(batches, num_processes, rank, shuffle=False)
+        loader = DataLoader(batches, batch_size=batch_size, sampler=sampler)
+        probe = Probe(num_samples)
+        probe.share = Share.of(rank, num_processes, loader)
+        for batch in loader:
+            probe.add(batch, None, takes_parts=True)
+        firsts += [part.inputs[:, 0] for part in probe]
+        places += [part.places for part in probe]
+    together = Values(torch.cat(places), {"eigenvalue": torch.cat(firsts)})
+    return exchange(together, probe.share.end, num_samples).column("eigenvalue").tolist()
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize("num_samples", [1, 3, 5, 10, None])
+def test_the_first_examples_count_once_also_where_whole_batches_are_dealt_out(num_processes, num_samples):
+    x = torch.arange(10.0)[:, None]
+    expected = list(range(10))[:num_samples]
+    assert _taken(num_samples, num_processes, list(x.split(2)), None) == expected
+    assert _taken(num_samples, num_processes, x, 2) == expected
