@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import count, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -311,9 +312,12 @@ class FisherMonitor(pl.Callback):
     def _own_prefix(self, trainer: pl.Trainer) -> str:
         """Return the prefix, with a number where an earlier monitor has the same one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        prefixes = [one.prefix for one in callbacks if isinstance(one, FisherMonitor)]
         same = [one for one in callbacks if isinstance(one, FisherMonitor) and one.prefix == self.prefix]
         place = same.index(self) if self in same else 0
-        return f"{self.prefix}_{place + 1}" if place else self.prefix
+        numbered = (f"{self.prefix}_{number}" for number in count(2))
+        free = (name for name in numbered if name not in prefixes)  # another monitor may be called fisher_2
+        return next(islice(free, place - 1, None)) if place else self.prefix
 
     def _given(self, probe: Any, inputs_fn: InputsFn | None) -> tuple[Tensor, SideInputs]:
         """Return inputs and side inputs of a probe that was given.

@@ -81,3 +81,12 @@ def test_the_first_examples_count_once_also_where_whole_batches_are_dealt_out(nu
     expected = list(range(10))[:num_samples]
     assert _taken(num_samples, num_processes, list(x.split(2)), None) == expected
     assert _taken(num_samples, num_processes, x, 2) == expected
+
+
+def test_the_keys_of_a_second_monitor_are_not_those_of_one_that_is_called_so(tmp_path):
+    monitors = [FisherMonitor(num_samples=n, prefix=p, bounds=()) for n, p in enumerate(["a", "a", "a_2", "a"], 1)]
+    trainer = cases.trainer(tmp_path, callbacks=monitors)
+    trainer.fit(_Refuses(), cases.tiny_batches(), cases.tiny_batches())
+    for monitor, prefix in zip(monitors, ["a", "a_3", "a_2", "a_4"], strict=True):
+        mine = monitor.history[-1][f"{prefix}/lambda_max_mean"]
+        assert float(trainer.callback_metrics[f"{prefix}/lambda_max_mean"]) == mine
