@@ -189,12 +189,13 @@ def _add_bound(values: Values, number: int, bound: BoundFn, subject: Subject) ->
             values.log10_bounds[key] = upper.log10_value
 
 
-def exchange(values: Values, limit: float) -> Values:
+def exchange(values: Values, end: float, num_samples: int | None) -> Values:
     """Join what all processes have measured; each example counts once, in the order of its place.
 
     Args:
         values: Of this process.
-        limit: Places from this one on do not count.
+        end: Places from this one on do not count; they are repetitions.
+        num_samples: How many examples count at most, those with the lowest places; None for all.
 
     Returns:
         The same on all processes.
@@ -205,12 +206,13 @@ def exchange(values: Values, limit: float) -> Values:
         torch.distributed.all_gather_object(shares, values)
     places = torch.cat([share.places for share in shares])
     names = dict.fromkeys(name for share in shares for name in share.columns)
-    kept = _first_of_each(places, limit)
+    kept = _first_of_each(places, end)[:num_samples]
+    counted = set(places[kept].tolist())
     joined = Values(
         places=places[kept],
         columns={name: torch.cat([share.column(name) for share in shares])[kept] for name in names},
         shapes=set().union(*(share.shapes for share in shares)),
-        pictures=_largest([picture for share in shares for picture in share.pictures if picture[1] < limit]),
+        pictures=_largest([picture for share in shares for picture in share.pictures if picture[1] in counted]),
     )
     for rank, share in enumerate(shares):
         joined.levels |= share.levels
@@ -224,11 +226,11 @@ def exchange(values: Values, limit: float) -> Values:
     return joined
 
 
-def _first_of_each(places: Tensor, limit: float) -> Tensor:
-    """Return the indices of the first occurrences, in ascending order of the places below ``limit``."""
+def _first_of_each(places: Tensor, end: float) -> Tensor:
+    """Return the indices of the first occurrences, in ascending order of the places below ``end``."""
     first: dict[int, int] = {}
     for index, place in enumerate(places.tolist()):
-        if place < limit:
+        if place < end:
             first.setdefault(place, index)
     return torch.tensor([first[place] for place in sorted(first)], dtype=torch.long)
 

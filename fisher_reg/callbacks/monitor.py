@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import count, islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +15,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import fisher_bound
@@ -40,8 +41,8 @@ from fisher_reg.callbacks.measuring import (
     measure_probe,
     numbers,
 )
-from fisher_reg.callbacks.pictures import draw, takes_pictures
-from fisher_reg.callbacks.probe import Part, Probe, Share
+from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
+from fisher_reg.callbacks.probe import Part, Probe, Share, own
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
 from fisher_reg.errors import NonFiniteError
@@ -96,15 +97,16 @@ class FisherMonitor(Callback):
     check, or before it where ``probe`` is given.
 
     Where another callback (:class:`~pytorch_lightning.callbacks.EarlyStopping`, a checkpoint) or a learning-rate
-    scheduler monitors one of the keys, every validation is measured, whatever the rhythm, so that none of them decides
-    on an old value.
+    scheduler monitors one of the keys, every validation is measured, and without validation the end of every epoch,
+    whatever the rhythm, so that none of them decides on an old value.
 
     Args:
         every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
             one n epochs or more after the last that was measured.
         num_samples: Size of the probe; it comes from the first validation loader. None for all of it.
         every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
-            the first one at the first validation, or before it with ``probe``.
+            the first one at the first validation, or before it with ``probe``. Without ``probe`` a training that is
+            resumed measures again from its first validation on, which takes the probe.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
             :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
@@ -257,6 +259,8 @@ class FisherMonitor(Callback):
             return
         if self._is_due(trainer, is_validation=True):
             self._measure_and_log(trainer, pl_module)
+        if self.rhythm.steps is not None:
+            self._probe.is_complete = True
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log."""
@@ -267,11 +271,15 @@ class FisherMonitor(Callback):
     ) -> None:
         """Measure and log between validations, where optimiser steps are counted."""
         if self.rhythm.steps is not None and self._probe.is_complete and self._is_due(trainer):
-            self._measure_and_log(trainer, pl_module, on_step=True, on_epoch=False)
+            self._measure_and_log(trainer, pl_module, between_validations=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure and log where no validation does it."""
-        if not trainer.enable_validation and self.rhythm.steps is None and self._is_due(trainer):
+        if trainer.enable_validation:
+            return
+        is_old = not self.history or self.history[-1]["step"] < trainer.global_step
+        counts_epochs = self.rhythm.steps is None
+        if (counts_epochs and self._is_due(trainer)) or (is_old and self._is_watched(trainer)):
             self._measure_and_log(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -308,9 +316,12 @@ class FisherMonitor(Callback):
     def _own_prefix(self, trainer: pl.Trainer) -> str:
         """Return the prefix, with a number where an earlier monitor has the same one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        prefixes = [one.prefix for one in callbacks if isinstance(one, FisherMonitor)]
         same = [one for one in callbacks if isinstance(one, FisherMonitor) and one.prefix == self.prefix]
         place = same.index(self) if self in same else 0
-        return f"{self.prefix}_{place + 1}" if place else self.prefix
+        numbered = (f"{self.prefix}_{number}" for number in count(2))
+        free = (name for name in numbered if name not in prefixes)  # another monitor may be called fisher_2
+        return next(islice(free, place - 1, None)) if place else self.prefix
 
     def _given(self, probe: Any, inputs_fn: InputsFn | None) -> tuple[Tensor, SideInputs]:
         """Return inputs and side inputs of a probe that was given.
@@ -325,7 +336,8 @@ class FisherMonitor(Callback):
             )
         inputs = probe if inputs_fn is None else inputs_fn(probe)
         check_inputs(inputs)
-        return inputs, self.side_inputs_fn(probe)
+        taken: tuple[Tensor, SideInputs] = own((inputs, self.side_inputs_fn(probe)))
+        return taken
 
     def _take_given(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the probe that was given that of this process, cast as a batch, and try it."""
@@ -342,19 +354,21 @@ class FisherMonitor(Callback):
         if (trainer.sanity_checking or is_due) and not self._is_tried:
             self._is_tried = True
             self._try(pl_module, inputs, side_inputs)
-        if is_due:
+        counts_steps = self.rhythm.steps is not None and not trainer.sanity_checking
+        if is_due or counts_steps:  # after a resume the next measurement may come before the next validation
             self._probe.share = Share.of(trainer.global_rank, trainer.world_size, loaders)
             self._probe.add(inputs, side_inputs, self._takes_parts)
 
     def _is_due(self, trainer: pl.Trainer, *, is_validation: bool = False) -> bool:
         if trainer.sanity_checking:
             return False
-        if trainer.state.fn in ("validate", "test") or (
-            is_validation and watched_names(trainer, self._keys_begin_with)
-        ):
+        if trainer.state.fn in ("validate", "test") or (is_validation and self._is_watched(trainer)):
             return True
         last = self.history[-1] if self.history else None
         return self.rhythm.is_due(trainer.current_epoch, trainer.global_step, last)
+
+    def _is_watched(self, trainer: pl.Trainer) -> bool:
+        return bool(watched_names(trainer, self._keys_begin_with))
 
     def _bounds_are_due(self, trainer: pl.Trainer) -> bool:
         if trainer.state.fn in ("validate", "test") or self.rhythm.is_last(trainer):
@@ -364,13 +378,15 @@ class FisherMonitor(Callback):
         with_bounds = [entry["epoch"] for entry in self.history if any("seconds_bound" in key for key in entry)]
         return not with_bounds or trainer.current_epoch - with_bounds[-1] >= self.bound_every_n_epochs
 
-    def _measure_and_log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **when: Any) -> None:
+    def _measure_and_log(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, between_validations: bool = False
+    ) -> None:
         begin = time.perf_counter()
-        values = exchange(self._measured(trainer, pl_module), self._probe.limit)
+        values = exchange(self._measured(trainer, pl_module), self._probe.share.end, self._probe.num_samples)
         self._learn(values)
         logged = {self._key(name): value for name, value in numbers(values, self._levels).items()}
         logged[self._key("seconds")] = time.perf_counter() - begin
-        self._log(trainer, pl_module, logged, when)
+        self._log(trainer, pl_module, logged, between_validations)
         if trainer.state.fn == "fit":
             self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
             if trainer.is_global_zero:
@@ -405,8 +421,8 @@ class FisherMonitor(Callback):
             self._probe.is_complete = True
             if self.num_samples is not None and len(values.places) < self.num_samples:
                 rank_zero_info(
-                    f"FisherMonitor measures on all {len(values.places)} examples there are; num_samples asks for "
-                    f"{self.num_samples}."
+                    f"FisherMonitor measures on the {len(values.places)} examples that it has found; num_samples asks "
+                    f"for {self.num_samples}."
                 )
         self._without_bound |= values.without_bound
         taken = {level.name for level in self._levels.values()}
@@ -427,35 +443,36 @@ class FisherMonitor(Callback):
             self._warn_once("masking", _MASKING.format(ratio))
 
     def _log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], when: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], between_validations: bool
     ) -> None:
         dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        when: dict[str, Any] = {"on_step": True, "on_epoch": False} if between_validations else {}
         for key, value in logged.items():
-            name = key.removeprefix(self._key(""))
-            is_shown = (
-                self.detailed or trainer.state.fn != "fit" or name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
-            )
             pl_module.log(
                 key,
                 torch.tensor(value, dtype=dtype, device=pl_module.device),
-                logger=None if is_shown else False,
-                prog_bar=self.prog_bar and name == "lambda_max_mean",
+                logger=None if self._is_shown(key, trainer) and not between_validations else False,
+                prog_bar=self.prog_bar and key == self._key("lambda_max_mean"),
                 sync_dist=True,  # equal on all processes already
                 batch_size=1,
                 **when,
             )
+        if between_validations:  # Lightning would drop these, except at a multiple of log_every_n_steps
+            shown = {key: value for key, value in logged.items() if self._is_shown(key, trainer)}
+            send_numbers(trainer, shown)
+
+    def _is_shown(self, key: str, trainer: pl.Trainer) -> bool:
+        name = key.removeprefix(self._key(""))
+        is_chosen = name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
+        return self.detailed or trainer.state.fn != "fit" or is_chosen
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
         """Measure one input, or the batch where the model takes nothing less, and check the model."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
-        one = Part(inputs, side_inputs, torch.arange(len(inputs))).part(slice(1))
+        whole = Part(inputs, side_inputs, torch.arange(len(inputs)))
         with suppress(NonFiniteError):
-            try:
-                fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
-            except NonFiniteError:
-                raise
-            except Exception:  # whatever the user's forward raises for a batch of one
+            if not _takes_one(model, whole, options):
                 fisher_spectral_norm(model, inputs, side_inputs=side_inputs, **options)
                 self._takes_parts = False
         report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
@@ -477,7 +494,22 @@ class FisherMonitor(Callback):
             rank_zero_warn(f"FisherMonitor {message}")
 
 
+def _takes_one(model: nn.Module, whole: Part, options: dict[str, Any]) -> bool:
+    """Say whether one of the first examples can be measured alone; one that fails says nothing of the settings."""
+    for index in range(min(len(whole), _NUM_TRIED)):
+        one = whole.part(slice(index, index + 1))
+        try:
+            fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
+        except NonFiniteError:
+            return True
+        except Exception:  # whatever the user's forward raises
+            continue
+        return True
+    return False
+
+
 _CHECKPOINT_KEY = "FisherMonitor"
+_NUM_TRIED = 8
 _SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
 _MASKS = 0.2

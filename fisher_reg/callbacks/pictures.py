@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning as pl
 from torch import Tensor
 
 from fisher_reg.callbacks.measuring import NUM_PICTURES, Values
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 def takes_pictures(logger: Any) -> bool:
     """Whether a logger is one of those that are known to take figures."""
     return _kind(logger) is not None
+
+
+def send_numbers(trainer: pl.Trainer, logged: Mapping[str, float]) -> None:
+    """Send numbers to all loggers now, at the step at which Lightning would log them."""
+    step = trainer.global_step // max(1, len(trainer.optimizers)) - 1  # Lightning's counts from 0, once per batch
+    for logger in trainer.loggers:
+        logger.log_metrics({"epoch": trainer.current_epoch, **logged}, step=max(step, 0))
 
 
 def draw(logger: Any, values: Values, history: Sequence[Mapping[str, Any]], prefix: str, step: int) -> None:

@@ -45,24 +45,32 @@ class Share:
         rank: Its number.
         num_processes: How many there are; the j-th example of process r has the place ``r + j * num_processes``, as
             :class:`torch.utils.data.DistributedSampler` deals them out.
-        num_examples: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
+        end: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
+        deals_batches: Whether that sampler deals out whole batches, as it does for ``DataLoader(batch_size=None)``; the
+            examples of a batch then have neighbouring places.
     """
 
     rank: int = 0
     num_processes: int = 1
-    num_examples: float = math.inf
+    end: float = math.inf
+    deals_batches: bool = False
 
     @classmethod
     def of(cls, rank: int, num_processes: int, loaders: Any) -> Share:
         """Return the share that this process has of the first of some loaders."""
-        sampler = _sampler(_first(loaders))
+        loader = _first(loaders)
+        sampler = _sampler(loader)
         if not isinstance(sampler, DistributedSampler):
             return cls(rank, num_processes)
+        deals_batches = getattr(loader, "batch_sampler", None) is None
+        end = len(sampler.dataset) * (_LARGEST_BATCH if deals_batches else 1)  # type: ignore[arg-type]
         # its own numbers: processes that share a model see the same examples
-        return cls(sampler.rank, sampler.num_replicas, len(sampler.dataset))  # type: ignore[arg-type]
+        return cls(sampler.rank, sampler.num_replicas, end, deals_batches)
 
-    def places(self, begin: int, count: int) -> Tensor:
-        """Return the places of ``count`` examples after the first ``begin`` of this process."""
+    def places(self, batch: int, begin: int, count: int) -> Tensor:
+        """Return the places of ``count`` examples of a batch, after the first ``begin`` examples of this process."""
+        if self.deals_batches:
+            return (self.rank + self.num_processes * batch) * _LARGEST_BATCH + torch.arange(count)
         return self.rank + self.num_processes * torch.arange(begin, begin + count)
 
 
@@ -92,12 +100,6 @@ class Probe:
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts)
 
-    @property
-    def limit(self) -> float:
-        """Places from this one on do not count: they were not asked for, or are repetitions."""
-        asked = math.inf if self.num_samples is None else self.num_samples
-        return min(asked, self.share.num_examples)
-
     def add(self, inputs: Tensor, side_inputs: SideInputs, takes_parts: bool) -> None:
         """Take copies of the first examples of a batch that are still missing.
 
@@ -111,9 +113,12 @@ class Probe:
         if self.is_complete or missing <= 0:
             return
         with torch.inference_mode(False):
-            whole = Part(inputs, side_inputs, self.share.places(begin, len(inputs)))
-            chosen = whole.part(slice(int(min(missing, len(whole))))) if takes_parts else whole
-            self.parts.append(_own(chosen))
+            whole = Part(inputs, side_inputs, self.share.places(len(self.parts), begin, len(inputs)))
+            # where batches are dealt out, a part of one would leave a gap before those of other processes
+            may_cut = takes_parts and not self.share.deals_batches
+            chosen = whole.part(slice(int(min(missing, len(whole))))) if may_cut else whole
+            taken, taken_beside = own((chosen.inputs, chosen.side_inputs))
+            self.parts.append(Part(taken, taken_beside, chosen.places))
 
     def _missing(self, have: int) -> float:
         if self.num_samples is None:
@@ -121,12 +126,9 @@ class Probe:
         return math.ceil(self.num_samples / self.share.num_processes) - have
 
 
-def _own(part: Part) -> Part:
-    """Return copies on the CPU."""
-    inputs, side_inputs = apply_to_collection(
-        (part.inputs, part.side_inputs), Tensor, lambda tensor: tensor.detach().cpu().clone()
-    )
-    return Part(inputs, side_inputs, part.places)
+def own(tensors: Any) -> Any:
+    """Return copies on the CPU, which no later change of the originals reaches."""
+    return apply_to_collection(tensors, Tensor, lambda tensor: tensor.detach().cpu().clone())
 
 
 def _first(loaders: Any) -> Any:
@@ -141,7 +143,11 @@ def _values(loaders: Any) -> Iterator[Any]:
 
 
 def _sampler(loader: Any) -> Any:
-    own = getattr(loader, "sampler", None)
-    return (
-        own if isinstance(own, DistributedSampler) else getattr(getattr(loader, "batch_sampler", None), "sampler", own)
-    )
+    """Return the sampler of the examples, also where a batch sampler has it."""
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        return sampler
+    return getattr(getattr(loader, "batch_sampler", None), "sampler", sampler)
+
+
+_LARGEST_BATCH = 2**32

@@ -45,15 +45,33 @@ class Rhythm:
         return bool(self.epochs == 1 or epoch - last["epoch"] >= self.epochs)
 
     def is_last(self, trainer: pl.Trainer) -> bool:
-        """Say whether this is the end of the last epoch that is measured, as far as is known beforehand."""
-        if 0 <= trainer.max_steps <= trainer.global_step:
+        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
+        to_the_next = self._steps_to_the_next(trainer)
+        if 0 <= trainer.max_steps <= trainer.global_step or 0 <= trainer.max_steps < trainer.global_step + to_the_next:
             return True
-        if trainer.max_epochs is None or trainer.max_epochs < 0 or self.steps is not None or not trainer.is_last_batch:
+        if self.steps is not None or self.epochs == 1:
+            # Lightning estimates batches that step; its global_step counts each optimiser
+            total = trainer.estimated_stepping_batches * max(1, len(trainer.optimizers))
+            return bool(0 <= total < trainer.global_step + to_the_next)
+        if trainer.max_epochs is None or trainer.max_epochs < 0:
             return False
         interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
         interval = interval or 1
         ends = trainer.current_epoch + self.epochs + 1  # of the epoch that may be the next
         return math.ceil(ends / interval) * interval > trainer.max_epochs
+
+    def _steps_to_the_next(self, trainer: pl.Trainer) -> float:
+        """Return the optimiser steps until the next measurement, at most; 0 if that is not known."""
+        if self.steps is not None:
+            return self.steps
+        batches = trainer.num_training_batches * self.epochs * (trainer.check_val_every_n_epoch or 1)
+        if self.epochs == 1 and trainer.enable_validation:
+            epochs = trainer.check_val_every_n_epoch or math.inf
+            interval = trainer.val_check_batch or math.inf  # None where it is a time
+            batches = min(interval, trainer.num_training_batches * epochs)
+        if batches == math.inf:  # a loader without a length: nothing is known
+            return 0.0
+        return float(math.ceil(batches / trainer.accumulate_grad_batches) * max(1, len(trainer.optimizers)))
 
 
 def watched_names(trainer: pl.Trainer, prefix: str) -> list[str]:
