@@ -461,9 +461,10 @@ class FisherMonitor(pl.Callback):
         loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
         if loggers and find_spec("matplotlib") is None:
             self._warn_once("matplotlib", "draws no figure, since matplotlib is not installed.")
+        step = max(trainer.global_step - 1, 0)  # Lightning sends scalars at the index of the last step
         for logger in loggers:
             try:
-                draw(logger, values, self.history, self._keys_begin_with, trainer.global_step)
+                draw(logger, values, self.history, self._keys_begin_with, step)
             except Exception as error:  # whatever the client of a logger raises
                 kind = type(logger).__name__
                 self._warn_once(kind, f"draws nothing on {kind}, which raised {type(error).__name__}: {error}")
