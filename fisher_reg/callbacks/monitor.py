@@ -81,8 +81,9 @@ class FisherMonitor(pl.Callback):
 
     Loggers that are known to take pictures (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
     ``fisher/bound_versus_empirical`` and, of images, ``fisher/sensitive_examples`` with their top eigenvectors (both
-    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero), and TensorBoard charts of
-    the log10 curves and of the gaps.
+    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero; MLflow has none), and
+    TensorBoard charts of the log10 curves and of the gaps. They are at the steps of the scalars; where one batch takes
+    several optimiser steps, at the last of these.
 
     Under DDP all processes log the same numbers, those of the same examples on one process: what a
     :class:`~torch.utils.data.DistributedSampler` repeats counts once, and what fails on one process is warned of on
