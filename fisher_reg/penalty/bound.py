@@ -18,6 +18,7 @@ from fisher_reg.evaluation import (
     trained_module,
 )
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.printing import short_repr
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class BoundPenalty:
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
     tightening: Tightening = Tightening()
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)
