@@ -72,6 +72,12 @@ class ModelCheck:
         """What failed."""
         return tuple(finding for finding in self.findings if finding.passed is False)
 
+    def __repr__(self) -> str:
+        failed = ", ".join(finding.name for finding in self.failures)
+        num_passed = sum(finding.passed is True for finding in self.findings)
+        found = f"FAILED: {failed}" if failed else "passed"
+        return f"ModelCheck({found}; {num_passed} of {len(self.findings)} verified)"
+
     def __str__(self) -> str:
         words = {True: "ok", False: "FAILED", None: "unknown"}
         width = max(len(finding.name) for finding in self.findings)

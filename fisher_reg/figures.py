@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -20,10 +21,12 @@ _LEVELS = {
 
 
 def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: str = "fisher") -> Figure:
-    r"""Draw the estimate and the bounds above it over the epochs, on a logarithmic axis.
+    r"""Draw the estimate and the bounds above it over the training, on a logarithmic axis.
+
+    The horizontal axis has the epochs; the optimiser steps where an epoch has several measurements.
 
     Args:
-        history: One mapping per measurement, with ``epoch`` and the keys that
+        history: One mapping per measurement, with ``epoch``, ``step`` and the keys that
             :class:`fisher_reg.FisherMonitor` logs. Values that are not finite are left out.
         prefix: First part of these keys.
 
@@ -41,7 +44,7 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: st
         raise ValueError("There is nothing to draw: the history is empty. Has the monitor measured an epoch yet?")
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    epochs = [entry["epoch"] for entry in history]
+    unit, times = _times(history)
 
     def series(key: str) -> list[float]:
         return [entry.get(key, math.nan) for entry in history]
@@ -52,19 +55,33 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: st
     for level in levels:
         colour, line, name = _LEVELS.get(level, ("tab:red", "s-", f"{level} upper bound"))
         values = series(f"{first}{level}")
-        known = [(epoch, value) for epoch, value in zip(epochs, values, strict=True) if not math.isnan(value)]
-        axes.plot([epoch for epoch, _ in known], [value for _, value in known], line, color=colour, label=name)
+        known = [(time, value) for time, value in zip(times, values, strict=True) if not math.isnan(value)]
+        axes.plot([time for time, _ in known], [value for _, value in known], line, color=colour, label=name)
     curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}
     for name, colour in curves.items():
         decades = [_log10(value) for value in series(f"{prefix}/lambda_max_{name}")]
-        axes.plot(epochs, decades, "o-", color=colour, markersize=4, label=rf"$\lambda_{{\max}}(F)$, {name}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(times, decades, "o-", color=colour, markersize=4, label=rf"$\lambda_{{\max}}(F)$, {name}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(set(times)) == 1:
+        axes.set_xlim(times[0] - 1, times[0] + 1)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
-    axes.set(xlabel="epoch", ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
+    low, high = axes.get_ylim()
+    if math.floor(high) > math.ceil(low):
+        axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
+    else:  # the ticks lie between two powers of ten
+        axes.yaxis.set_major_formatter(lambda value, position: f"{10**value:.3g}")
+    axes.set(xlabel=unit, ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _times(history: Sequence[Mapping[str, float]]) -> tuple[str, list[float]]:
+    """Return the unit of the horizontal axis and where the measurements are on it."""
+    epochs = [entry["epoch"] for entry in history]
+    if len(set(epochs)) < len(epochs) and all("step" in entry for entry in history):
+        return "optimiser step", [entry["step"] for entry in history]
+    return "epoch", epochs
 
 
 def sensitive_examples(
@@ -74,11 +91,12 @@ def sensitive_examples(
 
     Args:
         images: Each ``(C, H, W)`` with one or three channels, on any scale; each is stretched to its own range.
-        eigenvectors: Of the same shapes. Drawn as the sum over the channels, blue below zero and red above.
+        eigenvectors: Of the same shapes. Drawn as the sum over the channels, on a scale that is symmetric about zero:
+            blue below it and red above; the largest 0.5 % of the entries are drawn as equal.
         eigenvalues: :math:`\lambda` of each, for the titles.
 
     Returns:
-        A figure that belongs to no pyplot state: one pair per example, four pairs in a row.
+        A figure that belongs to no pyplot state: one grid of pairs, up to four in a row, fewer of wide images.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -88,28 +106,88 @@ def sensitive_examples(
 
     if not images:
         raise ValueError("There is nothing to draw: give at least one image.")
-    num_rows = math.ceil(len(images) / _PAIRS_PER_ROW)
-    num_pairs = min(len(images), _PAIRS_PER_ROW)
-    figure = Figure(figsize=(2.4 * num_pairs, 1.5 * num_rows), layout="constrained")
-    axes = figure.subplots(num_rows, 2 * num_pairs, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis("off")
+    grid = _Grid.of(images)
+    figure = Figure(figsize=(grid.width, grid.height))
+    figure.text(0.5, 1 - _MARGIN / grid.height, "input and top eigenvector", ha="center", va="top", fontsize=9)
     for i, (image, vector, value) in enumerate(zip(images, eigenvectors, eigenvalues, strict=True)):
-        shown, signed = _stretched(image), vector.double().sum(0)
-        largest = max(float(signed.abs().max()), 1e-30)
-        axes[2 * i].imshow(shown.squeeze(-1), cmap="gray")
-        axes[2 * i].set_title(rf"$\lambda$ = {value:.3g}", fontsize=8)
-        axes[2 * i + 1].imshow(signed, cmap="seismic", vmin=-largest, vmax=largest)
+        signed = vector.double().sum(0)
+        limit = max(float(signed.abs().flatten().kthvalue(math.ceil(_SHOWN_IN_FULL * signed.numel())).values), 1e-30)
+        for place, shown, colours in (
+            (0, _stretched(image), {"cmap": "gray"}),
+            (1, signed, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}),
+        ):
+            axes = figure.add_axes(grid.panel(i, place))
+            axes.imshow(shown.numpy(), aspect=_aspect(image), **colours)
+            axes.set(xticks=[], yticks=[])
+        figure.text(*grid.title(i), rf"$\lambda$ = {value:.3g}", ha="center", fontsize=8)
     return figure
 
 
 _PAIRS_PER_ROW = 4
+_AREA = 1.3
+"""Of an image, in square inches: with the lengths below four pairs of square images are ten inches wide."""
+_GAP, _MARGIN, _TITLE = 0.05, 0.18, 0.22
+_MIN_WIDTH, _MAX_WIDTH = 2.4, 10.0
+_LONGEST = 4.0
+"""Largest ratio of the sides of an image that is kept; longer ones, such as signals of one row, are stretched."""
+_SHOWN_IN_FULL = 0.995
+"""Share of the entries of an eigenvector that the colours resolve: one large entry would leave the others white."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where pairs of images lie on a figure; lengths in inches, places in parts of the figure."""
+
+    image: tuple[float, float]
+    num_rows: int
+    num_columns: int
+
+    @classmethod
+    def of(cls, images: Sequence[Tensor]) -> _Grid:
+        """Fit images of the shape of the first one."""
+        ratio = min(max(images[0].shape[-1] / images[0].shape[-2], 1 / _LONGEST), _LONGEST)
+        image = math.sqrt(_AREA * ratio), math.sqrt(_AREA / ratio)
+        num_columns = min(len(images), _PAIRS_PER_ROW, max(1, int(_MAX_WIDTH / (2 * image[0]))))
+        return cls(image, math.ceil(len(images) / num_columns), num_columns)
+
+    @property
+    def pair(self) -> float:
+        return 2 * self.image[0] + _GAP
+
+    @property
+    def width(self) -> float:
+        return max(self.num_columns * (self.pair + _MARGIN) + _MARGIN, _MIN_WIDTH)
+
+    @property
+    def height(self) -> float:
+        return self.num_rows * (self.image[1] + _TITLE + _MARGIN) + _MARGIN + _TITLE
+
+    def _corner(self, i: int) -> tuple[float, float]:
+        row, column = divmod(i, self.num_columns)
+        left = (self.width - self.num_columns * (self.pair + _MARGIN) + _MARGIN) / 2 + column * (self.pair + _MARGIN)
+        return left, self.height - _TITLE - (row + 1) * (self.image[1] + _TITLE + _MARGIN)
+
+    def panel(self, i: int, place: int) -> tuple[float, float, float, float]:
+        """Return left, bottom, width and height of the image at ``place`` 0 or 1 of a pair."""
+        left, bottom = self._corner(i)
+        x = left + place * (self.image[0] + _GAP)
+        return x / self.width, bottom / self.height, self.image[0] / self.width, self.image[1] / self.height
+
+    def title(self, i: int) -> tuple[float, float]:
+        """Return where the title of a pair is centred, above it."""
+        left, bottom = self._corner(i)
+        return (left + self.pair / 2) / self.width, (bottom + self.image[1] + _GAP) / self.height
+
+
+def _aspect(image: Tensor) -> Literal["auto", "equal"]:
+    ratio = image.shape[-1] / image.shape[-2]
+    return "equal" if 1 / _LONGEST <= ratio <= _LONGEST else "auto"
 
 
 def _stretched(image: Tensor) -> Tensor:
-    """Return an image ``(H, W, C)`` in [0, 1]."""
+    """Return an image ``(H, W, C)``, or ``(H, W)`` of one channel, in [0, 1]."""
     low, high = image.min(), image.max()
-    return ((image - low) / (high - low).clamp_min(1e-30)).movedim(0, -1)
+    return ((image - low) / (high - low).clamp_min(1e-30)).movedim(0, -1).squeeze(-1)
 
 
 def _log10(value: float) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fisher_reg.estimate import automatic_solver, evaluation_operator, solved_with_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.printing import examples, spread
 from fisher_reg.quadratic import kl_ratio
 from fisher_reg.solvers import EigenResult, Solver, TraceEstimator, concatenate
 
@@ -27,6 +28,12 @@ class Measurement:
     result: EigenResult
     trace: Tensor
     kl_ratio: Tensor
+
+    def __repr__(self) -> str:
+        return (
+            f"Measurement({examples(len(self.trace))}: eigenvalue {spread(self.result.eigenvalue)}; "
+            f"trace {spread(self.trace)}; kl_ratio {spread(self.kl_ratio)})"
+        )
 
 
 def measure(

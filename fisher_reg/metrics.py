@@ -18,6 +18,7 @@ from fisher_reg.arguments import LIKELIHOOD, METRIC_REDUCTION, SOLVER, TRACE_EST
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.printing import examples, short
 from fisher_reg.solvers import Solver, TraceEstimator
 
 Reduction = Callable[[Tensor], Any]
@@ -54,6 +55,11 @@ class _PerExampleMetric(Metric):
         with torch.inference_mode(False):
             digest = _digest(type(self).__qualname__, *method, self.likelihood, self.input_std)
             self.settings = torch.tensor(digest, device=self.settings.device)
+
+    def extra_repr(self) -> str:
+        """Return what ``repr`` shows: the reduction, and how many examples were seen by this process."""
+        count = sum(len(values) for values in self.values) if isinstance(self.values, list) else len(self.values)
+        return f"reduction={short(self.reduction)}, {examples(count)}"
 
     def reset(self) -> None:
         """Forget all examples."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_reg.blackbox.questions import Questions
 from fisher_reg.blackbox.service import Service
+from fisher_reg.printing import examples, spread
 
 CONSTANT = "no answer differs from the one at the input"
 UNRESOLVED = "the answers do not resolve the step"
@@ -50,6 +51,13 @@ class BlackBoxResult:
     step: Tensor
     num_queries: int
     reason: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        missing = int(self.eigenvalue.isnan().sum())
+        return (
+            f"BlackBoxResult({examples(len(self.eigenvalue))}: eigenvalue {spread(self.eigenvalue)}; "
+            f"{missing} without a number; {self.num_queries} queries each)"
+        )
 
 
 class BlackBoxEstimator(Protocol):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisher_reg.printing import short_repr
+
 
 @dataclass(frozen=True)
 class Region:
@@ -67,6 +69,8 @@ class Box:
     low: Tensor | float
     high: Tensor | float
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
         try:
             low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (self.low, self.high))
@@ -115,6 +119,8 @@ class L2Ball:
 
     centre: Tensor
     radius: float
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not isinstance(self.centre, Tensor) or not bool(self.centre.isfinite().all()):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisher_reg.printing import examples, spread
+
 
 @dataclass(frozen=True)
 class BoundTerm:
@@ -64,6 +66,14 @@ class UpperBound:
         if isinstance(self.log10_value, Tensor):
             return 10**self.log10_value
         return 10**self.log10_value if self.log10_value < 308 else math.inf
+
+    def __repr__(self) -> str:
+        kind = f"{self.level}, {'certified' if self.certified else 'not certified'}"
+        if isinstance(self.log10_value, Tensor):
+            value = f"{examples(len(self.log10_value))}: log10_value {spread(self.log10_value)}"
+        else:
+            value = f"10^{self.log10_value:.4g}"
+        return f"UpperBound({kind}, {value}; {len(self.terms)} layers, {self.domain})"
 
     def __str__(self) -> str:
         total = float(torch.as_tensor(self.log10_value).double().mean())

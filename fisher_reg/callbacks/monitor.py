@@ -84,8 +84,9 @@ class FisherMonitor(Callback):
 
     Loggers that are known to take pictures (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
     ``fisher/bound_versus_empirical`` and, of images, ``fisher/sensitive_examples`` with their top eigenvectors (both
-    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero), and TensorBoard charts of
-    the log10 curves and of the gaps.
+    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero; MLflow has none), and
+    TensorBoard charts of the log10 curves and of the gaps. They are at the steps of the scalars; where one batch takes
+    several optimiser steps, at the last of these.
 
     Under DDP all processes log the same numbers, those of the same examples on one process: what a
     :class:`~torch.utils.data.DistributedSampler` repeats counts once, and what fails on one process is warned of on
@@ -481,9 +482,10 @@ class FisherMonitor(Callback):
         loggers = [logger for logger in trainer.loggers if takes_pictures(logger)]
         if loggers and find_spec("matplotlib") is None:
             self._warn_once("matplotlib", "draws no figure, since matplotlib is not installed.")
+        step = max(trainer.global_step - 1, 0)  # Lightning sends scalars at the index of the last step
         for logger in loggers:
             try:
-                draw(logger, values, self.history, self._keys_begin_with, trainer.global_step)
+                draw(logger, values, self.history, self._keys_begin_with, step)
             except Exception as error:  # whatever the client of a logger raises
                 kind = type(logger).__name__
                 self._warn_once(kind, f"draws nothing on {kind}, which raised {type(error).__name__}: {error}")

@@ -36,7 +36,7 @@ def draw(logger: Any, values: Values, history: Sequence[Mapping[str, Any]], pref
         values: Of the measurement.
         history: Of all measurements.
         prefix: First part of all keys.
-        step: Optimiser steps before it.
+        step: Of the loggers, at which Lightning sends the scalars of the measurement.
     """
     decades = values.column("eigenvalue").log10()
     decades = decades[decades.isfinite()]
@@ -55,12 +55,12 @@ def draw(logger: Any, values: Values, history: Sequence[Mapping[str, Any]], pref
 
 
 def send_figure(logger: Any, name: str, figure: Figure, step: int) -> None:
-    """Send a figure under ``name`` at an optimiser step."""
+    """Send a figure under ``name`` at a step of the logger."""
     kind = _kind(logger)
     if kind == "TensorBoardLogger":
         logger.experiment.add_figure(name, figure, step)
     elif kind == "WandbLogger":
-        logger.log_image(name, [figure])
+        logger.log_image(name, [figure], step=step)  # without it W&B draws it at the step before
     elif kind == "MLFlowLogger":
         logger.experiment.log_figure(logger.run_id, figure, f"{name}/step_{step:08d}.png")
     elif kind == "CometLogger":
@@ -75,7 +75,7 @@ def send_histogram(logger: Any, name: str, values: Tensor, step: int) -> None:
     elif kind == "WandbLogger":
         import wandb
 
-        logger.log_metrics({name: wandb.Histogram(values.tolist())})
+        logger.log_metrics({name: wandb.Histogram(values.tolist())}, step=step)
     elif kind == "CometLogger":
         logger.experiment.log_histogram_3d(values.tolist(), name=name, step=step)
 

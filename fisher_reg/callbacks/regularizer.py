@@ -51,6 +51,7 @@ from fisher_reg.evaluation import (
 from fisher_reg.likelihood import Categorical
 from fisher_reg.penalty import KLPenalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import kernels
+from fisher_reg.printing import short
 
 
 class FisherRegularizer(Callback):
@@ -177,6 +178,14 @@ class FisherRegularizer(Callback):
         self._num_schedule_steps = math.inf
         self._told = self._checked = False
         self._step: PenalisedStep | None = None
+
+    def __repr__(self) -> str:
+        shown = f"weight={self.weight:g}, penalty={short(self.penalty)}, every_n_steps={self.every_n_steps}"
+        if not isinstance(self.schedule, ConstantSchedule):
+            shown += f", schedule={short(self.schedule)}"
+        if self.control is not None:
+            shown += f", target_lambda={self.control.target:g}, weight_now={self.control.weight:.4g}"
+        return f"FisherRegularizer({shown}" + (f", num_skipped={self.num_skipped})" if self.num_skipped else ")")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wrap the training step of the trainer, and begin anew with what is adapted."""

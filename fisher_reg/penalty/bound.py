@@ -19,6 +19,7 @@ from fisher_reg.evaluation import (
 )
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import Penalty
+from fisher_reg.printing import short_repr
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class BoundPenalty(Penalty):
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
     tightening: Tightening = Tightening()
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         check_input_std(self.input_std)

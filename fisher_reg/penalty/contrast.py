@@ -11,6 +11,7 @@ from torch import Tensor
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
+from fisher_reg.printing import short_repr
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class LabelContrastPenalty(PointPenalty):
     """
 
     input_std: InputStd | None = None
+
+    __repr__ = short_repr
 
     differentiates_twice: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True

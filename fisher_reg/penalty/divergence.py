@@ -14,6 +14,7 @@ from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
+from fisher_reg.printing import short_repr
 from fisher_reg.solvers import unit
 
 
@@ -48,6 +49,8 @@ class KLPenalty(PointPenalty):
     step: float = 0.5
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
+
+    __repr__ = short_repr
 
     differentiates_twice: ClassVar[bool] = False
 

@@ -14,6 +14,7 @@ from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import double_backward, vjp_only
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
+from fisher_reg.printing import short_repr
 from fisher_reg.solvers import Lanczos
 
 # Any, not Tensor: jsonargparse takes a callable that returns a class for a factory, and would hand on its name
@@ -60,6 +61,8 @@ class SpectralPenalty(PointPenalty):
     reduction: Reduction = torch.mean
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
+
+    __repr__ = short_repr
 
     differentiates_twice: ClassVar[bool] = True
 

@@ -12,6 +12,7 @@ from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
+from fisher_reg.printing import short_repr
 from fisher_reg.sampling import signs
 
 
@@ -35,6 +36,8 @@ class TracePenalty(PointPenalty):
     num_samples: int = 1
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
+
+    __repr__ = short_repr
 
     differentiates_twice: ClassVar[bool] = True
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fisher_reg.printing import examples, short_repr, spread
 from fisher_reg.solvers.linalg import symmetric_eigen
 
 
@@ -53,6 +54,12 @@ class Interval:
     lower: Tensor
     upper: Tensor
     failure_probability: float
+
+    def __repr__(self) -> str:
+        return (
+            f"Interval({examples(len(self.lower))}: lower {spread(self.lower)}; upper {spread(self.upper)}; "
+            f"failure_probability={self.failure_probability:g})"
+        )
 
     @property
     def relative_width(self) -> Tensor:
@@ -78,6 +85,8 @@ class RandomProbe:
     log_norms: Tensor
     open_diagonal: Tensor
     num_outputs: int
+
+    __repr__ = short_repr
 
     @classmethod
     def none(cls, like: Tensor, num_outputs: int) -> RandomProbe:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fisher_reg.printing import examples, spread
 from fisher_reg.solvers.interval import Interval, RandomProbe, check_probability, majorant
 from fisher_reg.solvers.protocols import FactoredOperator
 
@@ -78,6 +79,15 @@ class EigenResult:
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default())
+
+    def __repr__(self) -> str:
+        is_one = self.eigenvalue.ndim == 1
+        count = examples(len(self.eigenvalue)) + ("" if is_one else f" with {self.eigenvalue.shape[1]} eigenpairs")
+        top = self.eigenvalue if is_one else self.eigenvalue[:, 0]
+        return (
+            f"EigenResult({count}: eigenvalue {spread(top)}; {int((~self.converged).sum())} not converged; "
+            f"{self.num_matvecs} matvecs by {type(self.solver).__name__})"
+        )
 
     @property
     def known_trace(self) -> Tensor:

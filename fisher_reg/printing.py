@@ -1,0 +1,77 @@
+"""Short texts for ``repr``: what a value is in one line, whatever the size of the tensors in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def short(value: Any) -> str:
+    """Return a few words for a value: arrays by their shape, functions by their name.
+
+    Example:
+        >>> import torch
+        >>> short(torch.zeros(3, 1, 1)), short(torch.mean), short([0.1] * 99), short(0.5)
+        ('tensor of shape (3, 1, 1)', 'mean', '99 values', '0.5')
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        is_number = value.ndim == 0
+        return f"{float(value):.4g}" if is_number else f"{_kind(value)} of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple) and len(value) > _MOST_VALUES:
+        return f"{len(value)} values"
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{type(value).__name__}(...)"
+
+
+def short_repr(self: Any) -> str:
+    """Return the ``repr`` of a dataclass in short: its numbers, and what differs from the defaults."""
+    shown = [
+        f"{field.name}={short(value)}"
+        for field in dataclasses.fields(self)
+        if isinstance(value := getattr(self, field.name), int | float) or _differs(value, field.default)
+    ]
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def examples(count: int) -> str:
+    """Return ``128 examples``, ``1 example``.
+
+    Example:
+        >>> examples(1), examples(2)
+        ('1 example', '2 examples')
+    """
+    return f"{count} example" if count == 1 else f"{count} examples"
+
+
+def spread(values: Tensor) -> str:
+    """Return a number, or the (lower) median and the largest of ``(N,)`` values that are not NaN.
+
+    Example:
+        >>> import torch
+        >>> spread(torch.tensor([1.0, 2.0, 30.0, torch.nan])), spread(torch.tensor([1.5])), spread(torch.zeros(0))
+        ('median 2, largest 30', '1.5', 'none')
+    """
+    known = values.detach().cpu().double()
+    known = known[~known.isnan()]
+    if known.numel() <= 1:
+        return f"{known.item():.4g}" if known.numel() else "none"
+    return f"median {known.median():.4g}, largest {known.max():.4g}"
+
+
+_MOST_VALUES = 4
+_LONGEST = 90
+
+
+def _kind(value: Tensor | np.ndarray) -> str:
+    return "tensor" if isinstance(value, Tensor) else "array"
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if isinstance(value, Tensor | np.ndarray) or isinstance(default, Tensor | np.ndarray):
+        return value is not default
+    return bool(value != default)
