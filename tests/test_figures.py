@@ -71,9 +71,10 @@ def test_pairs_are_titled_with_their_eigenvalues_and_drawn_as_they_are():
     images, vectors = _pairs(2, (3, 4, 4))
     vectors[1] = 0.0
     figure = sensitive_examples(list(images), list(vectors), [12.34, 0.0])
-    titles = [text.get_text() for text in figure.texts]
+    (axes,) = figure.axes
+    titles = [text.get_text() for text in (*figure.texts, *axes.texts)]
     assert titles == ["input and top eigenvector", r"$\lambda$ = 12.3", r"$\lambda$ = 0"]
-    shown = [axes.images[0] for axes in figure.axes]
+    shown = axes.images
     assert_close(torch.from_numpy(shown[1].get_array().data), vectors[0].double().sum(0))
     stretched = (images[0] - images[0].min()) / (images[0].max() - images[0].min())
     assert_close(torch.from_numpy(shown[0].get_array().data), stretched.movedim(0, -1))
@@ -88,7 +89,9 @@ def test_images_and_titles_lie_on_the_figure_beside_each_other(shape, count):
     figure = sensitive_examples(list(images), list(vectors), [1.2345e-12] * count)
     FigureCanvasAgg(figure).draw()
     assert figure.get_figwidth() <= 12
-    boxes = [axes.get_window_extent() for axes in figure.axes] + [text.get_window_extent() for text in figure.texts]
+    (axes,) = figure.axes
+    assert len(axes.images) == 2 * count
+    boxes = [one.get_window_extent() for one in (*axes.images, *figure.texts, *axes.texts)]
     for i, box in enumerate(boxes):
         assert box.x0 >= 0
         assert box.y0 >= 0

@@ -71,7 +71,7 @@ class FisherMonitor(Callback):
     - ``fisher/bound_local_mean`` *, ``fisher/bound_blockwise_mean`` *: mean over the probe, for bounds at the inputs;
       ``fisher/log10_bound_local`` *, …: mean of the decimal logarithms, and ``fisher/log10_gap_local`` *, …: mean log10
       of the bound over the eigenvalue, over the inputs where both are finite. All these only where bounds are measured
-    - ``fisher/seconds`` *: what the measurement took; ``fisher/seconds_bound_global``, …: its parts
+    - ``fisher/seconds`` *: what the measurement took, with its pictures; ``fisher/seconds_bound_global``, …: its parts
     - ``fisher/trace_mean``: unbiased; exact on the solver's search space (up to 6 classes: all of it), the rest by 2
       random sign vectors, the same for all examples and each time: two passes more than the eigenvalue alone
     - ``fisher/wide_interval_share``: share of the examples whose interval of the largest eigenvalue is wider than the
@@ -83,10 +83,10 @@ class FisherMonitor(Callback):
       count in no other number
 
     Loggers that are known to take pictures (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
-    ``fisher/bound_versus_empirical`` and, of images, ``fisher/sensitive_examples`` with their top eigenvectors (both
-    need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero; MLflow has none), and
-    TensorBoard charts of the log10 curves and of the gaps. They are at the steps of the scalars; where one batch takes
-    several optimiser steps, at the last of these.
+    ``fisher/bound_versus_empirical`` (where bounds are measured) and, of images, ``fisher/sensitive_examples`` with
+    their top eigenvectors (both need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero;
+    MLflow has none), and TensorBoard charts of the log10 curves and of the gaps. They are at the steps of the scalars;
+    where one batch takes several optimiser steps, at the last of these.
 
     Under DDP all processes log the same numbers, those of the same examples on one process: what a
     :class:`~torch.utils.data.DistributedSampler` repeats counts once, and what fails on one process is warned of on
@@ -386,12 +386,13 @@ class FisherMonitor(Callback):
         values = exchange(self._measured(trainer, pl_module), self._probe.share.end, self._probe.num_samples)
         self._learn(values)
         logged = {self._key(name): value for name, value in numbers(values, self._levels).items()}
-        logged[self._key("seconds")] = time.perf_counter() - begin
-        self._log(trainer, pl_module, logged, between_validations)
+        entry: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step} | logged
         if trainer.state.fn == "fit":
-            self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step} | logged)
+            self.history.append(entry)
             if trainer.is_global_zero:
                 self._draw(trainer, values)
+        logged[self._key("seconds")] = entry[self._key("seconds")] = time.perf_counter() - begin
+        self._log(trainer, pl_module, logged, between_validations)
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Values:
         """Measure the share of this process; nothing is raised, since the other processes wait for it."""

@@ -48,7 +48,8 @@ def draw(logger: Any, values: Values, history: Sequence[Mapping[str, Any]], pref
     send_charts(logger, prefix, {title: chosen for title, chosen in charts.items() if chosen})
     if find_spec("matplotlib") is None:
         return
-    send_figure(logger, f"{prefix}/bound_versus_empirical", bound_versus_empirical(history, prefix=prefix), step)
+    if values.seconds:  # where bounds were measured
+        send_figure(logger, f"{prefix}/bound_versus_empirical", bound_versus_empirical(history, prefix=prefix), step)
     if pictures := values.pictures[:NUM_PICTURES]:
         eigenvalues, _, images, vectors = zip(*pictures, strict=True)
         send_figure(logger, f"{prefix}/sensitive_examples", sensitive_examples(images, vectors, eigenvalues), step)

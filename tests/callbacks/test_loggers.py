@@ -148,8 +148,9 @@ def test_wandb_rows_never_go_back_and_none_is_lost(tmp_path):
     assert [row["_step"] for row in rows] == list(range(len(rows)))
     times = [row["trainer/global_step"] for row in rows]
     assert times == sorted(times)
-    for name in ("loss", "val_loss", "fisher/lambda_max_mean", *FIGURES, HISTOGRAM):
+    for name in ("loss", "val_loss", "fisher/lambda_max_mean", "fisher/sensitive_examples", HISTOGRAM):
         assert _wandb_steps(rows, name) == [0, 1, 2, 3], name
+    assert _wandb_steps(rows, "fisher/bound_versus_empirical") == [0, 3]  # where bounds are measured
 
 
 @namespaces
@@ -216,8 +217,9 @@ def test_pictures_between_validations_are_at_the_steps_of_their_scalars(tmp_path
     _fit(tmp_path, logger, FisherMonitor(probe=torch.rand(3, 3, 4, 4), every_n_steps=1))
     events = _tensorboard(tmp_path)
     scalars = {scalar.step for scalar in events.Scalars("fisher/lambda_max_mean")}
-    for name in FIGURES:
-        assert {image.step for image in events.Images(name)} == scalars == {0, 1, 2, 3}
+    assert {image.step for image in events.Images("fisher/sensitive_examples")} == scalars == {0, 1, 2, 3}
+    bounds = {scalar.step for scalar in events.Scalars("fisher/bound_global")}
+    assert {image.step for image in events.Images("fisher/bound_versus_empirical")} == bounds == {0, 3}
 
 
 @pytest.mark.parametrize("shape", [(12,), (2, 4, 4), (3, 2, 2, 2)])

@@ -151,7 +151,7 @@ def test_epochs_without_a_bound_leave_the_loggers_and_a_given_probe_as_they_are(
     events.Reload()
     assert len(events.Scalars("fisher/lambda_max_mean")) == 4
     assert len(events.Scalars("fisher/log10_bound_global")) == len(_epochs(monitor)) == 3
-    assert len(events.Images("fisher/bound_versus_empirical")) == 4
+    assert len(events.Images("fisher/bound_versus_empirical")) == 3
     assert set(trainer.callback_metrics) >= KEYS
 
 
