@@ -114,6 +114,16 @@ def test_each_fault_is_found_and_only_it(model, failed):
     assert _failed(model) == failed
 
 
+def test_batch_norm_over_one_value_per_example_is_no_wrong_derivative():
+    # the end of a network for large images: of two examples each channel would be -1 and 1
+    torch.manual_seed(0)
+    blocks = [part for _ in range(4) for part in (nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU())]
+    check = check_model(
+        nn.Sequential(nn.Flatten(), *blocks, nn.Linear(48, 5)), torch.rand(8, 3, 4, 4), is_training=True
+    )
+    assert check.passed, check
+
+
 @pytest.mark.parametrize("build", [lambda: _Probe(4, skip=True), _StraightThrough, lambda: _Lambda(_squares)])
 def test_a_wrong_derivative_is_found_whatever_the_weights(build):
     for seed in range(20):
