@@ -20,6 +20,7 @@ from fisher_reg.evaluation import (
     check_inputs,
     deployed,
     differentiable,
+    has_training_batch_norm,
     is_sharded,
     refuse_random,
     trained,
@@ -31,6 +32,8 @@ from fisher_reg.sampling import fixed_generator, normal
 
 _AGREES = 0.02
 """Largest difference of a derivative from its difference quotient, relative to their size."""
+_NUM_FOR_STATISTICS = 8
+"""Examples in a check of batch norm in training."""
 _NUM_DIRECTIONS = 4
 """Directions of the difference quotients; two forwards each."""
 
@@ -111,7 +114,8 @@ def check_model(
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`; it is only read.
-        inputs: ``(B, *S)``; two examples are enough, and only the first two are used where the model takes them.
+        inputs: ``(B, *S)``. Only the first two are used where the model takes them, and two are enough; the first
+            eight of batch norm in training.
         likelihood: What the logits parametrise.
         side_inputs: More arguments of the model.
         is_training: Whether the function that is being trained is meant, instead of the deployed one.
@@ -143,12 +147,15 @@ class _Check:
         self.likelihood = likelihood
         self.is_training = is_training
         whole = WithSideInputs(make(model, inputs), side_inputs, len(inputs))
-        self.function, self.inputs = self._first_two(whole, inputs)
+        self.function, self.inputs = self._first_few(whole, inputs)
         self.logits = torch.empty(0)
 
-    def _first_two(self, whole: WithSideInputs, inputs: Tensor) -> tuple[WithSideInputs, Tensor]:
-        few = slice(0, 2)
-        if len(inputs) <= 2:
+    def _first_few(self, whole: WithSideInputs, inputs: Tensor) -> tuple[WithSideInputs, Tensor]:
+        # Two values normalised by their own statistics are close to -1 and 1 whatever they are: no quotient could
+        # confirm the derivative of such a step, and networks for large images end in one value per channel.
+        takes_statistics = self.is_training and has_training_batch_norm(self.model)
+        few = slice(0, _NUM_FOR_STATISTICS if takes_statistics else 2)
+        if len(inputs) <= few.stop:
             return whole, inputs
         try:
             part = whole.part(few)

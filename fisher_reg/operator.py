@@ -278,8 +278,9 @@ class InputFisher:
 _NO_PATH = (
     "The logits carry no gradient with respect to the inputs: no differentiable path leads from one to the other, so "
     "that every derivative would be zero. A part of the model runs under torch.no_grad(), detaches, or is quantised. "
-    "To freeze weights use requires_grad_(False) on them instead of no_grad() in forward; for a model without "
-    "derivatives use blackbox_spectral_norm."
+    "To freeze weights use requires_grad_(False) on them instead of no_grad() in forward, or call the parts of the "
+    "module without it: logits_fn=lambda module, x: ... in a callback, LogitsOf(module, logits_fn) elsewhere. For a "
+    "model without derivatives use blackbox_spectral_norm."
 )
 
 _NO_SECOND_DERIVATIVE = (

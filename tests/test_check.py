@@ -104,7 +104,7 @@ def test_an_ordinary_network_passes(dtype, is_training):
         (_Lambda(_always_drops), ["repeatability"]),
         (_Lambda(_over_the_batch), ["independence"]),
         (_Lambda(lambda network, x: {"logits": network(x)}), ["logits"]),
-        (_Lambda(lambda network, x: network(x).log()), ["logits"]),
+        (_Lambda(lambda network, x: (-1 - network(x).abs()).log()), ["logits"]),
         (_Lambda(lambda network, x: network(x[:, :3])), ["logits"]),
         (_Lambda(_casts), []),  # the copy of a module computes in full precision
         (_Lambda(_in_autocast), []),
@@ -112,6 +112,16 @@ def test_an_ordinary_network_passes(dtype, is_training):
 )
 def test_each_fault_is_found_and_only_it(model, failed):
     assert _failed(model) == failed
+
+
+def test_batch_norm_over_one_value_per_example_is_no_wrong_derivative():
+    # the end of a network for large images: of two examples each channel would be -1 and 1
+    torch.manual_seed(0)
+    blocks = [part for _ in range(4) for part in (nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU())]
+    check = check_model(
+        nn.Sequential(nn.Flatten(), *blocks, nn.Linear(48, 5)), torch.rand(8, 3, 4, 4), is_training=True
+    )
+    assert check.passed, check
 
 
 @pytest.mark.parametrize("build", [lambda: _Probe(4, skip=True), _StraightThrough, lambda: _Lambda(_squares)])

@@ -147,10 +147,18 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, list | tuple):
         for place, part in enumerate(value):
             yield from _parts(part, f"{path}[{place}]")
-    elif hasattr(value, "__dict__"):
-        for name, part in vars(value).items():
-            if isinstance(part, Tensor):
-                yield f"{path}.{name}", part
+    else:
+        for name, part in _attributes(value).items():
+            yield f"{path}.{name}", part
+
+
+def _attributes(value: Any) -> dict[str, Tensor]:
+    """Return the tensors of an object, also of one with slots, and of a graph that keeps them under keys."""
+    names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
+    keys = getattr(value, "keys", None)
+    names += keys() if callable(keys) else ()
+    found = {name: getattr(value, name, None) for name in names if isinstance(name, str) and name.isidentifier()}
+    return {name: part for name, part in found.items() if isinstance(part, Tensor)}
 
 
 def _may_be_labels(value: Any) -> bool:
@@ -169,7 +177,8 @@ def _describe(value: Any) -> str:
         return "{" + ", ".join(f"{key!r}: {_describe(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of [" + ", ".join(_describe(item) for item in value) + "]"
-    return type(value).__name__
+    tensors = ", ".join(f"{name}: {_describe(part)}" for name, part in _attributes(value).items())
+    return f"{type(value).__name__} with {tensors}" if tensors else type(value).__name__
 
 
 def check_at_least_one(owner: object, **values: int) -> None:

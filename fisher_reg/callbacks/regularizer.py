@@ -78,8 +78,8 @@ class FisherRegularizer(Callback):
     Activation checkpointing with ``use_reentrant=False`` works; a forward of the penalty's own with second derivatives
     or batch statistics keeps its activations all the same.
 
-    Before the first penalised step :func:`fisher_reg.check_model` is run on two inputs (not with sharded weights); what
-    fails is warned of, with the remedy.
+    Before the first penalised step :func:`fisher_reg.check_model` is run on two inputs, or on eight with batch norm in
+    training (not with sharded weights); what fails is warned of, with the remedy.
 
     Where inputs are mixed or augmented inside the step, the penalty is taken at the inputs of the batch; do it in
     ``on_after_batch_transfer`` to have it at those that are trained on.

@@ -1,0 +1,29 @@
+"""LightningModules of other people, small and with random weights, each with a batch of the structure of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Public:
+    """A module with what is needed to train it and to check what is measured of it.
+
+    Attributes:
+        module: As its package builds it.
+        batch: What its data give.
+        network: From inputs ``(B, *S)`` to logits ``(B, K)``, written by hand with the parts of ``module``.
+        inputs: Returns the inputs ``(B, *S)`` of the batch.
+        names: Functions that ``needs`` may call.
+    """
+
+    module: pl.LightningModule
+    batch: Any
+    network: Callable[[Tensor], Tensor]
+    inputs: Callable[[], Tensor]
+    names: dict[str, Any] = field(default_factory=dict)
