@@ -175,12 +175,13 @@ class GradientGuard:
 
     Attributes:
         is_measuring: Whether the ratio is measured at this penalised step.
+        num_penalised: Penalised steps so far.
     """
 
     max_ratio: float | None = None
     measure_every: int | None = 50
     is_measuring: bool = field(default=False, init=False)
-    _num_seen: int = field(default=0, init=False)
+    num_penalised: int = field(default=0, init=False)
     _told: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -191,14 +192,14 @@ class GradientGuard:
 
     def begin_anew(self) -> None:
         """Count from a first penalised step again."""
-        self._num_seen = 0
+        self.num_penalised = 0
         self._told.clear()
 
     def count(self) -> None:
         """Count a penalised step, also one whose penalty is skipped, so that all processes measure at the same."""
-        is_due = self.measure_every is not None and self._num_seen % self.measure_every == 0
+        is_due = self.measure_every is not None and self.num_penalised % self.measure_every == 0
         self.is_measuring = is_due or self.max_ratio is not None
-        self._num_seen += 1
+        self.num_penalised += 1
 
     def applied(
         self, module: pl.LightningModule, loss: Tensor, penalty: Tensor | None, cut: Cut, coefficient: float

@@ -119,7 +119,9 @@ class FisherMonitor(Callback):
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
-            tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping.
+            tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping. It
+            sees the batch alone, once: of token ids return zeros of the shape of the embeddings, give the ids by
+            ``side_inputs_fn``, and let ``logits_fn`` add the zeros to the embeddings that the module has by then.
         logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, where ``pl_module(inputs)`` does not.
         side_inputs_fn: ``side_inputs_fn(batch)`` returns more arguments of the model (a mask, a class embedding): a
             tuple for ``pl_module(inputs, *side_inputs)``, or a mapping for keywords; ``logits_fn`` gets them likewise.

@@ -228,17 +228,20 @@ class FisherRegularizer(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the weight that was adapted; everything else goes by the optimiser step."""
+        """Keep the weight that was adapted and what was counted; everything else goes by the optimiser step."""
+        own: dict[str, float] = {"num_penalised": self.guard.num_penalised}
         if self.control is not None:
-            checkpoint.setdefault(_CHECKPOINT_KEY, {})[self._place(trainer)] = self.control.weight
+            own["weight"] = self.control.weight
+        checkpoint.setdefault(_CHECKPOINT_KEY, {})[self._place(trainer)] = own
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the weight of a checkpoint."""
-        kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._place(trainer))
-        if self.control is not None and kept is not None:
-            self.control.weight = kept
+        """Go on with what a checkpoint has kept."""
+        kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._place(trainer), {})
+        self.guard.num_penalised = int(kept.get("num_penalised", 0))
+        if self.control is not None:
+            self.control.weight = kept.get("weight", self.control.weight)
 
     def _place(self, trainer: pl.Trainer) -> str:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -391,7 +394,7 @@ class FisherRegularizer(Callback):
             self._step = None
 
 
-_CHECKPOINT_KEY = "fisher_regularizer_weights"
+_CHECKPOINT_KEY = "FisherRegularizer"
 _CONTROL_EVERY = 2  # penalised steps
 
 

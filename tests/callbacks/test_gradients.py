@@ -225,3 +225,16 @@ def test_penalised_steps_leave_no_tensors_behind(tmp_path):
     trainer = cases.trainer(tmp_path, callbacks=[regularizer, watch], max_steps=200)
     trainer.fit(_module(True), DataLoader([batch] * 200, batch_size=None))
     assert watch.counts[1] <= watch.counts[0]
+
+
+def test_a_resumed_training_measures_at_the_steps_of_the_undisturbed_one(tmp_path):
+    def fit(max_epochs, ckpt_path=None):
+        torch.manual_seed(1)
+        module, regularizer = cases.Plain(cases.tiny_network()), FisherRegularizer(every_n_steps=1)
+        trainer = cases.trainer(tmp_path, callbacks=[regularizer], max_epochs=max_epochs)
+        trainer.fit(module, cases.tiny_batches(), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{max_epochs}.ckpt")
+        return regularizer.guard.num_penalised
+
+    assert fit(2) == 4
+    assert fit(3, tmp_path / "2.ckpt") == 6
