@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -298,3 +298,36 @@ def _mean(values: Tensor) -> float:
 
 def _log10(value: float) -> float:
     return math.log10(value) if value > 0 else math.nan
+
+
+def with_names(known: Mapping[int, Level], found: Mapping[int, Level]) -> dict[int, Level]:
+    """Return the levels of all bounds, each under a name of its own: a second ``global`` one has its number in it."""
+    levels = dict(known)
+    for number, level in sorted(found.items()):
+        if number not in levels:
+            is_taken = level.name in {other.name for other in levels.values()}
+            name = f"{level.name}_{number + 1}" if is_taken else level.name
+            levels[number] = Level(name, level.is_per_example)
+    return levels
+
+
+def messages(values: Values) -> dict[str, str]:
+    """Return what to warn of after a measurement, by its kind."""
+    said = dict(values.troubles)
+    if "examples" in said:
+        left_out = int((~values.column("eigenvalue").isfinite()).sum())
+        begin = f"leaves out {left_out} of the {len(values.places)} examples of its probe, which cannot be measured"
+        said["examples"] = f"{begin}. Of the first one: {said['examples']}"
+    ratios = values.column("kl_ratio")
+    ratios = ratios[ratios.isfinite()]
+    if len(ratios) and ratios.median() < _MASKS:
+        said["masking"] = _MASKING.format(float(ratios.median()))
+    return said
+
+
+_MASKS = 0.2
+_MASKING = (
+    "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
+    "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
+    "or blackbox_spectral_norm with a step of that length, rather than it."
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from itertools import count, islice
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
 from fisher_reg.bounds import fisher_bound
@@ -39,14 +38,15 @@ from fisher_reg.callbacks.measuring import (
     exchange,
     measure_bound,
     measure_probe,
+    messages,
     numbers,
+    with_names,
 )
 from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
 from fisher_reg.callbacks.probe import Part, Probe, Share, own
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
-from fisher_reg.errors import NonFiniteError
-from fisher_reg.estimate import fisher_spectral_norm
+from fisher_reg.callbacks.trial import takes_parts
 from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, check_inputs
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver
@@ -57,8 +57,8 @@ class FisherMonitor(Callback):
 
     The probe is the first ``num_samples`` validation inputs over all processes, taken once, in the first validation
     that is measured. The network is measured in evaluation behaviour and left as it was found; the measurement has no
-    effect on training. ``trainer.validate`` and ``trainer.test`` measure too, each on a probe of its own data, and
-    return all values.
+    effect on training. ``trainer.validate`` and ``trainer.test`` measure too, each on a probe of its own data, under
+    the same keys, and return all values.
 
     Logged keys, in nats per squared input unit; all of them are in ``history`` and in ``trainer.callback_metrics``,
     those marked * also go to the loggers, and with ``detailed=True`` all do:
@@ -429,22 +429,9 @@ class FisherMonitor(Callback):
                     f"for {self.num_samples}."
                 )
         self._without_bound |= values.without_bound
-        taken = {level.name for level in self._levels.values()}
-        for number, level in sorted(values.levels.items()):
-            if number not in self._levels:
-                name = level.name if level.name not in taken else f"{level.name}_{number + 1}"
-                taken.add(name)
-                self._levels[number] = Level(name, level.is_per_example)
-        if "examples" in values.troubles:
-            left_out = int((~values.column("eigenvalue").isfinite()).sum())
-            begin = f"leaves out {left_out} of the {len(values.places)} examples of its probe, which cannot be measured"
-            values.troubles["examples"] = f"{begin}. Of the first one: {values.troubles['examples']}"
-        for kind, trouble in values.troubles.items():
-            self._warn_once(kind, trouble)
-        ratios = values.column("kl_ratio")
-        ratio = float(ratios[ratios.isfinite()].median()) if bool(ratios.isfinite().any()) else 1.0
-        if ratio < _MASKS:
-            self._warn_once("masking", _MASKING.format(ratio))
+        self._levels = with_names(self._levels, values.levels)
+        for kind, message in messages(values).items():
+            self._warn_once(kind, message)
 
     def _log(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: dict[str, float], between_validations: bool
@@ -474,11 +461,7 @@ class FisherMonitor(Callback):
         """Measure one input, or the batch where the model takes nothing less, and check the model."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
-        whole = Part(inputs, side_inputs, torch.arange(len(inputs)))
-        with suppress(NonFiniteError):
-            if not _takes_one(model, whole, options):
-                fisher_spectral_norm(model, inputs, side_inputs=side_inputs, **options)
-                self._takes_parts = False
+        self._takes_parts = takes_parts(model, Part(inputs, side_inputs, torch.arange(len(inputs))), options)
         report_check(self, model, inputs, side_inputs, likelihood=self.likelihood, is_training=False)
 
     def _draw(self, trainer: pl.Trainer, values: Values) -> None:
@@ -499,27 +482,6 @@ class FisherMonitor(Callback):
             rank_zero_warn(f"FisherMonitor {message}")
 
 
-def _takes_one(model: nn.Module, whole: Part, options: dict[str, Any]) -> bool:
-    """Say whether one of the first examples can be measured alone; one that fails says nothing of the settings."""
-    for index in range(min(len(whole), _NUM_TRIED)):
-        one = whole.part(slice(index, index + 1))
-        try:
-            fisher_spectral_norm(model, one.inputs, side_inputs=one.side_inputs, **options)
-        except NonFiniteError:
-            return True
-        except Exception:  # whatever the user's forward raises
-            continue
-        return True
-    return False
-
-
 _CHECKPOINT_KEY = "FisherMonitor"
-_NUM_TRIED = 8
 _SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")
-_MASKS = 0.2
-_MASKING = (
-    "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
-    "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
-    "or blackbox_spectral_norm with a step of that length, rather than it."
-)

@@ -35,7 +35,7 @@ def test_the_run_leaves_what_the_readme_promises(run):
         assert image.width > 500
     with (folder / "curves" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["fisher/lambda_max_mean"]]
-    assert len(rows) == 2
+    assert len(rows) == 3  # two epochs and the test
     config = OmegaConf.load(folder / "config.yaml")
     assert config.trainer.max_epochs == 2
     assert "${" not in (folder / "config.yaml").read_text()
