@@ -58,7 +58,7 @@ class FisherMonitor(Callback):
     The probe is the first ``num_samples`` validation inputs over all processes, taken once, in the first validation
     that is measured. The network is measured in evaluation behaviour and left as it was found; the measurement has no
     effect on training. ``trainer.validate`` and ``trainer.test`` measure too, each on a probe of its own data, under
-    the same keys, and return all values.
+    the same keys.
 
     Logged keys, in nats per squared input unit; all of them are in ``history`` and in ``trainer.callback_metrics``,
     those marked * also go to the loggers, and with ``detailed=True`` all do:
@@ -442,20 +442,19 @@ class FisherMonitor(Callback):
             pl_module.log(
                 key,
                 torch.tensor(value, dtype=dtype, device=pl_module.device),
-                logger=None if self._is_shown(key, trainer) and not between_validations else False,
+                logger=None if self._is_shown(key) and not between_validations else False,
                 prog_bar=self.prog_bar and key == self._key("lambda_max_mean"),
                 sync_dist=True,  # equal on all processes already
                 batch_size=1,
                 **when,
             )
         if between_validations:  # Lightning would drop these, except at a multiple of log_every_n_steps
-            shown = {key: value for key, value in logged.items() if self._is_shown(key, trainer)}
+            shown = {key: value for key, value in logged.items() if self._is_shown(key)}
             send_numbers(trainer, shown)
 
-    def _is_shown(self, key: str, trainer: pl.Trainer) -> bool:
+    def _is_shown(self, key: str) -> bool:
         name = key.removeprefix(self._key(""))
-        is_chosen = name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
-        return self.detailed or trainer.state.fn != "fit" or is_chosen
+        return self.detailed or name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
         """Measure one input, or the batch where the model takes nothing less, and check the model."""

@@ -242,8 +242,10 @@ def test_infinite_derivatives_are_warned_of_and_training_goes_on(tmp_path):
 
 def test_validate_measures_too(tmp_path):
     monitor = FisherMonitor(every_n_epochs=7)
-    results = cases.trainer(tmp_path, callbacks=[monitor]).validate(_module(), cases.tiny_batches(), verbose=False)
-    assert set(results[0]) >= KEYS
+    trainer = cases.trainer(tmp_path, callbacks=[monitor])
+    results = trainer.validate(_module(), cases.tiny_batches(), verbose=False)
+    assert {key for key in results[0] if key.startswith("fisher/")} == SHOWN
+    assert set(trainer.callback_metrics) >= KEYS
     assert monitor.history == []
 
 
