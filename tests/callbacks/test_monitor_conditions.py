@@ -171,6 +171,18 @@ def test_an_example_that_fails_costs_that_example(tmp_path, bad):
         assert torch.isfinite(torch.tensor(list(entry.values()))).all()
 
 
+def test_bounds_are_taken_of_the_examples_that_are_left(tmp_path):
+    x = _x(9)
+    x[3, 2] = torch.nan
+    keep, module = ~x.isnan().any(1), _still()
+    bounds = (fisher_bound, local_fisher_bound)
+    monitor, val = FisherMonitor(bounds=bounds), DataLoader(TensorDataset(x, torch.arange(9) % 4), 5)
+    _fit(tmp_path, module, monitor, val=val)
+    local = local_fisher_bound(module, x[keep]).log10_value.mean().item()
+    assert_close(monitor.history[0]["fisher/log10_bound_local"], local)
+    assert_close(monitor.history[0]["fisher/log10_bound_global"], fisher_bound(module, x[keep]).log10_value)
+
+
 def test_a_gap_is_over_the_examples_where_both_are_finite(tmp_path):
     module = _still()
     with torch.no_grad():
