@@ -44,10 +44,11 @@ class Share:
     Attributes:
         rank: Its number.
         num_processes: How many there are; the j-th example of process r has the place ``r + j * num_processes``, as
-            :class:`torch.utils.data.DistributedSampler` deals them out.
-        end: Places from this one on are repetitions, with which that sampler fills up; infinite if not known.
-        deals_batches: Whether that sampler deals out whole batches, as it does for ``DataLoader(batch_size=None)``; the
-            examples of a batch then have neighbouring places.
+            :class:`torch.utils.data.DistributedSampler` distributes them.
+        end: Places from this one on are repetitions, which that sampler adds so that all processes get equally many;
+            infinite if not known.
+        deals_batches: Whether that sampler distributes whole batches, as it does for ``DataLoader(batch_size=None)``;
+            the examples of a batch then have neighbouring places.
     """
 
     rank: int = 0
@@ -114,7 +115,7 @@ class Probe:
             return
         with torch.inference_mode(False):
             whole = Part(inputs, side_inputs, self.share.places(len(self.parts), begin, len(inputs)))
-            # where batches are dealt out, a part of one would leave a gap before those of other processes
+            # where whole batches are distributed, a part of one would leave a gap before those of other processes
             may_cut = takes_parts and not self.share.deals_batches
             chosen = whole.part(slice(int(min(missing, len(whole))))) if may_cut else whole
             taken, taken_beside = own((chosen.inputs, chosen.side_inputs))
