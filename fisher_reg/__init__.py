@@ -42,6 +42,7 @@ from fisher_reg.estimate import (
 )
 from fisher_reg.evaluation import LogitsOf
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
+from fisher_reg.geometry import L2, LInf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.measurement import fisher_kl_ratio
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
@@ -83,7 +84,9 @@ __all__ = [
     "HutchinsonMax",
     "Interval",
     "KLPenalty",
+    "L2",
     "L2Ball",
+    "LInf",
     "LabelContrastPenalty",
     "Lanczos",
     "Layer",

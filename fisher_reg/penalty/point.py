@@ -22,6 +22,7 @@ from fisher_reg.evaluation import (
     trained,
     twice_differentiable,
 )
+from fisher_reg.geometry import EUCLIDEAN, Geometry
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.operator import InputFisher, Linearization, vjp_only
 
@@ -74,6 +75,25 @@ class PointPenalty(ABC):
 
     differentiates_twice: ClassVar[bool]
     needs_labels: ClassVar[bool] = False
+
+    @property
+    def default_weight(self) -> float:
+        """The weight that :class:`fisher_reg.FisherRegularizer` takes if it is given none."""
+        return 0.1
+
+    def tolerates(self, inputs: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the round-off of a half precision is small beside what this penalty looks at.
+
+        A penalty with derivatives of the logits at a point needs full precision, and says no.
+
+        Args:
+            inputs: ``(B, *S)``.
+            dtype: In which the network computes.
+
+        Returns:
+            Whether it may be taken where the network computes in that precision.
+        """
+        return False
 
     def __call__(
         self,
@@ -140,6 +160,6 @@ def kernels(differentiates_twice: bool) -> Generator[None, None, None]:
         yield
 
 
-def squared_length(fisher: InputFisher, cotangent: Tensor) -> Tensor:
-    r"""Return :math:`\|D J^\top w\|^2` per example, ``(B,)``, with its gradient."""
-    return fisher.pullback(cotangent).square().sum(1)
+def squared_length(fisher: InputFisher, cotangent: Tensor, geometry: Geometry = EUCLIDEAN) -> Tensor:
+    r"""Return :math:`\|D J^\top w\|_*^2` in the dual norm, per example, ``(B,)``, with its gradient."""
+    return geometry.dual_norm(fisher.pullback(cotangent)).square()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisher_reg.arguments import LIKELIHOOD, REDUCTION
 from fisher_reg.evaluation import InputStd, check_input_std
+from fisher_reg.geometry import GEOMETRY, L2, Geometry
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import double_backward, vjp_only
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
@@ -45,6 +46,9 @@ class SpectralPenalty(PointPenalty):
             very sensitive examples from dominating.
         likelihood: The output distribution. :class:`Gaussian` makes it the squared norm of the Jacobian of the logits.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
+        geometry: In which norm perturbations have length 1. With :class:`LInf` the closed form is
+            :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`, a lower bound of
+            :math:`\max_{\|\delta\|_\infty \le 1} \delta^\top F \delta`; it has no solver, so ``num_steps`` must be 0.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -61,6 +65,7 @@ class SpectralPenalty(PointPenalty):
     reduction: Reduction = torch.mean
     likelihood: Likelihood = Categorical()
     input_std: InputStd | None = None
+    geometry: Geometry = L2()
 
     __repr__ = short_repr
 
@@ -70,8 +75,14 @@ class SpectralPenalty(PointPenalty):
         check_input_std(self.input_std)
         LIKELIHOOD.check(self.likelihood, self)
         REDUCTION.check(self.reduction, self)
+        GEOMETRY.check(self.geometry, self)
         if self.num_steps < 0:
             raise ValueError(f"SpectralPenalty needs num_steps >= 0; got {self.num_steps}.")
+        if self.num_steps > 0 and not isinstance(self.geometry, L2):
+            raise ValueError(
+                f"SpectralPenalty solves in the Euclidean norm only; got num_steps={self.num_steps} with "
+                f"geometry={self.geometry}. Use num_steps=0, the closed form of the two most probable classes."
+            )
 
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
@@ -80,7 +91,7 @@ class SpectralPenalty(PointPenalty):
         fisher = point.fisher(self.likelihood, self.input_std, double_backward if self.num_steps else vjp_only)
         if self.num_steps == 0:
             direction, weight = self.likelihood.contrast(fisher.logits)
-            eigenvalues = weight * squared_length(fisher, direction)
+            eigenvalues = weight * squared_length(fisher, direction, self.geometry)
         else:
             top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
             eigenvalues = squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top))
