@@ -214,9 +214,17 @@ class InputFisher:
         )
         return slope.to(row.dtype)
 
-    def slope(self, cotangent: Tensor) -> Tensor:
-        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, without gradient."""
-        return self._pull(cotangent, retain_graph=True)
+    def slope(self, cotangent: Tensor, *, is_last: bool = False) -> Tensor:
+        """``D Jᵀ w`` for a cotangent of the logits, ``(B, K)`` to ``(B, d)``, without gradient.
+
+        Args:
+            cotangent: ``w``.
+            is_last: Whether the graph of the logits is used no more, and its memory is freed.
+
+        Returns:
+            ``(B, d)``.
+        """
+        return self._pull(cotangent, retain_graph=not is_last)
 
     def logits_at(self, displacement: Tensor) -> Tensor:
         """Logits ``(B, K)`` at ``x + D v`` for ``v`` ``(B, d)``: one forward, with its graph to the parameters."""

@@ -93,15 +93,26 @@ class SeparateGradient:
     gradients: tuple[Tensor, ...]
 
     @classmethod
-    def take(cls, scalar: Tensor, cut: Cut) -> SeparateGradient:
-        """Differentiate down to a cut: one backward pass, which leaves ``.grad`` alone."""
+    def take(cls, scalar: Tensor, cut: Cut, scale: float = 1.0) -> SeparateGradient:
+        """Differentiate down to a cut: one backward pass, which leaves ``.grad`` alone.
+
+        Args:
+            scalar: What is differentiated.
+            cut: Where the gradient stops.
+            scale: Multiplies what goes through the graph, whose half precision would lose small numbers.
+
+        Returns:
+            The gradient, without the scale; of a second pass without it where the scaled one overflows.
+        """
         if not scalar.requires_grad:
             return cls(scalar, (), ())
         targets = [*cut.parameters, *cut.originals]
         # the graph is kept, since a penalty may hold more of the step than what was cut
-        found = torch.autograd.grad(scalar, [*cut.parameters, *cut.leaves], retain_graph=True, allow_unused=True)
-        pairs = [(target, one) for target, one in zip(targets, found, strict=True) if one is not None]
-        return cls(scalar.detach(), tuple(target for target, _ in pairs), tuple(one for _, one in pairs))
+        at = [*cut.parameters, *cut.leaves]
+        found = torch.autograd.grad(scale * scalar, at, retain_graph=True, allow_unused=True)
+        pairs = [(target, _divided(one, scale)) for target, one in zip(targets, found, strict=True) if one is not None]
+        taken = cls(scalar.detach(), tuple(target for target, _ in pairs), tuple(one for _, one in pairs))
+        return taken if scale == 1 or taken.is_finite else cls.take(scalar, cut)
 
     @property
     def is_finite(self) -> bool:
@@ -220,7 +231,7 @@ class GradientGuard:
             if self.max_ratio is not None:
                 self.tell("obstacle", f"max_gradient_ratio has no effect on {type(module).__name__}: {cut.obstacle}.")
             return Guarded(penalty)
-        gradient = None if penalty is None else SeparateGradient.take(penalty, cut)
+        gradient = None if penalty is None else SeparateGradient.take(penalty, cut, _scale_of(module.trainer))
         if gradient is not None and not gradient.is_finite:
             gradient = None
         # the other processes wait for this one in the mean of the gradients
@@ -238,8 +249,7 @@ class GradientGuard:
 
         Two backward passes through the step. None where it is not a number, or the step takes no pass before the last.
         """
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = _scale_of(module.trainer)
         of_loss, of_penalty = cut.nothing, cut.nothing
         try:
             with _unmoved_buffers(module):
@@ -268,6 +278,16 @@ class GradientGuard:
         if what not in self._told:
             self._told.add(what)
             rank_zero_warn(message)
+
+
+def _scale_of(trainer: pl.Trainer) -> float:
+    """Return the factor of the loss by which float16 keeps small gradients; 1 without."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _divided(gradient: Tensor, scale: float) -> Tensor:
+    return gradient if scale == 1 else gradient / scale
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -9,8 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisher_reg.arguments import INPUTS_FN, LABELS_FN, LOGITS_FN, PENALTY, SCHEDULE, SIDE_INPUTS_FN
 from fisher_reg.callbacks.base import Callback
@@ -29,28 +28,18 @@ from fisher_reg.callbacks.batch import (
 )
 from fisher_reg.callbacks.control import LambdaControl, check_control
 from fisher_reg.callbacks.gradients import GradientGuard
+from fisher_reg.callbacks.place import Place
 from fisher_reg.callbacks.schedules import ConstantSchedule, Schedule
 from fisher_reg.callbacks.sharded import refuse_sharded
 from fisher_reg.callbacks.step import Due, Observation, PenalisedStep
-from fisher_reg.callbacks.tap import standing_obstacle
 from fisher_reg.errors import NonFiniteError
 from fisher_reg.evaluation import (
-    EvaluatedModel,
-    Noise,
     SideInputs,
-    UnrecordedError,
-    WithSideInputs,
-    called,
-    deployed_with_gradient,
-    differentiable,
-    has_training_batch_norm,
     is_sharded,
     refuse_unseen_batch_norm,
-    select,
 )
 from fisher_reg.likelihood import Categorical
-from fisher_reg.penalty import KLPenalty, PointPenalty, TrainingPoint
-from fisher_reg.penalty.point import kernels
+from fisher_reg.penalty import KLPenalty, PointPenalty
 from fisher_reg.printing import short
 
 
@@ -90,7 +79,8 @@ class FisherRegularizer(Callback):
     ``fisher/lambda_control``. Those of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
-        weight: Factor of the penalty, at least 0; at 0 the training step is untouched.
+        weight: Factor of the penalty, at least 0; at 0 the training step is untouched. By default the
+            ``default_weight`` of the penalty, 0.1 for one that has none.
         penalty: :class:`KLPenalty` (default), another penalty of this package, or any callable
             ``penalty(model, inputs, generator=generator)`` that returns a scalar.
         every_n_steps: Penalises each n-th optimiser step, n times as strongly.
@@ -121,7 +111,7 @@ class FisherRegularizer(Callback):
 
     def __init__(
         self,
-        weight: float = 0.1,
+        weight: float | None = None,
         penalty: PenaltyFn = KLPenalty(),
         *,
         every_n_steps: int = 5,
@@ -139,6 +129,7 @@ class FisherRegularizer(Callback):
         labels_fn: LabelsFn | None = None,
     ) -> None:
         PENALTY.check(penalty, self)
+        weight = getattr(penalty, "default_weight", _DEFAULT_WEIGHT) if weight is None else weight
         SCHEDULE.check(schedule, self)
         INPUTS_FN.check(inputs_fn, self)
         LOGITS_FN.check(logits_fn, self)
@@ -169,6 +160,7 @@ class FisherRegularizer(Callback):
         self.control = None if target_lambda is None else LambdaControl(target_lambda, weight)
         self.use_running_statistics = use_running_statistics
         self.backward_pass = backward_pass
+        self.place = Place(penalty, batch_fraction, use_running_statistics, logits_fn)
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
@@ -176,7 +168,7 @@ class FisherRegularizer(Callback):
         self.num_skipped = 0
         self.guard = GradientGuard(max_gradient_ratio, gradient_ratio_every)
         self._num_schedule_steps = math.inf
-        self._told = self._checked = False
+        self._checked = False
         self._step: PenalisedStep | None = None
 
     def __repr__(self) -> str:
@@ -192,7 +184,8 @@ class FisherRegularizer(Callback):
         if stage != "fit" or self.weight == 0:
             return
         refuse_unseen_batch_norm(pl_module)
-        self._told = self._checked = False
+        self._checked = False
+        self.place.begin_anew()
         self.guard.begin_anew()
         if self.control is not None:
             self.control.begin_anew()
@@ -265,18 +258,15 @@ class FisherRegularizer(Callback):
 
     def differentiates_twice(self) -> bool:
         """Whether the step must run on kernels with second derivatives for its forward to be reused."""
-        return isinstance(self.penalty, PointPenalty) and self.penalty.differentiates_twice
+        return self.place.differentiates_twice
 
     def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
         """Whether the penalty can be taken where the step's forward has been."""
-        if not isinstance(self.penalty, PointPenalty) or self.batch_fraction < 1 or self.use_running_statistics:
-            return False
-        if self.penalty.differentiates_twice and has_training_batch_norm(module):
-            return False
-        obstacle = standing_obstacle(module) if side_inputs is None else "the model takes side inputs"
-        if obstacle is not None:
-            self._tell(obstacle)
-        return obstacle is None
+        return self.place.can_reuse_forward(module, side_inputs)
+
+    def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
+        """Return the half precision in which the step computes and the penalty may be taken; None for float32."""
+        return self.place.half_precision(module, inputs)
 
     def check(self, module: pl.LightningModule, due: Due) -> None:
         """Run :func:`fisher_reg.check_model` once, before the first penalised step."""
@@ -304,7 +294,7 @@ class FisherRegularizer(Callback):
             model = logits_model(module, self.logits_fn)
             self.control.measure(module, model, due.inputs, due.side_inputs, self.penalty, step)
         try:
-            penalty = self._value(module, due, seen, options)
+            penalty = self.place.value(module, due, seen, options)
         except NonFiniteError as error:
             if is_sharded(module):
                 raise  # the other processes wait for this one in the forward that it would skip
@@ -313,64 +303,6 @@ class FisherRegularizer(Callback):
         if not bool(torch.isfinite(penalty.detach())):
             self.skip(f"The penalty is {penalty.item()}.")
             return None
-        return penalty
-
-    def _value(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        if self.use_running_statistics:
-            with differentiable(due.inputs) as inputs:
-                model = deployed_with_gradient(logits_model(module, self.logits_fn), inputs)
-            return self._of_a_part(model, due, options)
-        recording = seen.recording if seen.recording.is_clear else None
-        try:
-            if self._reuses(module, due, seen):
-                return self._at_the_step(due, seen, options)
-            if recording is not None:
-                model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False, recording=recording)
-                return self._of_a_part(model, due, options)
-        except UnrecordedError:
-            self._tell("batch norms ran unseen in the training step")
-        with differentiable(due.inputs) as inputs:
-            model = EvaluatedModel(due.model, Noise(due.inputs.device), is_deployed=False)
-            model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
-        return self._of_a_part(model, due, options)
-
-    def _reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:
-        flow = seen.flow
-        if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
-            return False
-        if self.differentiates_twice() > flow.differentiates_twice or not self.can_reuse_forward(module, None):
-            return False
-        obstacle = flow.obstacle
-        if obstacle is None and not seen.recording.is_clear:
-            obstacle = "batch norms ran more than once in the training step"
-        if obstacle is None and self.differentiates_twice() and seen.recording.calls:
-            obstacle = "second derivatives would go through the batch statistics of the training step"
-        if obstacle is not None:
-            self._tell(obstacle)
-        return obstacle is None
-
-    def _at_the_step(self, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        assert isinstance(self.penalty, PointPenalty)
-        flow = seen.flow
-        assert flow is not None
-        noise = Noise(due.inputs.device, flow.state)
-        model = EvaluatedModel(due.model, noise, is_deployed=False, recording=seen.recording)
-        leaf = None if self.differentiates_twice() else seen.cut.leaf(flow.outputs[0])
-        point = TrainingPoint(model, flow.inputs, flow.outputs[0], leaf)
-        with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
-            return self.penalty.at(point, **options)
-
-    def _of_a_part(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
-        inputs, side_inputs = due.inputs, due.side_inputs
-        if self.batch_fraction < 1:
-            count = max(1, round(self.batch_fraction * len(inputs)))
-            chosen = torch.randperm(len(inputs), generator=options["generator"])[:count].to(inputs.device)
-            side_inputs = select(side_inputs, chosen, len(inputs))
-            inputs = inputs[chosen]
-            options = options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
-        if side_inputs is not None:
-            options = options | {"side_inputs": side_inputs}
-        penalty: Tensor = self.penalty(model, inputs, **options)
         return penalty
 
     def skip(self, reason: str) -> None:
@@ -383,17 +315,13 @@ class FisherRegularizer(Callback):
                 stacklevel=2,
             )
 
-    def _tell(self, obstacle: str) -> None:
-        if not self._told:
-            self._told = True
-            rank_zero_info(f"FisherRegularizer runs a forward of its own: {obstacle}.")
-
     def _unwrap(self) -> None:
         if self._step is not None:
             self._step.remove(self)
             self._step = None
 
 
+_DEFAULT_WEIGHT = 0.1
 _CHECKPOINT_KEY = "FisherRegularizer"
 _CONTROL_EVERY = 2  # penalised steps
 

@@ -51,6 +51,7 @@ class Due:
         inputs: A copy of them from before the step, which may change them in place.
         side_inputs: More arguments of the model.
         model: The model as it was before the step, as a copy that shares the parameters.
+        half_precision: In which the penalty is taken; None for float32.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Due:
     inputs: Tensor
     side_inputs: SideInputs
     model: Source
+    half_precision: torch.dtype | None = None
 
 
 class Term(Protocol):
@@ -82,6 +84,9 @@ class Term(Protocol):
 
     def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
         """Whether the penalty can be taken where the step's own forward has been."""
+
+    def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
+        """Return the half precision in which the step computes and the penalty may be taken; None for float32."""
 
     def check(self, module: pl.LightningModule, due: Due) -> None:
         """Check once that the model is the function that the penalty is meant for."""
@@ -158,7 +163,8 @@ class PenalisedStep:
         check_inputs(source)
         with torch.inference_mode(False), torch.enable_grad():
             model = source_of(logits_model(self.module, regularizer.logits_fn), is_deployed=False)
-        return Due(number, regularizer, source, source.detach().clone(), side_inputs, model)
+        half_precision = regularizer.half_precision(self.module, source)
+        return Due(number, regularizer, source, source.detach().clone(), side_inputs, model, half_precision)
 
     def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the penalties to what their backward pass of a step in manual optimisation differentiates."""

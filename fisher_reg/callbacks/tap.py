@@ -41,6 +41,7 @@ class Flow:
         differentiates_twice: Whether the step ran on kernels with second derivatives.
         inputs: What the module got instead: equal, with a gradient of their own.
         state: The random numbers when it got them.
+        autocast_dtype: The precision of autocast then; None without.
         num_forwards: How often it got them.
         outputs: The logits that came out, each tensor once.
         unusable: Why the forward that was seen is not that of the penalty; None if nothing was seen against it.
@@ -52,6 +53,7 @@ class Flow:
         self.differentiates_twice = differentiates_twice
         self.inputs = source
         self.state: GlobalState | None = None
+        self.autocast_dtype: torch.dtype | None = None
         self.num_forwards = 0
         self.outputs: list[Tensor] = []
         self.unusable: str | None = None
@@ -65,8 +67,8 @@ class Flow:
         self.inputs = self.source.detach().requires_grad_()
         self.state = GlobalState.read(self.source.device)
         self._inlet, self._fingerprint = part, _fingerprint(part)
-        if torch.is_autocast_enabled(self.source.device.type):
-            self.unusable = "the training step is under autocast, whose round-off would drown the penalty"
+        device = self.source.device.type
+        self.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return self.inputs.clone()  # a leaf may not be changed in place
 
     def add(self, output: Tensor) -> None:

@@ -27,7 +27,7 @@ from fisher_reg.evaluation.copying import is_sharded
 from fisher_reg.evaluation.inputs import LogitsFunction
 from fisher_reg.evaluation.noise import GlobalState, Noise
 from fisher_reg.evaluation.precision import FullPrecision
-from fisher_reg.evaluation.rules import Rule
+from fisher_reg.evaluation.rules import Rule, Rules
 from fisher_reg.evaluation.shared_copy import SharedCopy
 from fisher_reg.evaluation.switching import Switched
 
@@ -68,12 +68,20 @@ class EvaluatedModel(nn.Module):
         is_deployed: Whether batch norm uses its running statistics; otherwise those of a recording.
         recording: Batch statistics, for a function that is being trained; by default those of the inputs of the first
             call, at the cost of one more forward if there is any batch norm in training mode.
+        half_precision: In which it computes, under autocast, as the training step does; None for full precision.
 
     Attributes:
         saw_half_precision: Whether a call computed in half precision.
     """
 
-    def __init__(self, source: Source, noise: Noise, is_deployed: bool, recording: Recording | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        noise: Noise,
+        is_deployed: bool,
+        recording: Recording | None = None,
+        half_precision: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.training = False
         self.source = source
@@ -82,6 +90,7 @@ class EvaluatedModel(nn.Module):
             for name in ("_modules", "_parameters", "_buffers"):  # with the names that they have in the model
                 vars(self)[name] = vars(source.model)[name]
         self.recording = recording
+        self.half_precision = half_precision
         self.saw_half_precision = False
         self._noise = noise
         self._is_deployed = is_deployed
@@ -128,11 +137,16 @@ class EvaluatedModel(nn.Module):
     def _run(
         self, rules: dict[Any, Rule], needs_graph: bool, inputs: Tensor, side: tuple[Any, ...], named: dict[str, Any]
     ) -> Tensor:
-        full = self.source.is_promoted
-        precision = FullPrecision(rules, needs_graph, device_type=inputs.device.type, undoes_casts=full)
-        with self._noise.replayed(), self.source.opened(), precision:
+        device = inputs.device.type
+        precision: Rules
+        if self.half_precision is None:
+            precision = FullPrecision(rules, needs_graph, device_type=device, undoes_casts=self.source.is_promoted)
+        else:
+            precision = Rules(rules, needs_graph)
+        autocast = torch.autocast(device, self.half_precision, enabled=self.half_precision is not None)
+        with self._noise.replayed(), self.source.opened(), autocast, precision:
             logits: Tensor = self.model(inputs.clone(), *side, **named)
-        if precision.saw_half and not self.saw_half_precision:
+        if isinstance(precision, FullPrecision) and precision.saw_half and not self.saw_half_precision:
             self.saw_half_precision = True
             warnings.warn(_HALF_INSIDE, stacklevel=2)
         is_real = isinstance(logits, Tensor) and logits.is_floating_point()

@@ -45,12 +45,15 @@ class TrainingPoint:
         leaf: The same numbers as a leaf, where the caller takes the gradient there by itself and sends it through the
             graph of ``logits`` later. A penalty that differentiates no further than to the logits may use it for
             them; one that does not is as right, and costs a backward pass more.
+        is_used_once: Whether the graph of ``logits`` has been made for the derivative in the inputs alone, and the term
+            in the loss is that of ``leaf``, so that its memory can be freed with the first use.
     """
 
     function: LogitsFunction
     inputs: Tensor
     logits: Tensor
     leaf: Tensor | None = None
+    is_used_once: bool = False
 
     @property
     def outputs(self) -> Tensor:

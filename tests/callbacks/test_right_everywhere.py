@@ -82,20 +82,6 @@ def test_clipping(tmp_path, clip):
     _same(module, expected)
 
 
-def test_bf16_mixed_precision_takes_the_penalty_in_float32(tmp_path):
-    module, batches = _module(), cases.tiny_batches(count=12)
-    expected = copy.deepcopy(module)
-    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
-    for x, y in batches:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = nn.functional.cross_entropy(expected(x), y)
-        optimizer.zero_grad()
-        (loss + 0.7 * _KL(expected, x)).backward()
-        optimizer.step()
-    _fit(tmp_path, module, _regularizer(), batches, precision="bf16-mixed")
-    _same(module, expected)
-
-
 class _Averaging(WeightAveraging):
     def __init__(self):
         super().__init__(avg_fn=lambda averaged, current, count: 0.5 * averaged + 0.5 * current)

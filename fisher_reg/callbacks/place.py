@@ -1,0 +1,195 @@
+"""Where in a training step a penalty is taken: at the step's own forward, or by one of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from fisher_reg.callbacks.batch import LogitsFn, PenaltyFn, logits_model
+from fisher_reg.callbacks.step import Due, Observation
+from fisher_reg.callbacks.tap import standing_obstacle
+from fisher_reg.evaluation import (
+    EvaluatedModel,
+    Noise,
+    Recording,
+    SideInputs,
+    UnrecordedError,
+    WithSideInputs,
+    called,
+    deployed_with_gradient,
+    differentiable,
+    has_training_batch_norm,
+    select,
+)
+from fisher_reg.penalty import PointPenalty, TrainingPoint
+from fisher_reg.penalty.point import kernels
+
+
+@dataclass
+class Place:
+    """How the penalty of one regularizer is taken.
+
+    Args:
+        penalty: The penalty.
+        batch_fraction: Of the batch.
+        use_running_statistics: Whether the deployed function is penalised.
+        logits_fn: As in :class:`fisher_reg.FisherMonitor`.
+    """
+
+    penalty: PenaltyFn
+    batch_fraction: float
+    use_running_statistics: bool
+    logits_fn: LogitsFn | None
+    _told: bool = field(default=False, init=False)
+    _tolerated: dict[torch.dtype, bool] = field(default_factory=dict, init=False)
+
+    def begin_anew(self) -> None:
+        """Forget what was told and found out in an earlier fit."""
+        self._told = False
+        self._tolerated.clear()
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether second derivatives of the network are needed."""
+        return isinstance(self.penalty, PointPenalty) and self.penalty.differentiates_twice
+
+    def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
+        """Whether the penalty can be taken where the step's forward has been."""
+        if not isinstance(self.penalty, PointPenalty) or self.use_running_statistics:
+            return False
+        if self.penalty.differentiates_twice and (self.batch_fraction < 1 or has_training_batch_norm(module)):
+            return False
+        obstacle = standing_obstacle(module) if side_inputs is None else "the model takes side inputs"
+        if obstacle is not None:
+            self.tell(obstacle)
+        return obstacle is None
+
+    def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
+        """Return the half precision in which the step computes and the penalty may be taken; None for float32.
+
+        Whether it may is found out once in a fit, from the first inputs.
+        """
+        dtype = _autocast_dtype(module.trainer, inputs.device)
+        if dtype is None or not isinstance(self.penalty, PointPenalty):
+            return None
+        if dtype not in self._tolerated:
+            self._tolerated[dtype] = self.penalty.tolerates(inputs, dtype)
+        return dtype if self._tolerated[dtype] else None
+
+    def value(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
+        """Return the penalty.
+
+        Args:
+            module: What is trained.
+            due: The inputs and the model.
+            seen: What was seen of the step's forwards.
+            options: Arguments of the penalty.
+
+        Returns:
+            A scalar with its gradient.
+        """
+        if self.use_running_statistics:
+            with differentiable(due.inputs) as inputs:
+                model = deployed_with_gradient(logits_model(module, self.logits_fn), inputs)
+            return self.by_itself(model, due, options)
+        recording = seen.recording if seen.recording.is_clear else None
+        try:
+            if self.reuses(module, due, seen):
+                return self.at_the_step(due, seen, options)
+            if recording is not None:
+                return self.by_itself(_trained(due, Noise(due.inputs.device), recording), due, options)
+        except UnrecordedError:
+            self.tell("batch norms ran unseen in the training step")
+        with differentiable(due.inputs) as inputs:
+            model = _trained(due, Noise(due.inputs.device), None)
+            model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
+        return self.by_itself(model, due, options)
+
+    def reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:
+        """Whether the forward that was seen is that of the penalty; tells once why not."""
+        flow = seen.flow
+        if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
+            return False
+        if self.differentiates_twice > flow.differentiates_twice or not self.can_reuse_forward(module, None):
+            return False
+        obstacle = flow.obstacle
+        if obstacle is None and flow.autocast_dtype not in (None, due.half_precision):
+            obstacle = _ROUNDED
+        if obstacle is None and not seen.recording.is_clear:
+            obstacle = "batch norms ran more than once in the training step"
+        if obstacle is None and self.differentiates_twice and seen.recording.calls:
+            obstacle = "second derivatives would go through the batch statistics of the training step"
+        if obstacle is not None:
+            self.tell(obstacle)
+        return obstacle is None
+
+    def at_the_step(self, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
+        """Return the penalty with the logits of the step's own forward."""
+        assert isinstance(self.penalty, PointPenalty)
+        flow = seen.flow
+        assert flow is not None
+        logits = flow.outputs[0].to(torch.promote_types(flow.outputs[0].dtype, torch.float32))
+        leaf = None if self.differentiates_twice else seen.cut.leaf(logits)
+        model = _trained(due, Noise(due.inputs.device, flow.state), seen.recording)
+        with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
+            chosen = self.chosen(due, options)
+            if chosen is None:
+                return self.penalty.at(TrainingPoint(model, flow.inputs, logits, leaf), **options)
+            assert leaf is not None  # a penalty with second derivatives reuses no part
+            # a forward of the part alone for the direction: a backward pass through the whole batch would cost more
+            inputs = flow.inputs.detach()[chosen].requires_grad_()
+            own = called(model, inputs)
+            # where the model draws, the part has other dropout masks than in the step, and needs its own logits
+            point = TrainingPoint(model, inputs, own, *(() if model.draws else (leaf[chosen], True)))
+            return self.penalty.at(point, **_of_the_chosen(options, chosen))
+
+    def by_itself(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
+        """Return the penalty from a forward of its own, of a part of the batch perhaps."""
+        inputs, side_inputs = due.inputs, due.side_inputs
+        chosen = self.chosen(due, options)
+        if chosen is not None:
+            side_inputs = select(side_inputs, chosen, len(inputs))
+            inputs, options = inputs[chosen], _of_the_chosen(options, chosen)
+        if side_inputs is not None:
+            options = options | {"side_inputs": side_inputs}
+        penalty: Tensor = self.penalty(model, inputs, **options)
+        return penalty
+
+    def chosen(self, due: Due, options: dict[str, Any]) -> Tensor | None:
+        """Draw the places of the examples that are penalised; None for all."""
+        if self.batch_fraction == 1:
+            return None
+        count = max(1, round(self.batch_fraction * len(due.inputs)))
+        return torch.randperm(len(due.inputs), generator=options["generator"])[:count].to(due.inputs.device)
+
+    def tell(self, obstacle: str) -> None:
+        """Say once in a fit why the step's forward is not reused."""
+        if not self._told:
+            self._told = True
+            rank_zero_info(f"FisherRegularizer runs a forward of its own: {obstacle}.")
+
+
+def _trained(due: Due, noise: Noise, recording: Recording | None) -> EvaluatedModel:
+    """Return the function that is being trained, in the precision that the penalty may be taken in."""
+    return EvaluatedModel(due.model, noise, False, recording, due.half_precision)
+
+
+def _of_the_chosen(options: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
+    return options | ({"labels": options["labels"][chosen]} if "labels" in options else {})
+
+
+def _autocast_dtype(trainer: pl.Trainer, device: torch.device) -> torch.dtype | None:
+    """Return the half precision of the trainer's autocast; None where there is none."""
+    with trainer.precision_plugin.train_step_context():
+        if not torch.is_autocast_enabled(device.type):
+            return None
+        dtype = torch.get_autocast_dtype(device.type)
+    return dtype if torch.finfo(dtype).bits < 32 else None
+
+
+_ROUNDED = "the training step is under autocast, whose round-off would drown the penalty"
