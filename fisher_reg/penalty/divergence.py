@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fisher_reg.arguments import LIKELIHOOD
-from fisher_reg.evaluation import InputStd, check_input_std, standard_deviation
-from fisher_reg.geometry import GEOMETRY, L2, Geometry, LInf
+from fisher_reg.evaluation import InputStd, check_input_std, check_inputs, standard_deviation
+from fisher_reg.geometry import EUCLIDEAN, GEOMETRY, L2, Geometry, LInf
 from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
@@ -85,6 +85,48 @@ class KLPenalty(PointPenalty):
         moved = torch.where(direction.any(1, keepdim=True), moved, point.outputs)
         return 2 / self.step**2 * self.likelihood.divergence(point.outputs, moved).mean()
 
+    @classmethod
+    def from_batch(
+        cls,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        share: float = 0.04,
+        geometry: Geometry = EUCLIDEAN,
+        likelihood: Likelihood = Categorical(),
+        input_std: InputStd | None = None,
+    ) -> KLPenalty:
+        r"""Choose the step from a batch, as a share of the distance between the classes.
+
+        Half a unit is little between two photographs of 32 x 32 pixels and much between two digits of 8 x 8. So the
+        Euclidean length of the step is ``share`` times the median, over the batch, of the distance to the nearest input
+        with another label; a batch of 64 gives it within a tenth. For :class:`LInf` it is that of a step whose entries
+        all have the same size. :attr:`default_weight` goes with the step, so that the factor of the divergence in the
+        loss stays the same. No pass through a network.
+
+        Args:
+            inputs: ``(B, *S)``, floating point, as the network gets them.
+            labels: Class indices ``(B,)``, of two classes at least.
+            share: Of the distance; 0.04 is 0.5 on CIFAR-10, 0.3 on MNIST and 0.09 on 8 x 8 digits.
+            geometry: As for the class.
+            likelihood: As for the class.
+            input_std: As for the class; distances are then in pixel units.
+
+        Returns:
+            The penalty.
+
+        Raises:
+            ValueError: For labels of one class, or that do not fit, or inputs that are the same in all classes.
+
+        Example:
+            >>> inputs, labels = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 1])
+            >>> KLPenalty.from_batch(inputs, labels).step  # 0.04 * 5
+            0.2
+        """
+        distance = _distance_between_classes(inputs, labels, input_std)
+        entry = share * distance / math.sqrt(inputs[0].numel())
+        return cls(entry / geometry.typical_entry(inputs[0].numel()), likelihood, input_std, geometry)
+
     def weight(self, factor: float) -> float:
         r"""Return the weight at which ``factor`` times the divergence, in nats, is added to the loss.
 
@@ -118,3 +160,25 @@ class KLPenalty(PointPenalty):
         entry = self.step * self.geometry.typical_entry(inputs[0].numel()) / (1.0 if std is None else float(std.max()))
         size = float(inputs.detach().double().square().mean().sqrt())
         return entry >= 0.5 * torch.finfo(dtype).eps * size
+
+
+def _distance_between_classes(inputs: Tensor, labels: Tensor, input_std: InputStd | None) -> float:
+    """Return the median distance from an input to the nearest one with another label."""
+    check_inputs(inputs)
+    if labels.shape != inputs.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"KLPenalty.from_batch needs class indices of the {len(inputs)} inputs, ({len(inputs)},); got "
+            f"{labels.dtype} {tuple(labels.shape)}."
+        )
+    std = standard_deviation(input_std, inputs)
+    flat = (inputs.detach() if std is None else inputs.detach() * std.to(inputs)).double().flatten(1)
+    others = labels[:, None] != labels
+    distances = torch.cdist(flat, flat).where(others, torch.inf).amin(1)
+    found = distances[distances.isfinite()]
+    distance = float(found.median()) if len(found) else 0.0
+    if not 0 < distance < math.inf:
+        raise ValueError(
+            f"KLPenalty.from_batch needs different inputs of two classes at least; got {len(inputs)} inputs of "
+            f"{len(labels.unique())} classes. Pass a larger batch, or give KLPenalty its step."
+        )
+    return distance

@@ -1,0 +1,132 @@
+"""Does a penalty mean the same on other images: ``python -m recipes.penalty_scale``.
+
+Trains each network on each data set without a penalty, with the default step and weight of ``KLPenalty``, and with
+those of ``KLPenalty.from_batch``, and attacks each with the length that ``from_batch`` chose for the data set. The
+images are of several data sets at two resolutions each, so that half a unit is little on some and much on others.
+
+Leaves ``penalty_scale.csv`` (a row per network), ``penalty_scale.md`` and ``penalty_scale.json`` in Hydra's run folder.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from fisher_reg import KLPenalty
+from recipes.compare_penalties import train_and_measure
+from recipes.jobs import Settings, execute
+from recipes.networks import prepared_data
+from recipes.penalties_report import attack_name
+from recipes.records import without_folders
+
+_KEYS = ["data", "model", "method"]
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="penalty_scale")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    penalty_scale(config)
+
+
+def penalty_scale(config: DictConfig) -> pd.DataFrame:
+    """Train and measure what is not in the cache, and write the files.
+
+    Returns:
+        One row per network.
+    """
+    folder, cache = Path(config.output_dir), Path(config.cache_dir)
+    for path in (folder, cache):
+        path.mkdir(parents=True, exist_ok=True)
+    penalties = {name: chosen_penalty(config, data) for name, data in config.datasets.items()}
+    runs = plan(config, penalties)
+    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
+    rows = execute("training", [run for _, run in runs], partial(train_and_measure, cache=cache), **shared)
+    names = {json.dumps(run, sort_keys=True): name for name, run in runs}
+    frame = pd.DataFrame([_row(names[json.dumps(run, sort_keys=True)], run, row) for run, row in rows])
+    frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
+    frame.to_csv(folder / "penalty_scale.csv", index=False, float_format="%.4g")
+    text = markdown(frame)
+    (folder / "penalty_scale.md").write_text(text, encoding="utf-8")
+    shown = without_folders(OmegaConf.to_container(config, resolve=True))
+    (folder / "penalty_scale.json").write_text(json.dumps(shown, indent=2) + "\n")
+    Console().print(text, soft_wrap=True, highlight=False)
+    Console().print(f"Files: {folder}", soft_wrap=True)
+    return frame
+
+
+def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
+    """Return the penalty that one training batch of a data set suggests."""
+    prepared = prepared_data(OmegaConf.create({"seed": config.seed, "data": data}))
+    images, labels = next(iter(prepared.train_dataloader()))
+    return KLPenalty.from_batch(images, labels, share=config.share)
+
+
+def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str, Settings]]:
+    """Return the name of the data set and everything that the numbers depend on, for each network."""
+    everything = OmegaConf.to_container(config, resolve=True)
+    shared = {key: everything[key] for key in ("optimizer", "num_attack_steps", "num_attacked", "num_probes", "device")}
+    runs = []
+    for seed in everything["seeds"]:
+        for name, data in everything["datasets"].items():
+            own = penalties[name]
+            trainer = everything["trainer"] | {"max_epochs": everything["epochs"][name]}
+            attacks = [{"norm": 2, "epsilon": own.step}]
+            for model, network in everything["models"].items():
+                for method, callback in methods(own).items():
+                    weight = 0.0 if callback is None else callback["weight"]
+                    run = {"data": data, "trainer": trainer, "attacks": attacks, "model": model, "network": network}
+                    run |= {"method": method, "strength": weight, "seed": seed, "parameter": "weight"}
+                    runs.append((name, shared | run | {"callback": callback}))
+    return runs
+
+
+def methods(own: KLPenalty) -> dict[str, dict[str, Any] | None]:
+    """Return what is compared: the callback of each method."""
+    return {"none": None} | {
+        name: {
+            "_target_": "fisher_reg.FisherRegularizer",
+            "weight": penalty.default_weight,
+            "penalty": {"_target_": "fisher_reg.KLPenalty", "step": penalty.step},
+        }
+        for name, penalty in (("default", KLPenalty()), ("from_batch", own))
+    }
+
+
+def _described(run: Settings) -> str:
+    return f"{run['model']}, {run['method']}"
+
+
+def _row(name: str, run: Settings, result: dict[str, Any]) -> dict[str, Any]:
+    penalty = run["callback"]["penalty"]["step"] if run["callback"] else float("nan")
+    (attack,) = run["attacks"]
+    measured = {key: result[key] for key in ("clean", "lambda_mean", "lambda_median")}
+    found = {"radius": attack["epsilon"], "robust": result[attack_name(attack)]}
+    named = {"data": name, "model": run["model"], "method": run["method"], "seed": run["seed"]}
+    return named | {"step": penalty, "weight": run["strength"]} | measured | found
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a table: a row per data set, model and method, with means and standard errors over the seeds."""
+    titles = ("data", "model", "method", "step", "weight", "clean", "attacked", "radius", "mean λ")
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for names, group in frame.groupby(_KEYS, sort=False):
+        first = group.iloc[0]
+        setting = ["–", "–"] if names[2] == "none" else [f"{first.step:.3g}", f"{first.weight:.2g}"]
+        cells = [f"{group[key].mean():.3f} ± {group[key].sem():.3f}" for key in ("clean", "robust")]
+        lines.append(
+            "| "
+            + " | ".join([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
