@@ -48,8 +48,10 @@ from fisher_reg.measurement import fisher_kl_ratio
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import (
     BoundPenalty,
+    GradientNormPenalty,
     KLPenalty,
     LabelContrastPenalty,
+    NuclearNormPenalty,
     SpectralPenalty,
     TracePenalty,
     mean_log1p,
@@ -80,6 +82,7 @@ __all__ = [
     "ForwardError",
     "Gain",
     "Gaussian",
+    "GradientNormPenalty",
     "Hutchinson",
     "HutchinsonMax",
     "Interval",
@@ -99,6 +102,7 @@ __all__ = [
     "NonFiniteJacobianError",
     "NonFiniteLogitsError",
     "NonFiniteWeightsError",
+    "NuclearNormPenalty",
     "PowerIteration",
     "Rademacher",
     "SampledLabels",

@@ -98,7 +98,16 @@ LIKELIHOOD = Argument(
 )
 SCHEDULE = Argument("schedule", ("ConstantSchedule()", "LinearSchedule()", "CosineSchedule()"), ("factor",))
 PENALTY = Argument(
-    "penalty", ("KLPenalty()", "SpectralPenalty()", "TracePenalty()", "LabelContrastPenalty()", "BoundPenalty()")
+    "penalty",
+    (
+        "KLPenalty()",
+        "SpectralPenalty()",
+        "TracePenalty()",
+        "LabelContrastPenalty()",
+        "GradientNormPenalty()",
+        "NuclearNormPenalty()",
+        "BoundPenalty()",
+    ),
 )
 REDUCTION = Argument(
     "reduction",

@@ -3,7 +3,8 @@
 Trains each model with each method at several strengths and seeds, and measures on the test images: accuracy, accuracy
 under projected gradient attacks of kept libraries, the largest Fisher eigenvalue, the expected calibration error, and
 the seconds of the training (of one processor on a CPU, so that runs beside each other do not count twice). The best
-setting of each method is attacked by AutoAttack too, since a penalty may mask gradients instead of buying robustness.
+setting of each method, by the first of ``attacks``, is attacked by AutoAttack too, since a penalty may mask gradients
+instead of buying robustness. A method that is null is left out.
 
 Leaves ``penalties.csv`` (a row per network), ``penalties.md``, ``penalties.json`` and ``penalties.png`` in Hydra's run
 folder. Finished networks are kept in ``cache_dir``, so that a run that was killed goes on where it was.
@@ -64,8 +65,9 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     rows = execute("training", runs, partial(train_and_measure, cache=cache), **shared)
     frame = pd.DataFrame([_named(run) | row for run, row in rows]).sort_values([*KEYS, "seed"], ignore_index=True)
     frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
+    robust = attack_name(config.attacks[0])
     if config.auto_attacks:
-        best = finalists(frame, config.max_clean_loss)
+        best = finalists(frame, config.max_clean_loss, robust)
         chosen = [run for run in runs if (run["model"], run["method"], run["strength"]) in best]
         chosen = [run | {"auto": OmegaConf.to_container(config.auto_attacks)} for run in chosen]
         found = execute("AutoAttack on the best", chosen, partial(attack_again, cache=cache), **shared)
@@ -76,9 +78,9 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     (folder / "penalties.md").write_text(markdown(cells), encoding="utf-8")
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
     (folder / "penalties.json").write_text(json.dumps(OmegaConf.to_container(OmegaConf.create(shown)), indent=2) + "\n")
-    draw(frame).savefig(folder / "penalties.png", dpi=120)
+    draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
     console = Console()
-    console.print(markdown(short(cells)), soft_wrap=True, highlight=False)
+    console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)
     return frame
 
@@ -101,6 +103,7 @@ def plan(config: DictConfig) -> list[Settings]:
         for seed in everything["seeds"]
         for name, network in everything["models"].items()
         for method, options in everything["methods"].items()
+        if options is not None
         for strength in options["strengths"]
     ]
 

@@ -1,6 +1,7 @@
 """torchvision's own classes at sizes that suit small images, fed with pixels in [0, 1].
 
 Normalisation is the first layer of every network, so that inputs, attacks and Fisher eigenvalues are in pixel units.
+``activation`` is ``"relu"``, ``"silu"``, ``"gelu"``, or None for the one of the publication.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ class ImageSpec:
     std: tuple[float, ...]
 
 
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
 class Normalize(nn.Module):
     """``(pixels - mean) / std`` per channel."""
 
@@ -51,7 +56,9 @@ class Normalize(nn.Module):
         return (pixels - self.mean) / self.std
 
 
-def vgg(spec: ImageSpec, layers: Sequence[int | str], batch_norm: bool = True) -> nn.Module:
+def vgg(
+    spec: ImageSpec, layers: Sequence[int | str], batch_norm: bool = True, activation: str | None = None
+) -> nn.Module:
     """Build a :class:`torchvision.models.VGG` with the given layers (widths, and ``"M"`` for a pooling)."""
     network = VGG(make_layers(list(layers), batch_norm=batch_norm), num_classes=spec.num_classes)
     stem = network.features[0]
@@ -59,10 +66,10 @@ def vgg(spec: ImageSpec, layers: Sequence[int | str], batch_norm: bool = True) -
     nn.init.kaiming_normal_(network.features[0].weight, mode="fan_out", nonlinearity="relu")
     network.avgpool = nn.AdaptiveAvgPool2d(1)
     network.classifier = nn.Linear(next(width for width in reversed(layers) if width != "M"), spec.num_classes)
-    return _with_normalization(network, spec)
+    return _with_normalization(network, spec, activation)
 
 
-def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1) -> nn.Module:
+def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1, activation: str | None = None) -> nn.Module:
     """Build a :class:`torchvision.models.ResNet` of basic blocks; a stage of 0 blocks, from the end, is left out."""
     kept = [blocks for blocks in layers if blocks > 0]
     network = ResNet(BasicBlock, [max(1, blocks) for blocks in layers], num_classes=spec.num_classes)
@@ -72,23 +79,49 @@ def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1) -> nn.M
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
     network.fc = nn.Linear(64 * 2 ** (len(kept) - 1), spec.num_classes)
-    return _with_normalization(network, spec)
+    return _with_normalization(network, spec, activation)
+
+
+class OtherDenseNet(DenseNet):
+    """A DenseNet whose last activation, a function in torchvision's forward, is a module too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last_activation = nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.classifier(self.last_activation(self.features(images)).mean((2, 3)))
 
 
 def densenet(
-    spec: ImageSpec, growth_rate: int, block_config: Sequence[int], num_init_features: int, stem_stride: int = 1
+    spec: ImageSpec,
+    growth_rate: int,
+    block_config: Sequence[int],
+    num_init_features: int,
+    stem_stride: int = 1,
+    activation: str | None = None,
 ) -> nn.Module:
     """Build a :class:`torchvision.models.DenseNet` with a 3 x 3 stem and no first pooling."""
-    network = DenseNet(growth_rate, tuple(block_config), num_init_features, num_classes=spec.num_classes)
+    build = DenseNet if activation in (None, "relu") else OtherDenseNet
+    network = build(growth_rate, tuple(block_config), num_init_features, num_classes=spec.num_classes)
     network.features.conv0 = nn.Conv2d(
         spec.num_channels, num_init_features, 3, stride=stem_stride, padding=1, bias=False
     )
     nn.init.kaiming_normal_(network.features.conv0.weight)
     network.features.pool0 = nn.Identity()
-    return _with_normalization(network, spec)
+    return _with_normalization(network, spec, activation)
 
 
-def vit(spec: ImageSpec, patch_size: int, num_layers: int, num_heads: int, hidden_dim: int, mlp_dim: int) -> nn.Module:
+def vit(
+    spec: ImageSpec,
+    patch_size: int,
+    num_layers: int,
+    num_heads: int,
+    hidden_dim: int,
+    mlp_dim: int,
+    activation: str | None = None,
+) -> nn.Module:
     """Build a :class:`torchvision.models.VisionTransformer`."""
     network = VisionTransformer(
         image_size=spec.image_size,
@@ -100,7 +133,7 @@ def vit(spec: ImageSpec, patch_size: int, num_layers: int, num_heads: int, hidde
         num_classes=spec.num_classes,
     )
     network.conv_proj = nn.Conv2d(spec.num_channels, hidden_dim, patch_size, patch_size)
-    return _with_normalization(network, spec)
+    return _with_normalization(network, spec, activation)
 
 
 def torchvision_model(spec: ImageSpec, name: str) -> nn.Module:
@@ -121,5 +154,25 @@ def torchvision_model(spec: ImageSpec, name: str) -> nn.Module:
     return _with_normalization(get_model(name, weights=None, num_classes=spec.num_classes, **options), spec)
 
 
-def _with_normalization(network: nn.Module, spec: ImageSpec) -> nn.Module:
+def with_activation(network: nn.Module, name: str) -> None:
+    """Replace the activations of a network, modules of the classes in ``ACTIVATIONS``, in place.
+
+    Args:
+        network: Its weights stay as they are, also where they were drawn for another activation.
+        name: A key of ``ACTIVATIONS``.
+
+    Raises:
+        ValueError: For another name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or None as published; got {name!r}.")
+    for parent in list(network.modules()):
+        for child_name, child in parent.named_children():
+            if isinstance(child, tuple(ACTIVATIONS.values())) and not isinstance(child, ACTIVATIONS[name]):
+                setattr(parent, child_name, ACTIVATIONS[name]())
+
+
+def _with_normalization(network: nn.Module, spec: ImageSpec, activation: str | None = None) -> nn.Module:
+    if activation is not None:
+        with_activation(network, activation)
     return nn.Sequential(OrderedDict(normalize=Normalize(spec.mean, spec.std), network=network))

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
 ROBUST = "l2_0.25"
-"""The attack that finalists are chosen by and figures show; see :func:`attack_name`."""
+"""The attack that finalists are chosen by and figures show, unless another is named; see :func:`attack_name`."""
 _TITLES = {
     "seeds": "seeds",
     "clean": "clean",
@@ -30,7 +30,7 @@ def attack_name(attack: dict[str, Any]) -> str:
     return f"l2_{epsilon:g}"
 
 
-def finalists(frame: pd.DataFrame, max_clean_loss: float) -> set[tuple[str, str, float]]:
+def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) -> set[tuple[str, str, float]]:
     """Choose the strength of each method of each model that AutoAttack sees too.
 
     It is the one with the highest accuracy under attack among those whose accuracy is at most ``max_clean_loss`` below
@@ -39,13 +39,13 @@ def finalists(frame: pd.DataFrame, max_clean_loss: float) -> set[tuple[str, str,
     Returns:
         Model, method and strength of each.
     """
-    means = frame.groupby(KEYS)[["clean", ROBUST]].mean().reset_index()
+    means = frame.groupby(KEYS)[["clean", robust]].mean().reset_index()
     chosen = set()
     for (model, _), settings in means.groupby(["model", "method"]):
         plain = means[(means.model == model) & (means.method == PLAIN)].clean
         floor = plain.iloc[0] - max_clean_loss if len(plain) else -math.inf
         allowed = settings[settings.clean >= floor]
-        row = allowed.loc[allowed[ROBUST].idxmax()] if len(allowed) else settings.loc[settings.clean.idxmax()]
+        row = allowed.loc[allowed[robust].idxmax()] if len(allowed) else settings.loc[settings.clean.idxmax()]
         chosen.add((row.model, row.method, row.strength))
     return chosen
 
@@ -70,13 +70,13 @@ def markdown(cells: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short(cells: pd.DataFrame) -> pd.DataFrame:
+def short(cells: pd.DataFrame, robust: str = ROBUST) -> pd.DataFrame:
     """Return the columns of the table that fit on a screen."""
-    shown = ("clean", ROBUST, "l2_0.5", "linf_2/255", f"auto_{ROBUST}", "lambda_mean", "calibration_error", "seconds")
-    return cells[[*KEYS, *(name for name in shown if name in cells.columns)]]
+    shown = ("clean", robust, "l2_0.5", "linf_2/255", f"auto_{robust}", "lambda_mean", "calibration_error", "seconds")
+    return cells[[*KEYS, *(name for name in dict.fromkeys(shown) if name in cells.columns)]]
 
 
-def draw(frame: pd.DataFrame) -> Figure:
+def draw(frame: pd.DataFrame, robust: str = ROBUST) -> Figure:
     """Draw robust accuracy over accuracy and over time: a row per model, a curve per method through its strengths."""
     models = list(frame.model.unique())
     figure = Figure(figsize=(12, 4.6 * len(models) + 0.6), layout="constrained")
@@ -92,9 +92,9 @@ def draw(frame: pd.DataFrame) -> Figure:
             for panel, axis in zip(line, ("clean", "seconds"), strict=True):
                 style = {"marker": "*" if method == PLAIN else "o", "color": f"C{number % 10}", "capsize": 2}
                 style |= {"linestyle": "--" if number >= 10 else "-", "markersize": 12 if method == PLAIN else 5}
-                panel.errorbar(mean[axis], mean[ROBUST], error[ROBUST], error[axis], label=method, **style)
+                panel.errorbar(mean[axis], mean[robust], error[robust], error[axis], label=method, **style)
         plain = frame[(frame.model == model) & (frame.method == PLAIN)]
-        line[0].set(xlabel="accuracy", ylabel=f"accuracy under {_attack_title(ROBUST)}", title=model)
+        line[0].set(xlabel="accuracy", ylabel=f"accuracy under {_attack_title(robust)}", title=model)
         line[1].set(xlabel="seconds of training", title=model)
         if len(plain):
             line[0].axvline(plain.clean.mean(), color="gray", linestyle=":", linewidth=1)

@@ -3,14 +3,18 @@
 from fisher_reg.penalty.bound import BoundPenalty
 from fisher_reg.penalty.contrast import LabelContrastPenalty
 from fisher_reg.penalty.divergence import KLPenalty
+from fisher_reg.penalty.gradient_norm import GradientNormPenalty
+from fisher_reg.penalty.nuclear_norm import NuclearNormPenalty
 from fisher_reg.penalty.point import Penalty, PointPenalty, TrainingPoint
 from fisher_reg.penalty.spectral import SpectralPenalty, mean_log1p
 from fisher_reg.penalty.trace import TracePenalty
 
 __all__ = [
     "BoundPenalty",
+    "GradientNormPenalty",
     "KLPenalty",
     "LabelContrastPenalty",
+    "NuclearNormPenalty",
     "Penalty",
     "PointPenalty",
     "SpectralPenalty",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisher_reg.evaluation import InputStd, check_input_std
 from fisher_reg.likelihood import Categorical
+from fisher_reg.penalty.labels import checked_labels
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.printing import short_repr
 
@@ -50,28 +51,8 @@ class LabelContrastPenalty(PointPenalty):
         """Return the penalty at a point, in squared logits per squared input unit; nothing is random."""
         fisher = point.fisher(Categorical(), self.input_std)
         logits = fisher.logits.detach()
-        index = _checked(labels, logits)[:, None]
+        index = checked_labels(labels, logits, self)[:, None]
         rival = logits.scatter(1, index, -torch.inf).argmax(1, keepdim=True)
         contrast = torch.zeros_like(logits).scatter_(1, index, 1.0).scatter_(1, rival, -1.0)
         contrast = contrast * ~logits.gather(1, rival).isneginf()  # a class without a rival has no margin
         return squared_length(fisher, contrast).mean()
-
-
-def _checked(labels: Tensor | None, logits: Tensor) -> Tensor:
-    batch_size, num_classes = logits.shape
-    if labels is None:
-        raise ValueError("LabelContrastPenalty needs labels=, class indices (B,).")
-    fits = labels.shape == (batch_size,) and not (labels.is_floating_point() or labels.is_complex())
-    if not fits or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"labels must be {batch_size} class indices below {num_classes}; got {labels.dtype} {tuple(labels.shape)} "
-            f"from {labels.min().item():g} to {labels.max().item():g}. Say where they are with labels_fn, or for soft "
-            "labels use their argmax."
-        )
-    left_out = logits.gather(1, labels.long()[:, None]).isneginf()
-    if bool(left_out.any()):
-        raise ValueError(
-            f"{int(left_out.sum())} of {batch_size} labels name a class that the model leaves out, with a logit of "
-            "-inf. Pass only examples of the classes that are there."
-        )
-    return labels.long()

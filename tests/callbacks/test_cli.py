@@ -167,7 +167,15 @@ def test_one_yaml_has_two_monitors(namespace, nested):
 CATALOGUE = {
     "solver": ("Exact", "HutchinsonMax", "Lanczos", "PowerIteration"),
     "likelihood": ("Bernoulli", "Categorical", "Gaussian", "MarginTempered"),
-    "penalty": ("BoundPenalty", "KLPenalty", "LabelContrastPenalty", "SpectralPenalty", "TracePenalty"),
+    "penalty": (
+        "BoundPenalty",
+        "GradientNormPenalty",
+        "KLPenalty",
+        "LabelContrastPenalty",
+        "NuclearNormPenalty",
+        "SpectralPenalty",
+        "TracePenalty",
+    ),
     "schedule": ("ConstantSchedule", "CosineSchedule", "LinearSchedule"),
 }
 
@@ -175,9 +183,12 @@ CATALOGUE = {
 @pytest.mark.parametrize(("argument", "name"), [(key, name) for key, names in CATALOGUE.items() for name in names])
 def test_each_value_of_the_package_can_be_named(argument, name, nested):
     callback = "FisherMonitor" if argument in ("solver", "likelihood") else "FisherRegularizer"
+    args = [f"--trainer.callbacks+=fisher_reg.{callback}", f"--trainer.callbacks.{argument}=fisher_reg.{name}"]
+    if name == "GradientNormPenalty":  # jsonargparse keeps what the default has of the same name, KLPenalty's L2
+        args.append("--trainer.callbacks.penalty.geometry=fisher_reg.LInf")
     cli = import_module("pytorch_lightning.cli").LightningCLI(
         run=False,
-        args=[f"--trainer.callbacks+=fisher_reg.{callback}", f"--trainer.callbacks.{argument}=fisher_reg.{name}"],
+        args=args,
         model_class=import_module("pytorch_lightning.demos.boring_classes").BoringModel,
         save_config_callback=None,
     )

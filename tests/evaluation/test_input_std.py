@@ -98,6 +98,7 @@ def test_another_shape_is_refused_with_what_would_fit(std, given):
 def test_what_can_never_be_right_is_refused_by_constructors_too(std, error, match):
     makers = [fr.FisherSpectralNorm, fr.FisherTrace, fr.FisherMonitor]
     makers += [fr.KLPenalty, fr.SpectralPenalty, fr.TracePenalty, fr.LabelContrastPenalty, fr.BoundPenalty]
+    makers += [fr.GradientNormPenalty, fr.NuclearNormPenalty]
     for make in makers:
         with pytest.raises(error, match=match):
             make(input_std=std)
@@ -128,6 +129,10 @@ def _network():
         lambda net, x, std: fr.SpectralPenalty(input_std=std)(net, x),
         lambda net, x, std: fr.TracePenalty(input_std=std)(net, x, generator=torch.Generator()),
         lambda net, x, std: fr.LabelContrastPenalty(input_std=std)(net, x, labels=torch.zeros(2, dtype=torch.long)),
+        lambda net, x, std: fr.GradientNormPenalty(input_std=std)(net, x, labels=torch.zeros(2, dtype=torch.long)),
+        lambda net, x, std: fr.NuclearNormPenalty(bounds=None, input_std=std)(
+            net, x, labels=torch.zeros(2, dtype=torch.long), generator=torch.Generator()
+        ),
         lambda net, x, std: fr.BoundPenalty(input_std=std)(net, x),
     ],
 )

@@ -20,9 +20,11 @@ from fisher_reg import (
     FisherRegularizer,
     FisherSpectralNorm,
     FisherTrace,
+    GradientNormPenalty,
     KLPenalty,
     LabelContrastPenalty,
     Lanczos,
+    NuclearNormPenalty,
     PowerIteration,
     SpectralPenalty,
     TracePenalty,
@@ -105,6 +107,8 @@ PENALTIES = {
     "spectral penalty, 3 steps": _penalty(SpectralPenalty(3)),
     "trace penalty": _penalty(TracePenalty()),
     "label penalty": _penalty(LabelContrastPenalty(), labels=LABELS),
+    "gradient norm penalty": _penalty(GradientNormPenalty(), labels=LABELS),
+    "nuclear norm penalty": _penalty(NuclearNormPenalty(bounds=None), labels=LABELS),
     "bound penalty": _penalty(BoundPenalty()),
 }
 CALLS = ESTIMATES | BOUNDS | PENALTIES

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from PIL import Image
 
+from fisher_reg import GradientNormPenalty, KLPenalty, LInf, NuclearNormPenalty
 from recipes.cache import cached
-from recipes.compare_penalties import compare_penalties, plan
+from recipes.compare_penalties import callbacks, compare_penalties, plan
+from recipes.models import ImageSpec
 from recipes.penalties_report import attack_name, draw, finalists, markdown, short, summarize
+from recipes.rivals import TradesPenalty
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -104,6 +109,35 @@ def test_the_experiment_composes():
     assert len(plan(config)) == 3 * 2 * (1 + 9 * 3)
 
 
+def test_the_experiment_for_a_gpu_builds_each_method_and_its_network():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("compare_penalties", ["+experiment=compare_penalties/cifar10_gpu", "output_dir=x"])
+    runs = plan(config)
+    built = {(run["method"], run["strength"]): callbacks(run) for run in runs}
+    assert [type(callback).__name__ for (callback,) in list(built.values())[1:]] == (
+        ["FisherRegularizer"] * 6 + ["FastAdversarialTraining", "AdversarialTraining", "FisherRegularizer"]
+    )
+    assert built["none", 0] == []
+    for method, every in (("kl", 1), ("kl_every_5th", 5)):
+        ((callback,),) = (value for (name, _), value in built.items() if name == method)
+        assert callback.every_n_steps == every
+        assert callback.penalty == KLPenalty(step=callback.penalty.step, geometry=LInf())
+        assert callback.weight == pytest.approx(callback.penalty.default_weight, rel=1e-5)
+        assert callback.penalty.step == pytest.approx(8 / 255)
+    assert built["gradient_norm", 1.5][0].penalty == GradientNormPenalty()
+    assert built["nuclear_norm", 4.5][0].penalty == NuclearNormPenalty()
+    assert built["trades", 6][0].penalty == TradesPenalty()
+    spec = ImageSpec(10, 3, 32, (0.5,) * 3, (0.2,) * 3)
+    (network,) = config.models.values()
+    assert round(sum(weight.numel() for weight in instantiate(network, spec=spec).parameters()) / 1e6, 2) == 11.17
+    optimizer = instantiate(config.optimizer)([torch.zeros(1, requires_grad=True)])
+    assert optimizer.defaults | {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4} == optimizer.defaults
+    transform = instantiate(config.data.train_transform)
+    assert transform(torch.rand(3, 32, 32)).shape == (3, 32, 32)
+    assert [attack_name(attack) for attack in config.auto_attacks.attacks] == [attack_name(config.attacks[0])]
+    assert attack_name(config.attacks[0]) == "linf_8/255"
+
+
 def test_a_result_that_was_interrupted_is_not_half_there(tmp_path):
     def fail():
         raise KeyboardInterrupt
@@ -130,6 +164,13 @@ def _frame():
 def test_the_finalist_is_the_most_robust_of_those_that_keep_the_accuracy():
     assert finalists(_frame(), 0.02) == {("VGG", "none", 0.0), ("VGG", "kl", 0.1), ("VGG", "pgd", 4.0)}
     assert ("VGG", "kl", 0.5) in finalists(_frame(), 0.2)
+
+
+def test_another_attack_can_choose_the_finalists():
+    frame = _frame().assign(**{"linf_8/255": 1 - _frame()["l2_0.25"]})
+    assert ("VGG", "kl", 0.1) in finalists(frame, 0.2, "linf_8/255")
+    assert "linf_8/255" in short(summarize(frame), "linf_8/255").columns
+    assert draw(frame, "linf_8/255").axes[0].get_ylabel().endswith("8/255")
 
 
 def test_the_table_has_means_and_standard_errors():

@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 from fisher_reg import (
     BoundPenalty,
     FisherRegularizer,
+    GradientNormPenalty,
     KLPenalty,
     LabelContrastPenalty,
+    NuclearNormPenalty,
     SpectralPenalty,
     TracePenalty,
     blockwise_fisher_bound,
@@ -98,6 +100,7 @@ def test_callbacks_loggers_and_penalties_are_built(tmp_path):
     }
     assert isinstance(instantiate(config.trainer, logger=False), pl.Trainer)
     built = {"kl": KLPenalty, "spectral": SpectralPenalty, "trace": TracePenalty, "jacobian": TracePenalty}
+    built |= {"gradient_norm": GradientNormPenalty, "nuclear_norm": NuclearNormPenalty}
     for choice, penalty in (built | {"bound": BoundPenalty, "label_contrast": LabelContrastPenalty}).items():
         regularizer = instantiate(_compose(tmp_path, f"penalty={choice}").penalty)
         assert isinstance(regularizer, FisherRegularizer)
