@@ -66,10 +66,10 @@ def test_stationary_means_that_a_step_changes_no_sign():
 
 
 def test_the_value_never_falls_with_more_steps():
-    matrix = _random(40, 30, 50)
+    matrix = _random(40, 30, 300)
     values = [
-        SignIteration(num_starts=1, num_steps=n, rtol=0.0).maximize(MatrixOperator(matrix)).value
-        for n in (0, 1, 2, 4, 8)
+        SignIteration(num_starts=1, num_trials=1, num_steps=n, rtol=0.0).maximize(MatrixOperator(matrix)).value
+        for n in range(6)
     ]
     for few, many in itertools.pairwise(values):
         assert (many >= few * (1 - 1e-12)).all()
@@ -95,18 +95,15 @@ def test_rank_one_is_the_squared_sum_in_single_precision(scale):
     assert_close(result.value.double(), row.abs().sum((1, 2)).square(), rtol=1e-5, atol=1e-45)
 
 
-def test_a_diagonal_needs_the_entries_that_the_first_slope_does_not_see():
-    # from e_1 alone the slope is e_1: with zeros left in the perturbation the search would stop at 1
-    matrix = torch.eye(5, dtype=torch.float64)[None]
-    start = torch.eye(5, dtype=torch.float64)[:1]
-    assert_close(
-        SignIteration(num_starts=1).maximize(MatrixOperator(matrix, start)).value, torch.tensor([5.0]).double()
-    )
+def test_entries_that_move_nothing_are_at_a_vertex_too():
+    matrix = _random(3, 6, 4)
+    matrix[:, :, 2] = 0
+    assert (SignIteration().maximize(MatrixOperator(matrix)).perturbation.abs() == 1).all()
 
 
 def test_a_start_that_the_matrix_takes_to_zero_still_finds_the_value():
     matrix = torch.zeros(1, 6, 9, dtype=torch.float64)
-    matrix[0, 5] = torch.randn(9)
+    matrix[0, 5] = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.0, 4.0, -4.0])  # zero along ones as well
     start = torch.eye(6, dtype=torch.float64)[:1]
     value = SignIteration(num_starts=2).maximize(MatrixOperator(matrix, start)).value
     assert_close(value, matrix[:, 5].abs().sum(1).square())
