@@ -44,6 +44,7 @@ from fisher_reg.evaluation import LogitsOf
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.geometry import L2, LInf
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
+from fisher_reg.linf import fisher_linf_norm
 from fisher_reg.measurement import fisher_kl_ratio
 from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import (
@@ -57,7 +58,16 @@ from fisher_reg.penalty import (
     mean_log1p,
 )
 from fisher_reg.probes import Rademacher, SampledLabels, StandardNormal
-from fisher_reg.solvers import EigenResult, Exact, HutchinsonMax, Interval, Lanczos, PowerIteration
+from fisher_reg.solvers import (
+    EigenResult,
+    Exact,
+    HutchinsonMax,
+    Interval,
+    Lanczos,
+    PowerIteration,
+    SignIteration,
+    SignResult,
+)
 from fisher_reg.tempered import MarginTempered
 from fisher_reg.trace import Hutchinson
 from fisher_reg.universal import universal_spectral_norm
@@ -107,6 +117,8 @@ __all__ = [
     "Rademacher",
     "SampledLabels",
     "ScaledGain",
+    "SignIteration",
+    "SignResult",
     "SpectralPenalty",
     "StandardNormal",
     "Tightening",
@@ -122,6 +134,7 @@ __all__ = [
     "fisher_effective_rank",
     "fisher_eigenpairs",
     "fisher_kl_ratio",
+    "fisher_linf_norm",
     "fisher_spectral_norm",
     "fisher_spectral_norm_and_trace",
     "fisher_trace",

@@ -89,6 +89,7 @@ def _given(value: object) -> str:
 
 
 SOLVER = Argument("solver", ("Lanczos()", "Exact()", "PowerIteration()", "HutchinsonMax()"), ("solve",), True)
+SIGN_SOLVER = Argument("solver", ("SignIteration()",), ("maximize",), True)
 EIGENPAIR_SOLVER = Argument("solver", ("Exact()", "Lanczos()"), ("eigenpairs",), True)
 TRACE_ESTIMATOR = Argument("estimator", ("Hutchinson()", "Exact()"), ("trace",), True)
 BLACK_BOX_ESTIMATOR = Argument("estimator", ("BlackBox()", "BlackBoxMax()"), ("check", "estimate"), True)

@@ -97,7 +97,7 @@ def fisher_spectral_norm(
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solver = solver or automatic_solver(fisher.logits.shape[1])
         result = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)])
-    _warn_of_range(result)
+    warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
     return replace(result, eigenvector=result.eigenvector.view_as(inputs))
 
 
@@ -146,7 +146,7 @@ def fisher_eigenpairs(
             raise ValueError(f"num_eigenpairs must lie between 1 and K = {num_outputs}; got {num_eigenpairs}.")
         chunks = _chunks(fisher, solver)
         result = concatenate([solver.eigenpairs(chunk, num_eigenpairs, generator) for chunk in chunks])
-    _warn_of_range(result)
+    warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
     return replace(result, eigenvector=result.eigenvector.view(len(inputs), num_eigenpairs, *inputs.shape[1:]))
 
 
@@ -230,7 +230,7 @@ def fisher_spectral_norm_and_trace(
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         solved = list(solved_with_trace(fisher, solver, estimator, generator))
     result = concatenate([result for _, result, _ in solved])
-    _warn_of_range(result)
+    warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
     return replace(result, eigenvector=result.eigenvector.view_as(inputs)), torch.cat([trace for _, _, trace in solved])
 
 
@@ -357,14 +357,14 @@ def _trace_beside(
     return estimator.trace(fisher, generator)
 
 
-def _warn_of_range(result: EigenResult) -> None:
-    """Say which eigenvalues the precision cannot hold; they do not count as converged."""
-    has_vector = result.eigenvector.flatten(result.eigenvalue.ndim).abs().amax(-1) > 0
-    too_small = int(((result.eigenvalue == 0) & has_vector).sum())
-    too_large = int(result.eigenvalue.isinf().sum())
+def warn_of_range(values: Tensor, vectors: Tensor, name: str) -> None:
+    """Say how many values ``(B, ...)`` of vectors ``(B, ..., *S)`` that are not zero the precision cannot hold."""
+    has_vector = vectors.flatten(values.ndim).abs().amax(-1) > 0
+    too_small = int(((values == 0) & has_vector).sum())
+    too_large = int(values.isinf().sum())
     if too_small or too_large:
         warnings.warn(
-            f"{too_small} eigenvalues are too small and {too_large} too large for {result.eigenvalue.dtype}: they come "
-            "out as zero and infinity. Pass the model and the inputs in double precision.",
+            f"{too_small} {name} are too small and {too_large} too large for {values.dtype}: they come out as zero and "
+            "infinity. Pass the model and the inputs in double precision.",
             stacklevel=3,
         )

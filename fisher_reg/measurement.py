@@ -1,4 +1,4 @@
-"""What the monitor measures of a batch: eigenvalue, trace, and how far the quadratic picture holds, at once."""
+"""What a monitor measures of a batch: eigenvalue, trace, how far the quadratic picture holds, linf value, at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fisher_reg.estimate import automatic_solver, evaluation_operator, solved_with_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs
+from fisher_reg.geometry import EUCLIDEAN, Geometry, LInf
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.printing import examples, spread
 from fisher_reg.quadratic import kl_ratio
-from fisher_reg.solvers import EigenResult, Solver, TraceEstimator, concatenate
+from fisher_reg.solvers import EigenResult, SignIteration, Solver, TraceEstimator, concatenate
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,19 @@ class Measurement:
         result: As of :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
         trace: ``(B,)``.
         kl_ratio: ``(B,)``, see :func:`fisher_reg.fisher_kl_ratio`.
+        linf: ``(B,)``, the value of :func:`fisher_reg.fisher_linf_norm` where it was asked for.
     """
 
     result: EigenResult
     trace: Tensor
     kl_ratio: Tensor
+    linf: Tensor | None = None
 
     def __repr__(self) -> str:
+        linf = "" if self.linf is None else f"; linf {spread(self.linf)}"
         return (
             f"Measurement({examples(len(self.trace))}: eigenvalue {spread(self.result.eigenvalue)}; "
-            f"trace {spread(self.trace)}; kl_ratio {spread(self.kl_ratio)})"
+            f"trace {spread(self.trace)}; kl_ratio {spread(self.kl_ratio)}{linf})"
         )
 
 
@@ -45,18 +49,22 @@ def measure(
     likelihood: Likelihood = Categorical(),
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
+    geometry: Geometry = EUCLIDEAN,
 ) -> Measurement:
     """Return the numbers of a batch; arguments as of :func:`fisher_reg.fisher_spectral_norm_and_trace`.
 
-    Cost: as there, and one forward.
+    Cost: as there, and one forward; with :class:`fisher_reg.LInf` also that of :func:`fisher_reg.fisher_linf_norm`.
     """
-    results, traces, ratios = [], [], []
+    results, traces, ratios, largest = [], [], [], []
     with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
         for chunk, result, trace in solved_with_trace(fisher, solver, estimator):
             results.append(result)
             traces.append(trace)
             ratios.append(kl_ratio(chunk, result.eigenvalue, result.eigenvector, result.left_singular_vector))
-    return Measurement(concatenate(results), torch.cat(traces), torch.cat(ratios))
+            if isinstance(geometry, LInf):
+                largest.append(SignIteration().maximize(chunk).value)
+    linf = torch.cat(largest) if largest else None
+    return Measurement(concatenate(results), torch.cat(traces), torch.cat(ratios), linf)
 
 
 def fisher_kl_ratio(

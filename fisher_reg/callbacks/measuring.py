@@ -19,6 +19,7 @@ from fisher_reg.callbacks.batch import BoundFn
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
 from fisher_reg.evaluation import InputStd, is_sharded
+from fisher_reg.geometry import Geometry, LInf
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
 from fisher_reg.metrics import summarize
@@ -44,6 +45,7 @@ class Subject:
         solver: As of :class:`fisher_reg.FisherMonitor`.
         likelihood: As there.
         input_std: As there.
+        geometry: As there.
     """
 
     model: nn.Module
@@ -54,6 +56,12 @@ class Subject:
     solver: Solver | None
     likelihood: Likelihood
     input_std: InputStd | None
+    geometry: Geometry
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of what is measured of each example."""
+        return (*_EXAMPLE_COLUMNS, "linf") if isinstance(self.geometry, LInf) else _EXAMPLE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def measure_probe(subject: Subject) -> Values:
     rows = [row for part in subject.parts for row in _rows(subject, _to(part, subject.device), values)]
     if rows:
         values.places = torch.cat([part.places for part in subject.parts])
-        values.columns = {name: torch.cat([row[name] for row in rows]) for name in _EXAMPLE_COLUMNS}
+        values.columns = {name: torch.cat([row[name] for row in rows]) for name in subject.columns}
     return values
 
 
@@ -131,7 +139,7 @@ def _rows(subject: Subject, part: Part, values: Values) -> list[dict[str, Tensor
             return [row for half in halves for row in _rows(subject, half, values)]
         kind = "" if isinstance(error, NonFiniteError) else f"{type(error).__name__}: "
         values.troubles.setdefault("examples", f"{kind}{error}")
-        return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in _EXAMPLE_COLUMNS}]
+        return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in subject.columns}]
 
 
 def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]:
@@ -143,6 +151,7 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
         likelihood=subject.likelihood,
         input_std=subject.input_std,
         side_inputs=part.side_inputs,
+        geometry=subject.geometry,
     )
     result = measured.result
     if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
@@ -151,8 +160,9 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
             image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
             values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
         values.pictures = _largest(values.pictures)
-    columns = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
-    return {name: column.double().cpu() for name, column in zip(_EXAMPLE_COLUMNS, columns, strict=True)}
+    columns = [result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio]
+    columns += [] if measured.linf is None else [measured.linf]
+    return {name: column.double().cpu() for name, column in zip(subject.columns, columns, strict=True)}
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
@@ -245,9 +255,9 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     eigenvalue = values.column("eigenvalue")
     is_measured = eigenvalue.isfinite()
     found = eigenvalue[is_measured]
-    logged = {f"lambda_max_{name}": float(value) for name, value in summarize(found).items()}
-    for name in ("max", "median"):
-        logged[f"log10_lambda_max_{name}"] = _log10(logged[f"lambda_max_{name}"])
+    logged = _statistics("lambda_max", found)
+    if "linf" in values.columns:
+        logged |= _statistics("lambda_linf", values.column("linf")[is_measured])
     logged["trace_mean"] = _mean(values.column("trace")[is_measured])
     logged["wide_interval_share"] = _mean(values.column("is_wide")[is_measured])
     ratios = values.column("kl_ratio")
@@ -256,6 +266,11 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     for number in sorted(values.seconds.keys() & levels.keys()):
         logged |= _of_a_bound(values, number, levels[number], eigenvalue)
     return logged
+
+
+def _statistics(name: str, found: Tensor) -> dict[str, float]:
+    logged = {f"{name}_{statistic}": float(value) for statistic, value in summarize(found).items()}
+    return logged | {f"log10_{name}_{which}": _log10(logged[f"{name}_{which}"]) for which in ("max", "median")}
 
 
 def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -> dict[str, float]:

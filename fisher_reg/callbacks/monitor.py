@@ -48,6 +48,7 @@ from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
 from fisher_reg.callbacks.trial import takes_parts
 from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, check_inputs
+from fisher_reg.geometry import GEOMETRY, L2, Geometry, LInf
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Solver
 
@@ -65,6 +66,9 @@ class FisherMonitor(Callback):
 
     - ``fisher/lambda_max_mean`` *, ``_median`` *, ``_p95`` *, ``_max``: largest eigenvalue over the probe
     - ``fisher/log10_lambda_max_max`` *, ``fisher/log10_lambda_max_median``: decimal logarithms
+    - ``fisher/lambda_linf_mean`` *, ``_median`` *, ``_p95`` *, ``_max``, ``fisher/log10_lambda_linf_max`` *,
+      ``fisher/log10_lambda_linf_median``: likewise of :func:`fisher_reg.fisher_linf_norm`, beside the eigenvalue, only
+      with ``geometry=LInf()``
     - ``fisher/bound_global`` *, ``fisher/log10_bound_global`` * (finite also where the bound overflows), and
       ``fisher/log10_gap_global`` *: log10 of the bound over the largest eigenvalue of the probe. Of inputs of several
       shapes the largest bound counts
@@ -118,6 +122,9 @@ class FisherMonitor(Callback):
             so that fewer would show nothing of a short training.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
+        geometry: :class:`LInf` also measures the largest value of the Fisher form over perturbations with entries up to
+            1, an estimate from below, for the passes of :func:`fisher_reg.fisher_linf_norm`: up to ten classes ``K``
+            backward and one forward-mode pass, else about a dozen and three.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
             tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping. It
             sees the batch alone, once: of token ids return zeros of the shape of the embeddings, give the ids by
@@ -156,6 +163,7 @@ class FisherMonitor(Callback):
         prefix: str = "fisher",
         detailed: bool = False,
         prog_bar: bool = False,
+        geometry: Geometry = L2(),
     ) -> None:
         check_at_least_one(self, bound_every_n_epochs=bound_every_n_epochs)
         if num_samples is not None:
@@ -163,6 +171,7 @@ class FisherMonitor(Callback):
         SOLVER.check(solver, self)
         LIKELIHOOD.check(likelihood, self)
         check_input_std(input_std)
+        _check_geometry(geometry)
         bounds = tuple(bounds) if isinstance(bounds, Iterator) else bounds
         check_bounds(bounds, self)
         INPUTS_FN.check(inputs_fn, self)
@@ -175,6 +184,7 @@ class FisherMonitor(Callback):
         self.bound_every_n_epochs = bound_every_n_epochs
         self.likelihood = likelihood
         self.input_std = input_std
+        self.geometry = geometry
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
@@ -407,6 +417,7 @@ class FisherMonitor(Callback):
             self.solver,
             self.likelihood,
             self.input_std,
+            self.geometry,
         )
         values = measure_probe(subject)
         if not self.bounds or not self._bounds_are_due(trainer):
@@ -481,6 +492,13 @@ class FisherMonitor(Callback):
             rank_zero_warn(f"FisherMonitor {message}")
 
 
+def _check_geometry(geometry: Geometry) -> None:
+    GEOMETRY.check(geometry, "FisherMonitor")
+    if not isinstance(geometry, L2 | LInf):
+        raise ValueError(f"FisherMonitor measures with geometry=L2() or LInf(); got {geometry}. Write geometry=LInf().")
+
+
 _CHECKPOINT_KEY = "FisherMonitor"
-_SHOWN = {"lambda_max_mean", "lambda_max_median", "lambda_max_p95", "log10_lambda_max_max", "seconds"}
+_SHOWN = {f"{name}_{which}" for name in ("lambda_max", "lambda_linf") for which in ("mean", "median", "p95")}
+_SHOWN |= {"log10_lambda_max_max", "log10_lambda_linf_max", "seconds"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fisher_reg.arguments import LIKELIHOOD, REDUCTION
 from fisher_reg.evaluation import InputStd, check_input_std
-from fisher_reg.geometry import GEOMETRY, L2, Geometry
+from fisher_reg.geometry import GEOMETRY, L2, Geometry, LInf
 from fisher_reg.likelihood import Categorical, Likelihood
-from fisher_reg.operator import double_backward, vjp_only
+from fisher_reg.operator import InputFisher, double_backward, vjp_only
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.printing import short_repr
-from fisher_reg.solvers import Lanczos
+from fisher_reg.solvers import Lanczos, SignIteration
 
 # Any, not Tensor: jsonargparse takes a callable that returns a class for a factory, and would hand on its name
 Reduction = Callable[[Tensor], Any]
@@ -41,14 +41,17 @@ class SpectralPenalty(PointPenalty):
 
     Args:
         num_steps: Steps of :class:`Lanczos`, each one backward and one double-backward pass without parameter gradient;
-            0 for the closed form.
+            0 for the closed form. With :class:`LInf` it is the number of starts of :class:`SignIteration` and the most
+            vertices that it tries: at most ``2 n + 1`` backward and ``n`` double-backward passes, and with ``K`` at
+            most ``n`` classes no more than ``K`` and 1.
         reduction: From the values ``(B,)`` to a scalar. :func:`torch.mean` by default; :func:`mean_log1p` keeps a few
             very sensitive examples from dominating.
         likelihood: The output distribution. :class:`Gaussian` makes it the squared norm of the Jacobian of the logits.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        geometry: In which norm perturbations have length 1. With :class:`LInf` the closed form is
-            :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`, a lower bound of
-            :math:`\max_{\|\delta\|_\infty \le 1} \delta^\top F \delta`; it has no solver, so ``num_steps`` must be 0.
+        geometry: In which norm perturbations have length 1. With :class:`LInf` the value is that of
+            :func:`fisher_reg.fisher_linf_norm`, :math:`\max_{|u|=1} \|A^\top u\|_1^2`, with the gradient at the local
+            maximum that is found. The closed form is :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`, a lower bound of it.
+            A geometry of your own has the closed form only.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -78,9 +81,9 @@ class SpectralPenalty(PointPenalty):
         GEOMETRY.check(self.geometry, self)
         if self.num_steps < 0:
             raise ValueError(f"SpectralPenalty needs num_steps >= 0; got {self.num_steps}.")
-        if self.num_steps > 0 and not isinstance(self.geometry, L2):
+        if self.num_steps > 0 and not isinstance(self.geometry, L2 | LInf):
             raise ValueError(
-                f"SpectralPenalty solves in the Euclidean norm only; got num_steps={self.num_steps} with "
+                f"SpectralPenalty solves with geometry=L2() or LInf(); got num_steps={self.num_steps} with "
                 f"geometry={self.geometry}. Use num_steps=0, the closed form of the two most probable classes."
             )
 
@@ -93,10 +96,17 @@ class SpectralPenalty(PointPenalty):
             direction, weight = self.likelihood.contrast(fisher.logits)
             eigenvalues = weight * squared_length(fisher, direction, self.geometry)
         else:
-            top = Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
-            eigenvalues = squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top))
+            top = self._maximiser(fisher, generator)
+            eigenvalues = squared_length(fisher, self.likelihood.unwhiten(fisher.logits, top), self.geometry)
         reduced: Tensor = self.reduction(eigenvalues)
         return reduced
+
+    def _maximiser(self, fisher: InputFisher, generator: torch.Generator | None) -> Tensor:
+        """Return the unit vector ``(B, K)`` for which the dual norm of ``Aᵀ u`` is largest, without gradient."""
+        if isinstance(self.geometry, LInf):
+            solver = SignIteration(num_steps=self.num_steps - 1, num_starts=self.num_steps, rtol=0.0)
+            return solver.maximize(fisher, generator).left_singular_vector
+        return Lanczos(self.num_steps, rtol=0.0).solve(fisher, generator).left_singular_vector
 
 
 def mean_log1p(values: Tensor) -> Tensor:

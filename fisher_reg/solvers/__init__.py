@@ -1,4 +1,4 @@
-r"""Largest eigenvalues of :math:`F = A^\top A`, for a batch of operators at once.
+r"""Largest eigenvalues of :math:`F = A^\top A`, and its largest value over a cube, for a batch of operators at once.
 
 The solvers know only ``apply`` (A), ``adjoint`` (its transpose) and start vectors, never a network. Each is an
 immutable value that holds its tolerances.
@@ -12,6 +12,7 @@ from fisher_reg.solvers.linalg import dense_rows, unit
 from fisher_reg.solvers.power import PowerIteration
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenpairSolver, EigenResult, Solver, TraceEstimator, concatenate
+from fisher_reg.solvers.sign import SignIteration, SignResult
 
 __all__ = [
     "EigenResult",
@@ -23,6 +24,8 @@ __all__ = [
     "Lanczos",
     "PowerIteration",
     "RandomProbe",
+    "SignIteration",
+    "SignResult",
     "Solver",
     "TraceEstimator",
     "concatenate",

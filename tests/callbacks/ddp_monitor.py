@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from fisher_reg import FisherMonitor, blockwise_fisher_bound, fisher_bound, local_fisher_bound
+from fisher_reg import FisherMonitor, LInf, blockwise_fisher_bound, fisher_bound, local_fisher_bound
 from tests import cases
 
 
@@ -58,7 +58,8 @@ def run(folder, devices):
     x = images()
     monitors = [
         FisherMonitor(num_samples=None, prefix="all", bounds=bounds),
-        FisherMonitor(num_samples=50, prefix="more", bounds=()),  # than the ten; three processes repeat two of them
+        # more than the ten; three processes repeat two of them
+        FisherMonitor(num_samples=50, prefix="more", bounds=(), geometry=LInf()),
         FisherMonitor(num_samples=7, prefix="few", bounds=()),
         FisherMonitor(probe=x[~x.isnan().any(1)][:5], prefix="given", bounds=()),
         FisherMonitor(probe=x[:1], prefix="one", bounds=()),  # none is left for the other processes

@@ -15,6 +15,7 @@ from fisher_reg import (
     KLPenalty,
     Lanczos,
     LinearSchedule,
+    LInf,
     MarginTempered,
     blockwise_fisher_bound,
     fisher_bound,
@@ -39,6 +40,7 @@ trainer:
       init_args:
         num_samples: 8
         solver: {{class_path: fisher_reg.Lanczos, init_args: {{num_steps: 5}}}}
+        geometry: {{class_path: fisher_reg.LInf}}
         likelihood: {{class_path: fisher_reg.MarginTempered, init_args: {{margin: 2.0}}}}
         bounds: [fisher_reg.blockwise_fisher_bound, fisher_reg.local_fisher_bound]
         inputs_fn: {FUNCTIONS}.images
@@ -92,6 +94,7 @@ def assert_as_in_nested(monitor, regularizer):
     assert monitor.num_samples == 8
     assert monitor.solver == Lanczos(num_steps=5)
     assert monitor.likelihood == MarginTempered(margin=2.0)
+    assert monitor.geometry == LInf()
     assert monitor.bounds == (blockwise_fisher_bound, local_fisher_bound)
     assert monitor.inputs_fn is yaml_functions.images
     assert monitor.logits_fn is yaml_functions.logits
@@ -166,6 +169,7 @@ def test_one_yaml_has_two_monitors(namespace, nested):
 
 CATALOGUE = {
     "solver": ("Exact", "HutchinsonMax", "Lanczos", "PowerIteration"),
+    "geometry": ("L2", "LInf"),
     "likelihood": ("Bernoulli", "Categorical", "Gaussian", "MarginTempered"),
     "penalty": (
         "BoundPenalty",
@@ -182,13 +186,10 @@ CATALOGUE = {
 
 @pytest.mark.parametrize(("argument", "name"), [(key, name) for key, names in CATALOGUE.items() for name in names])
 def test_each_value_of_the_package_can_be_named(argument, name, nested):
-    callback = "FisherMonitor" if argument in ("solver", "likelihood") else "FisherRegularizer"
-    args = [f"--trainer.callbacks+=fisher_reg.{callback}", f"--trainer.callbacks.{argument}=fisher_reg.{name}"]
-    if name == "GradientNormPenalty":  # jsonargparse keeps what the default has of the same name, KLPenalty's L2
-        args.append("--trainer.callbacks.penalty.geometry=fisher_reg.LInf")
+    callback = "FisherMonitor" if argument in ("solver", "likelihood", "geometry") else "FisherRegularizer"
     cli = import_module("pytorch_lightning.cli").LightningCLI(
         run=False,
-        args=args,
+        args=[f"--trainer.callbacks+=fisher_reg.{callback}", f"--trainer.callbacks.{argument}=fisher_reg.{name}"],
         model_class=import_module("pytorch_lightning.demos.boring_classes").BoringModel,
         save_config_callback=None,
     )
@@ -217,6 +218,7 @@ def test_hydra_builds_both_callbacks_from_nested_targets():
                 "_target_": "fisher_reg.FisherMonitor",
                 "solver": {"_target_": "fisher_reg.Lanczos", "num_steps": 5},
                 "likelihood": {"_target_": "fisher_reg.MarginTempered", "margin": 2.0},
+                "geometry": {"_target_": "fisher_reg.LInf"},
                 "bounds": [{"_target_": "hydra.utils.get_method", "path": "fisher_reg.local_fisher_bound"}],
                 "inputs_fn": {"_target_": "hydra.utils.get_method", "path": f"{FUNCTIONS}.images"},
             },
@@ -228,6 +230,7 @@ def test_hydra_builds_both_callbacks_from_nested_targets():
         }
     )
     monitor, regularizer = instantiate(config.monitor), instantiate(config.regularizer)
+    assert monitor.geometry == LInf()
     assert (monitor.solver, monitor.likelihood) == (Lanczos(num_steps=5), MarginTempered(margin=2.0))
     assert (monitor.bounds, monitor.inputs_fn) == ((local_fisher_bound,), yaml_functions.images)
     assert (regularizer.penalty, regularizer.schedule) == (KLPenalty(step=0.3), LinearSchedule(end=0.1))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_reg import fisher_spectral_norm
+from fisher_reg import fisher_linf_norm, fisher_spectral_norm
 from tests.callbacks.ddp_monitor import Still, images
 
 
@@ -43,10 +43,13 @@ def test_every_process_logs_the_numbers_of_one(done):
 def test_repeated_examples_count_once_and_those_that_fail_are_left_out(done):
     saved, _ = done
     x = images()
-    expected = fisher_spectral_norm(Still(), x[~x.isnan().any(1)]).eigenvalue.double()
+    x = x[~x.isnan().any(1)]
+    expected = fisher_spectral_norm(Still(), x).eigenvalue.double()
+    expected_linf = fisher_linf_norm(Still(), x).value.double()
     for share in saved.values():
         (entry,) = share["history"]["more"]
         assert_close(entry["more/lambda_max_mean"], expected.mean().item(), rtol=1e-6, atol=0)
+        assert_close(entry["more/lambda_linf_mean"], expected_linf.mean().item(), rtol=1e-6, atol=0)
         assert entry["more/num_left_out"] == 1
         (entry,) = share["history"]["few"]
         assert_close(entry["few/lambda_max_mean"], expected[:6].mean().item(), rtol=1e-6, atol=0)
