@@ -55,6 +55,7 @@ from fisher_reg.penalty import (
     mean_log1p,
 )
 from fisher_reg.probes import Rademacher, SampledLabels, StandardNormal
+from fisher_reg.single_step import single_step_ratio
 from fisher_reg.solvers import EigenResult, Exact, HutchinsonMax, Interval, Lanczos, PowerIteration
 from fisher_reg.tempered import MarginTempered
 from fisher_reg.trace import Hutchinson
@@ -126,5 +127,6 @@ __all__ = [
     "mean_log1p",
     "register_bound_rule",
     "sensitive_examples",
+    "single_step_ratio",
     "universal_spectral_norm",
 ]

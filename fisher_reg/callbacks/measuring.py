@@ -18,15 +18,20 @@ from torch import Tensor, nn
 from fisher_reg.callbacks.batch import BoundFn
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
+from fisher_reg.estimate import evaluation_operator
 from fisher_reg.evaluation import InputStd, is_sharded
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
 from fisher_reg.metrics import summarize
+from fisher_reg.penalty import KLPenalty
+from fisher_reg.single_step import step_divergences
 from fisher_reg.solvers import Solver
 from fisher_reg.trace import Hutchinson
 
 _TRACE = Hutchinson(num_samples=2)
 _EXAMPLE_COLUMNS = ("eigenvalue", "trace", "is_wide", "kl_ratio")
+_STEP_COLUMNS = ("single_step", "several_steps")
+_NUM_STEPPED = 64  # first examples of the data for which steps are taken; a mean over these is as sure as is needed
 NUM_PICTURES = 8
 """Most sensitive examples that are kept for a picture."""
 
@@ -44,6 +49,7 @@ class Subject:
         solver: As of :class:`fisher_reg.FisherMonitor`.
         likelihood: As there.
         input_std: As there.
+        penalty: The penalty of one step that the network is trained with, if it is.
     """
 
     model: nn.Module
@@ -54,6 +60,12 @@ class Subject:
     solver: Solver | None
     likelihood: Likelihood
     input_std: InputStd | None
+    penalty: KLPenalty | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the values per example."""
+        return _EXAMPLE_COLUMNS if self.penalty is None else _EXAMPLE_COLUMNS + _STEP_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def measure_probe(subject: Subject) -> Values:
     rows = [row for part in subject.parts for row in _rows(subject, _to(part, subject.device), values)]
     if rows:
         values.places = torch.cat([part.places for part in subject.parts])
-        values.columns = {name: torch.cat([row[name] for row in rows]) for name in _EXAMPLE_COLUMNS}
+        values.columns = {name: torch.cat([row[name] for row in rows]) for name in subject.columns}
     return values
 
 
@@ -131,7 +143,7 @@ def _rows(subject: Subject, part: Part, values: Values) -> list[dict[str, Tensor
             return [row for half in halves for row in _rows(subject, half, values)]
         kind = "" if isinstance(error, NonFiniteError) else f"{type(error).__name__}: "
         values.troubles.setdefault("examples", f"{kind}{error}")
-        return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in _EXAMPLE_COLUMNS}]
+        return [{name: torch.full((len(part),), torch.nan, dtype=torch.float64) for name in subject.columns}]
 
 
 def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]:
@@ -152,7 +164,24 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
             values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
         values.pictures = _largest(values.pictures)
     columns = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
-    return {name: column.double().cpu() for name, column in zip(_EXAMPLE_COLUMNS, columns, strict=True)}
+    if subject.penalty is not None:
+        columns += _after_steps(subject, part, subject.penalty)
+    return {name: column.double().cpu() for name, column in zip(subject.columns, columns, strict=True)}
+
+
+def _after_steps(subject: Subject, part: Part, penalty: KLPenalty) -> tuple[Tensor, Tensor]:
+    """Return the divergences after one step and after several, ``(B,)`` each; NaN beyond the first examples."""
+    count = int((part.places < _NUM_STEPPED).sum())
+    if is_sharded(subject.model) or (count and not subject.takes_parts):
+        count = len(part)
+    single, several = torch.full((2, len(part)), torch.nan, dtype=torch.float64)
+    if count:
+        few = part.part(slice(count))
+        of_penalty = penalty.likelihood, penalty.input_std
+        with evaluation_operator(subject.model, few.inputs, *of_penalty, few.side_inputs) as fisher:
+            found = step_divergences(fisher, penalty.step, penalty.geometry)
+        single[:count], several[:count] = found.single, found.several
+    return single, several
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
@@ -252,10 +281,20 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     logged["wide_interval_share"] = _mean(values.column("is_wide")[is_measured])
     ratios = values.column("kl_ratio")
     logged["kl_ratio"] = float(summarize(ratios[ratios.isfinite()])["median"])
+    if "single_step" in values.columns:
+        logged["single_step_ratio"] = _single_step_ratio(values)
     logged["num_left_out"] = float(len(eigenvalue) - len(found))
     for number in sorted(values.seconds.keys() & levels.keys()):
         logged |= _of_a_bound(values, number, levels[number], eigenvalue)
     return logged
+
+
+def _single_step_ratio(values: Values) -> float:
+    """Return the sum of the divergences after one step over that after several; NaN where that is not known."""
+    single, several = values.column("single_step"), values.column("several_steps")
+    is_known = single.isfinite() & several.isfinite()
+    total = float(several[is_known].sum())
+    return float(single[is_known].sum()) / total if total > 0 else math.nan
 
 
 def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -> dict[str, float]:
@@ -322,6 +361,9 @@ def messages(values: Values) -> dict[str, str]:
     ratios = ratios[ratios.isfinite()]
     if len(ratios) and ratios.median() < _MASKS:
         said["masking"] = _MASKING.format(float(ratios.median()))
+    ratio = _single_step_ratio(values)
+    if ratio < _MISSES:
+        said["single step"] = _SINGLE_STEP.format(ratio)
     return said
 
 
@@ -330,4 +372,12 @@ _MASKING = (
     "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
     "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
     "or blackbox_spectral_norm with a step of that length, rather than it."
+)
+_MISSES = 0.25
+_SINGLE_STEP = (
+    "sees that the network is flat at the end of the penalty's single step and not around it (catastrophic "
+    "overfitting): that step finds {:.1%} of the divergence that several steps of the same size find. The penalty then "
+    "no longer makes the network robust. Begin gently (warmup_steps of some epochs), penalise each step "
+    "(every_n_steps=1), take a smaller step, or a smooth activation (SiLU, GELU); and believe an attack of many steps, "
+    "such as AutoAttack, rather than one of a single step."
 )
