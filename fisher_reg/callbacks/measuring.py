@@ -15,23 +15,20 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from fisher_reg.callbacks import single_step
 from fisher_reg.callbacks.batch import BoundFn
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
-from fisher_reg.estimate import evaluation_operator
 from fisher_reg.evaluation import InputStd, is_sharded
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
 from fisher_reg.metrics import summarize
 from fisher_reg.penalty import KLPenalty
-from fisher_reg.single_step import step_divergences
 from fisher_reg.solvers import Solver
 from fisher_reg.trace import Hutchinson
 
 _TRACE = Hutchinson(num_samples=2)
 _EXAMPLE_COLUMNS = ("eigenvalue", "trace", "is_wide", "kl_ratio")
-_STEP_COLUMNS = ("single_step", "several_steps")
-_NUM_STEPPED = 64  # first examples of the data for which steps are taken; a mean over these is as sure as is needed
 NUM_PICTURES = 8
 """Most sensitive examples that are kept for a picture."""
 
@@ -65,7 +62,7 @@ class Subject:
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the values per example."""
-        return _EXAMPLE_COLUMNS if self.penalty is None else _EXAMPLE_COLUMNS + _STEP_COLUMNS
+        return _EXAMPLE_COLUMNS if self.penalty is None else _EXAMPLE_COLUMNS + single_step.COLUMNS
 
 
 @dataclass(frozen=True)
@@ -163,25 +160,10 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
             image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
             values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
         values.pictures = _largest(values.pictures)
-    columns = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
+    columns: tuple[Tensor, ...] = (result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio)
     if subject.penalty is not None:
-        columns += _after_steps(subject, part, subject.penalty)
+        columns += single_step.after_steps(subject.model, part, subject.penalty, subject.takes_parts)
     return {name: column.double().cpu() for name, column in zip(subject.columns, columns, strict=True)}
-
-
-def _after_steps(subject: Subject, part: Part, penalty: KLPenalty) -> tuple[Tensor, Tensor]:
-    """Return the divergences after one step and after several, ``(B,)`` each; NaN beyond the first examples."""
-    count = int((part.places < _NUM_STEPPED).sum())
-    if is_sharded(subject.model) or (count and not subject.takes_parts):
-        count = len(part)
-    single, several = torch.full((2, len(part)), torch.nan, dtype=torch.float64)
-    if count:
-        few = part.part(slice(count))
-        of_penalty = penalty.likelihood, penalty.input_std
-        with evaluation_operator(subject.model, few.inputs, *of_penalty, few.side_inputs) as fisher:
-            found = step_divergences(fisher, penalty.step, penalty.geometry)
-        single[:count], several[:count] = found.single, found.several
-    return single, several
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
@@ -281,20 +263,12 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     logged["wide_interval_share"] = _mean(values.column("is_wide")[is_measured])
     ratios = values.column("kl_ratio")
     logged["kl_ratio"] = float(summarize(ratios[ratios.isfinite()])["median"])
-    if "single_step" in values.columns:
-        logged["single_step_ratio"] = _single_step_ratio(values)
+    if values.columns.keys() >= set(single_step.COLUMNS):
+        logged["single_step_ratio"] = single_step.ratio(*map(values.column, single_step.COLUMNS))
     logged["num_left_out"] = float(len(eigenvalue) - len(found))
     for number in sorted(values.seconds.keys() & levels.keys()):
         logged |= _of_a_bound(values, number, levels[number], eigenvalue)
     return logged
-
-
-def _single_step_ratio(values: Values) -> float:
-    """Return the sum of the divergences after one step over that after several; NaN where that is not known."""
-    single, several = values.column("single_step"), values.column("several_steps")
-    is_known = single.isfinite() & several.isfinite()
-    total = float(several[is_known].sum())
-    return float(single[is_known].sum()) / total if total > 0 else math.nan
 
 
 def _of_a_bound(values: Values, number: int, level: Level, eigenvalue: Tensor) -> dict[str, float]:
@@ -361,9 +335,9 @@ def messages(values: Values) -> dict[str, str]:
     ratios = ratios[ratios.isfinite()]
     if len(ratios) and ratios.median() < _MASKS:
         said["masking"] = _MASKING.format(float(ratios.median()))
-    ratio = _single_step_ratio(values)
-    if ratio < _MISSES:
-        said["single step"] = _SINGLE_STEP.format(ratio)
+    missed = single_step.warning(*map(values.column, single_step.COLUMNS))
+    if missed is not None:
+        said["single step"] = missed
     return said
 
 
@@ -372,12 +346,4 @@ _MASKING = (
     "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
     "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
     "or blackbox_spectral_norm with a step of that length, rather than it."
-)
-_MISSES = 0.25
-_SINGLE_STEP = (
-    "sees that the network is flat at the end of the penalty's single step and not around it (catastrophic "
-    "overfitting): that step finds {:.1%} of the divergence that several steps of the same size find. The penalty then "
-    "no longer makes the network robust. Begin gently (warmup_steps of some epochs), penalise each step "
-    "(every_n_steps=1), take a smaller step, or a smooth activation (SiLU, GELU); and believe an attack of many steps, "
-    "such as AutoAttack, rather than one of a single step."
 )

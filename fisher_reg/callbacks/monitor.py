@@ -46,10 +46,10 @@ from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
 from fisher_reg.callbacks.probe import Part, Probe, Share, own
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
+from fisher_reg.callbacks.single_step import single_step_penalty
 from fisher_reg.callbacks.trial import takes_parts
 from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, check_inputs
 from fisher_reg.likelihood import Categorical, Likelihood
-from fisher_reg.penalty import KLPenalty
 from fisher_reg.solvers import Solver
 
 
@@ -82,8 +82,8 @@ class FisherMonitor(Callback):
       not what an attack meets (gradient masking), which is warned of once
     - ``fisher/single_step_ratio``, where a :class:`FisherRegularizer` of this Trainer has a :class:`KLPenalty`: the sum
       of the divergences after its step over that of the largest ones that several steps of the same ball find
-      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Far below the values of the first epochs the
-      network is flat at the end of the single step only (catastrophic overfitting), which is warned of once
+      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Below 0.3, and where several steps reach 0.1
+      nats, the network may be flat at the end of the single step only (catastrophic overfitting): warned of once
     - ``fisher/num_left_out``: examples of the probe that could not be measured (NaN, or an exception in forward); they
       count in no other number
 
@@ -412,7 +412,7 @@ class FisherMonitor(Callback):
             self.solver,
             self.likelihood,
             self.input_std,
-            _single_step_penalty(trainer),
+            single_step_penalty(trainer.callbacks),  # type: ignore[attr-defined]
         )
         values = measure_probe(subject)
         if not self.bounds or not self._bounds_are_due(trainer):
@@ -485,15 +485,6 @@ class FisherMonitor(Callback):
         if what not in self._warned:
             self._warned.add(what)
             rank_zero_warn(f"FisherMonitor {message}")
-
-
-def _single_step_penalty(trainer: pl.Trainer) -> KLPenalty | None:
-    """Return the penalty of the first regularizer that penalises the divergence after one step."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for one in callbacks:
-        if isinstance(one, FisherRegularizer) and one.weight > 0 and isinstance(one.penalty, KLPenalty):
-            return one.penalty
-    return None
 
 
 _CHECKPOINT_KEY = "FisherMonitor"

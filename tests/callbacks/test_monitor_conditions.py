@@ -426,7 +426,7 @@ class _FlatAtTheEnd(cases.Plain):
     """A logit that makes one full wave within a step of one half, whatever the weights learn."""
 
     def forward(self, x):
-        first = 2 + torch.sin(2 * math.pi * x[:, :1]) + 0 * self.network(x)[:, :1]
+        first = 2 + 2 * torch.sin(2 * math.pi * x[:, :1]) + 0 * self.network(x)[:, :1]
         return torch.cat([first, torch.zeros(len(x), 3)], 1)
 
 
@@ -436,9 +436,9 @@ def _single_step(geometry, weight=0.1):
 
 def test_catastrophic_overfitting_to_a_single_step_is_warned_of_once(tmp_path):
     monitor = FisherMonitor(bounds=(), probe=torch.zeros(3, 6))
-    with pytest.warns(UserWarning, match="flat at the end of the penalty's single step.*warmup_steps") as caught:
+    with pytest.warns(UserWarning, match="one step no longer finds.*catastrophic overfitting.*warmup_steps") as caught:
         _fit(tmp_path, _FlatAtTheEnd(cases.tiny_network()), _single_step(LInf()), monitor, max_epochs=2)
-    assert sum("single step" in str(warning.message) for warning in caught) == 1
+    assert sum("catastrophic" in str(warning.message) for warning in caught) == 1
     assert monitor.history[1]["fisher/single_step_ratio"] < 1e-6
 
 
@@ -448,7 +448,7 @@ def test_the_single_step_ratio_of_the_first_examples_is_logged_beside_such_a_pen
     x[3] = torch.nan
     module, monitor = _still(), FisherMonitor(bounds=(), probe=x)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*single step")
+        warnings.filterwarnings("error", message=".*catastrophic")
         _fit(tmp_path, module, _single_step(geometry), monitor)
     first = x[:64][~x[:64].isnan().any(1)]
     with evaluation_operator(module, first, Categorical()) as fisher:
