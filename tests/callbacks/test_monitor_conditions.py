@@ -425,8 +425,10 @@ def test_a_module_without_finite_logits_at_first_is_measured_later(tmp_path):
 class _FlatAtTheEnd(cases.Plain):
     """A logit that makes one full wave within a step of one half, whatever the weights learn."""
 
+    height = 2.0
+
     def forward(self, x):
-        first = 2 + 2 * torch.sin(2 * math.pi * x[:, :1]) + 0 * self.network(x)[:, :1]
+        first = 2 + self.height * torch.sin(2 * math.pi * x[:, :1]) + 0 * self.network(x)[:, :1]
         return torch.cat([first, torch.zeros(len(x), 3)], 1)
 
 
@@ -440,6 +442,15 @@ def test_catastrophic_overfitting_to_a_single_step_is_warned_of_once(tmp_path):
         _fit(tmp_path, _FlatAtTheEnd(cases.tiny_network()), _single_step(LInf()), monitor, max_epochs=2)
     assert sum("catastrophic" in str(warning.message) for warning in caught) == 1
     assert monitor.history[1]["fisher/single_step_ratio"] < 1e-6
+
+
+def test_a_low_single_step_ratio_of_divergences_that_change_no_prediction_is_not_warned_of(tmp_path):
+    module, monitor = _FlatAtTheEnd(cases.tiny_network()), FisherMonitor(bounds=(), probe=torch.zeros(3, 6))
+    module.height = 0.2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*catastrophic")
+        _fit(tmp_path, module, _single_step(LInf()), monitor)
+    assert monitor.history[0]["fisher/single_step_ratio"] < 1e-3
 
 
 @pytest.mark.parametrize("geometry", [L2(), LInf()])
