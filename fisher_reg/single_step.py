@@ -78,6 +78,7 @@ def single_step_ratio(
         ValueError: If ``step`` or ``num_steps`` is not positive, and as in :func:`fisher_reg.fisher_spectral_norm`.
 
     Example:
+        >>> from fisher_reg import LInf
         >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
         >>> single_step_ratio(lambda x: x @ weight.T, torch.ones(1, 2), step=0.1, geometry=LInf())
         tensor([1.])
