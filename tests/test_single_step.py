@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from fisher_reg import L2, Categorical, KLPenalty, LInf, single_step_ratio
+from fisher_reg import L2, Bernoulli, Categorical, Gaussian, KLPenalty, LInf, single_step_ratio
 from fisher_reg.estimate import evaluation_operator
 from fisher_reg.single_step import step_divergences
 from tests import cases
@@ -87,6 +87,12 @@ def test_without_a_slope_the_search_begins_elsewhere():
     assert_close(found.single, torch.zeros(2))
     assert bool((found.several > 0.001).all())
     assert_close(found.ratio, torch.zeros(2))
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli(), Gaussian()])
+def test_it_is_a_share_for_every_likelihood(likelihood):
+    ratio = single_step_ratio(cases.tiny_network(), _inputs(), step=STEP, geometry=LInf(), likelihood=likelihood)
+    assert bool(((ratio > 0) & (ratio <= 1)).all())
 
 
 def test_a_function_that_does_not_change_has_no_ratio():
