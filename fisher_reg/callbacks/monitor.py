@@ -82,7 +82,7 @@ class FisherMonitor(Callback):
       not what an attack meets (gradient masking), which is warned of once
     - ``fisher/single_step_ratio``, where a :class:`FisherRegularizer` of this Trainer has a :class:`KLPenalty`: the sum
       of the divergences after its step over that of the largest ones that several steps of the same ball find
-      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Below 0.25, and where several steps reach 0.1
+      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Below 0.25, and where several steps reach 0.05
       nats, the network may be flat at the end of the single step only (catastrophic overfitting): warned of once
     - ``fisher/num_left_out``: examples of the probe that could not be measured (NaN, or an exception in forward); they
       count in no other number
