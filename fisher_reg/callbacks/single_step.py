@@ -76,7 +76,7 @@ _MATTERS = 0.05  # nats; untrained networks had 0.03, and a ratio of 0.2
 _MESSAGE = (
     "sees that one step no longer finds what the penalty is to prevent: after the single step of KLPenalty the "
     "divergence is {:.2g} nats on average, after several in the same ball {:.2g}. The network may have become flat at "
-    "the end of the single step only (catastrophic overfitting). Raise the weight over some epochs (warmup_steps), "
-    "penalise each step (every_n_steps=1), take a smaller step, or a smooth activation (SiLU, GELU); and judge by an "
-    "attack of many steps, such as AutoAttack, not by one of a single step."
+    "the end of the single step only (catastrophic overfitting). Take a smaller step, or a smooth activation (SiLU, "
+    "GELU), or stop before this epoch; a warm-up (warmup_steps) alone may not prevent it. Judge by an attack of many "
+    "steps, such as AutoAttack, not by one of a single step."
 )
