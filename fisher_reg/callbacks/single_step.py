@@ -69,7 +69,7 @@ def warning(single: Tensor, several: Tensor) -> str | None:
 
 _NUM_EXAMPLES = 64  # the first ones of the data: a mean over them is as sure as is needed
 
-_MISSES = 0.25  # convolutional networks had 0.29 or more while one step sufficed, and less soon after their collapse
+_MISSES = 0.25  # convolutional networks had 0.27 or more while one step sufficed, and less soon after their collapse
 
 _MATTERS = 0.05  # nats; untrained networks had 0.03, and a ratio of 0.2
 
