@@ -58,6 +58,7 @@ from fisher_reg.penalty import (
     mean_log1p,
 )
 from fisher_reg.probes import Rademacher, SampledLabels, StandardNormal
+from fisher_reg.single_step import single_step_ratio
 from fisher_reg.solvers import (
     EigenResult,
     Exact,
@@ -143,5 +144,6 @@ __all__ = [
     "mean_log1p",
     "register_bound_rule",
     "sensitive_examples",
+    "single_step_ratio",
     "universal_spectral_norm",
 ]

@@ -99,7 +99,6 @@ def test_the_regularizer_names_itself():
     _refused(lambda: fr.FisherRegularizer(0.1, "spectral"), "Write penalty=SpectralPenalty().")
     _refused(lambda: fr.FisherRegularizer(penalty=fr.KLPenalty), "the class KLPenalty. Write penalty=KLPenalty().")
     _refused(lambda: fr.FisherRegularizer(penalty=nn.Identity), "the class Identity")
-    _refused(lambda: fr.FisherRegularizer(penalty=None), "got None. Write penalty=KLPenalty().")
     _refused(lambda: fr.FisherRegularizer(schedule="cosine"), "Write schedule=CosineSchedule().")
     _refused(lambda: fr.FisherRegularizer(schedule=fr.CosineSchedule), "class CosineSchedule", "CosineSchedule().")
     _refused(lambda: fr.FisherRegularizer(labels_fn="y"), "Write labels_fn=lambda batch: batch['y'].")

@@ -226,7 +226,9 @@ def test_metrics_and_callbacks_take_a_model_that_leaves_classes_out(tmp_path):
         part[-1].bias.copy_(module.network[-1].bias[:3])
     for metric in (FisherSpectralNorm(solver=Exact()), FisherTrace(estimator=Exact())):
         assert_close(metric(module, x), metric(part, x))
-    trainer = cases.trainer(tmp_path, callbacks=[FisherRegularizer(every_n_steps=1), FisherMonitor()])
+    trainer = cases.trainer(
+        tmp_path, callbacks=[FisherRegularizer(every_n_steps=1, batch_fraction=1.0), FisherMonitor()]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, cases.tiny_batches(), cases.tiny_batches())

@@ -167,7 +167,12 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "shape", "head", "size", "remedy"), KINDS)
 @pytest.mark.parametrize(
-    "callback", [fr.FisherRegularizer, lambda: fr.FisherRegularizer(use_running_statistics=True), fr.FisherMonitor]
+    "callback",
+    [
+        fr.FisherRegularizer,
+        lambda: fr.FisherRegularizer(use_running_statistics=True, batch_fraction=1.0),
+        fr.FisherMonitor,
+    ],
 )
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_an_error_in_forward_says_what_was_called_with_what(

@@ -67,7 +67,7 @@ def _checked(value, *expected):
     [
         (FisherMonitor(), ["num_samples=256"]),
         (FisherMonitor(input_std=STD, probe=torch.zeros(5, 6)), ["num_samples=5"]),
-        (FisherRegularizer(0.3), ["weight=0.3", "KLPenalty(step=0.5)", "every_n_steps=5"]),
+        (FisherRegularizer(0.3), ["weight=0.3", "KLPenalty(step=0.5)", "every_n_steps=10"]),
         (FisherRegularizer(penalty=KLPenalty(input_std=STD)), ["input_std=tensor of shape (3, 32, 32)"]),
         (FisherRegularizer(penalty=SpectralPenalty(), target_lambda=2.0), ["target_lambda=2", "weight_now=0.1"]),
         (FisherRegularizer(schedule=LinearSchedule(0.5)), ["LinearSchedule(end=0.5"]),

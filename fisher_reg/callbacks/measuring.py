@@ -15,6 +15,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from fisher_reg.callbacks import single_step
 from fisher_reg.callbacks.batch import BoundFn
 from fisher_reg.callbacks.probe import Part
 from fisher_reg.errors import NoBoundError, NonFiniteError
@@ -23,6 +24,7 @@ from fisher_reg.geometry import Geometry, LInf
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
 from fisher_reg.metrics import summarize
+from fisher_reg.penalty import KLPenalty
 from fisher_reg.solvers import Solver
 from fisher_reg.trace import Hutchinson
 
@@ -46,6 +48,7 @@ class Subject:
         likelihood: As there.
         input_std: As there.
         geometry: As there.
+        penalty: The penalty of one step that the network is trained with, if it is.
     """
 
     model: nn.Module
@@ -57,11 +60,13 @@ class Subject:
     likelihood: Likelihood
     input_std: InputStd | None
     geometry: Geometry
+    penalty: KLPenalty | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of what is measured of each example."""
-        return (*_EXAMPLE_COLUMNS, "linf") if isinstance(self.geometry, LInf) else _EXAMPLE_COLUMNS
+        linf = ("linf",) if isinstance(self.geometry, LInf) else ()
+        return _EXAMPLE_COLUMNS + linf + (() if self.penalty is None else single_step.COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
         values.pictures = _largest(values.pictures)
     columns = [result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio]
     columns += [] if measured.linf is None else [measured.linf]
+    if subject.penalty is not None:
+        columns += single_step.after_steps(subject.model, part, subject.penalty, subject.takes_parts)
     return {name: column.double().cpu() for name, column in zip(subject.columns, columns, strict=True)}
 
 
@@ -262,6 +269,8 @@ def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
     logged["wide_interval_share"] = _mean(values.column("is_wide")[is_measured])
     ratios = values.column("kl_ratio")
     logged["kl_ratio"] = float(summarize(ratios[ratios.isfinite()])["median"])
+    if values.columns.keys() >= set(single_step.COLUMNS):
+        logged["single_step_ratio"] = single_step.ratio(*map(values.column, single_step.COLUMNS))
     logged["num_left_out"] = float(len(eigenvalue) - len(found))
     for number in sorted(values.seconds.keys() & levels.keys()):
         logged |= _of_a_bound(values, number, levels[number], eigenvalue)
@@ -337,6 +346,9 @@ def messages(values: Values) -> dict[str, str]:
     ratios = ratios[ratios.isfinite()]
     if len(ratios) and ratios.median() < _MASKS:
         said["masking"] = _MASKING.format(float(ratios.median()))
+    missed = single_step.warning(*map(values.column, single_step.COLUMNS))
+    if missed is not None:
+        said["single step"] = missed
     return said
 
 

@@ -46,6 +46,7 @@ from fisher_reg.callbacks.pictures import draw, send_numbers, takes_pictures
 from fisher_reg.callbacks.probe import Part, Probe, Share, own
 from fisher_reg.callbacks.regularizer import FisherRegularizer
 from fisher_reg.callbacks.rhythm import Rhythm, refuse_late, watched_names
+from fisher_reg.callbacks.single_step import single_step_penalty
 from fisher_reg.callbacks.trial import takes_parts
 from fisher_reg.evaluation import InputStd, SideInputs, check_input_std, check_inputs
 from fisher_reg.geometry import GEOMETRY, L2, Geometry, LInf
@@ -83,6 +84,10 @@ class FisherMonitor(Callback):
       with their measured error; ``solver=Lanczos(is_exact=True)`` takes none
     - ``fisher/kl_ratio``: median of :func:`fisher_reg.fisher_kl_ratio`, one forward more. Far below 1 the eigenvalue is
       not what an attack meets (gradient masking), which is warned of once
+    - ``fisher/single_step_ratio``, where a :class:`FisherRegularizer` of this Trainer has a :class:`KLPenalty`: the sum
+      of the divergences after its step over that of the largest ones that several steps of the same ball find
+      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Below 0.25, and where several steps reach 0.05
+      nats, the network may be flat at the end of the single step only (catastrophic overfitting): warned of once
     - ``fisher/num_left_out``: examples of the probe that could not be measured (NaN, or an exception in forward); they
       count in no other number
 
@@ -418,6 +423,7 @@ class FisherMonitor(Callback):
             self.likelihood,
             self.input_std,
             self.geometry,
+            single_step_penalty(trainer.callbacks),  # type: ignore[attr-defined]
         )
         values = measure_probe(subject)
         if not self.bounds or not self._bounds_are_due(trainer):

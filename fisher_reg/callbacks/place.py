@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fisher_reg.callbacks.batch import LogitsFn, PenaltyFn, logits_model
 from fisher_reg.callbacks.step import Due, Observation
 from fisher_reg.callbacks.tap import standing_obstacle
+from fisher_reg.errors import ForwardError
 from fisher_reg.evaluation import (
     EvaluatedModel,
     Noise,
@@ -46,11 +47,13 @@ class Place:
     use_running_statistics: bool
     logits_fn: LogitsFn | None
     _told: bool = field(default=False, init=False)
+    _takes_parts: bool = field(default=True, init=False)
     _tolerated: dict[torch.dtype, bool] = field(default_factory=dict, init=False)
 
     def begin_anew(self) -> None:
         """Forget what was told and found out in an earlier fit."""
         self._told = False
+        self._takes_parts = True
         self._tolerated.clear()
 
     @property
@@ -82,7 +85,7 @@ class Place:
         return dtype if self._tolerated[dtype] else None
 
     def value(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        """Return the penalty.
+        """Return the penalty, of the whole batch where the model takes no part of it.
 
         Args:
             module: What is trained.
@@ -93,6 +96,18 @@ class Place:
         Returns:
             A scalar with its gradient.
         """
+        try:
+            return self.taken(module, due, seen, options)
+        except ForwardError as error:
+            if self.batch_fraction == 1 or not self._takes_parts:
+                raise
+            self._takes_parts = False
+            value = self.taken(module, due, seen, options)
+            rank_zero_info(f"FisherRegularizer penalises whole batches: the model does not take a part of one. {error}")
+            return value
+
+    def taken(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
+        """Return the penalty, at the step's own forward if it can be."""
         if self.use_running_statistics:
             with differentiable(due.inputs) as inputs:
                 model = deployed_with_gradient(logits_model(module, self.logits_fn), inputs)
@@ -162,7 +177,7 @@ class Place:
 
     def chosen(self, due: Due, options: dict[str, Any]) -> Tensor | None:
         """Draw the places of the examples that are penalised; None for all."""
-        if self.batch_fraction == 1:
+        if self.batch_fraction == 1 or not self._takes_parts:
             return None
         count = max(1, round(self.batch_fraction * len(due.inputs)))
         return torch.randperm(len(due.inputs), generator=options["generator"])[:count].to(due.inputs.device)

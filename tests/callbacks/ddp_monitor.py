@@ -7,7 +7,15 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from fisher_reg import FisherMonitor, LInf, blockwise_fisher_bound, fisher_bound, local_fisher_bound
+from fisher_reg import (
+    FisherMonitor,
+    FisherRegularizer,
+    KLPenalty,
+    LInf,
+    blockwise_fisher_bound,
+    fisher_bound,
+    local_fisher_bound,
+)
 from tests import cases
 
 
@@ -30,7 +38,8 @@ class Saves(pl.Callback):
         self.monitors = monitors
 
     def on_fit_end(self, trainer, pl_module):
-        seen = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        metrics = trainer.callback_metrics.items()
+        seen = {key: float(value) for key, value in metrics if not key.startswith("fisher/penalty")}
         saved = {monitor.prefix: monitor.history for monitor in self.monitors}
         name = f"{trainer.world_size}_{trainer.global_rank}.pt"
         torch.save({"history": saved, "seen": seen}, Path(self.folder) / name)
@@ -65,7 +74,9 @@ def run(folder, devices):
         FisherMonitor(probe=x[:1], prefix="one", bounds=()),  # none is left for the other processes
     ]
     strategy = {"strategy": "ddp_spawn"} if devices > 1 else {}
-    trainer = cases.trainer(folder, callbacks=[*monitors, Saves(folder, monitors)], devices=devices, **strategy)
+    penalty = FisherRegularizer(0.1, KLPenalty(step=0.5, geometry=LInf()))
+    callbacks = [*monitors, penalty, Saves(folder, monitors)]
+    trainer = cases.trainer(folder, callbacks=callbacks, devices=devices, **strategy)
     trainer.fit(Still(), cases.tiny_batches(count=12, batch_size=12 // devices), loader(devices))
 
 

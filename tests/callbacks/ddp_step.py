@@ -18,7 +18,7 @@ def run(folder, name, devices, penalty, batch_norm=False, epochs=3, precision="3
     module = cases.Plain(cases.tiny_network(batch_norm))
     batches = cases.tiny_batches(count=8, batch_size=8 // devices)
     monitor = FisherMonitor(num_samples=8, solver=Lanczos(num_steps=1, rtol=0.0))
-    callbacks = [FisherRegularizer(0.7, penalty, every_n_steps=1, **options), monitor]
+    callbacks = [FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0, **options), monitor]
     strategy = {"strategy": "ddp_spawn"} if devices > 1 else {}
     trainer = cases.trainer(
         folder, callbacks=callbacks, devices=devices, max_epochs=epochs, precision=precision, **strategy

@@ -26,7 +26,7 @@ def _fit(folder, penalty):
     torch.manual_seed(1)
     module = Sharded(cases.tiny_network())
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1)
+    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0)
     trainer = cases.trainer(folder, callbacks=[regularizer], devices=2, strategy=strategy, max_epochs=2)
     trainer.fit(module, cases.tiny_batches(count=8, batch_size=4))
     return module, trainer

@@ -58,7 +58,10 @@ def test_a_checkpoint_loads_and_resumes_where_the_package_is_not_installed(tmp_p
     (tmp_path / "classifier_of_a_user.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     module = import_module("classifier_of_a_user").Classifier()
-    callbacks = [FisherMonitor(num_samples=4), FisherRegularizer(target_lambda=0.1, every_n_steps=1)]
+    callbacks = [
+        FisherMonitor(num_samples=4),
+        FisherRegularizer(target_lambda=0.1, every_n_steps=1, batch_fraction=1.0),
+    ]
     trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks)
     trainer.fit(module)
     trainer.save_checkpoint(tmp_path / "model.ckpt")

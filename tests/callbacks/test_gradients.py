@@ -20,7 +20,7 @@ _RATIO = "fisher/penalty_gradient_ratio"
 
 
 def _regularizer(weight=0.7, penalty=_KL, **options):
-    return FisherRegularizer(weight, penalty, **({"every_n_steps": 1} | options))
+    return FisherRegularizer(weight, penalty, **({"every_n_steps": 1, "batch_fraction": 1.0} | options))
 
 
 def _module(batch_norm=False, module_type=cases.Plain):
@@ -230,7 +230,7 @@ def test_penalised_steps_leave_no_tensors_behind(tmp_path):
 def test_a_resumed_training_measures_at_the_steps_of_the_undisturbed_one(tmp_path):
     def fit(max_epochs, ckpt_path=None):
         torch.manual_seed(1)
-        module, regularizer = cases.Plain(cases.tiny_network()), FisherRegularizer(every_n_steps=1)
+        module, regularizer = cases.Plain(cases.tiny_network()), FisherRegularizer(every_n_steps=1, batch_fraction=1.0)
         trainer = cases.trainer(tmp_path, callbacks=[regularizer], max_epochs=max_epochs)
         trainer.fit(module, cases.tiny_batches(), ckpt_path=ckpt_path)
         trainer.save_checkpoint(tmp_path / f"{max_epochs}.ckpt")

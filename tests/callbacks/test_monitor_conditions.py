@@ -1,5 +1,6 @@
 """The monitor with odd data, beside other callbacks, and at other times than once an epoch."""
 
+import math
 import warnings
 
 import pytest
@@ -14,16 +15,22 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from fisher_reg import (
+    L2,
     Bernoulli,
+    Categorical,
     FisherMonitor,
     FisherRegularizer,
     KLPenalty,
+    LInf,
     MarginTempered,
+    TracePenalty,
     fisher_bound,
     fisher_kl_ratio,
     fisher_spectral_norm,
     local_fisher_bound,
 )
+from fisher_reg.estimate import evaluation_operator
+from fisher_reg.single_step import step_divergences
 from tests import cases
 
 
@@ -413,3 +420,56 @@ def test_a_module_without_finite_logits_at_first_is_measured_later(tmp_path):
         _fit(tmp_path, Late(nn.Sequential(*cases.tiny_network())), monitor, max_epochs=3)
     assert [entry["fisher/num_left_out"] for entry in monitor.history] == [10, 0, 0]
     assert monitor.history[2]["fisher/lambda_max_mean"] > 0
+
+
+class _FlatAtTheEnd(cases.Plain):
+    """A logit that makes one full wave within a step of one half, whatever the weights learn."""
+
+    height = 2.0
+
+    def forward(self, x):
+        first = 2 + self.height * torch.sin(2 * math.pi * x[:, :1]) + 0 * self.network(x)[:, :1]
+        return torch.cat([first, torch.zeros(len(x), 3)], 1)
+
+
+def _single_step(geometry, weight=0.1):
+    return FisherRegularizer(weight, KLPenalty(step=0.5, geometry=geometry), every_n_steps=1, batch_fraction=1.0)
+
+
+def test_catastrophic_overfitting_to_a_single_step_is_warned_of_once(tmp_path):
+    monitor = FisherMonitor(bounds=(), probe=torch.zeros(3, 6))
+    with pytest.warns(UserWarning, match="one step no longer finds.*catastrophic overfitting.*warmup_steps") as caught:
+        _fit(tmp_path, _FlatAtTheEnd(cases.tiny_network()), _single_step(LInf()), monitor, max_epochs=2)
+    assert sum("catastrophic" in str(warning.message) for warning in caught) == 1
+    assert monitor.history[1]["fisher/single_step_ratio"] < 1e-6
+
+
+def test_a_low_single_step_ratio_of_divergences_that_change_no_prediction_is_not_warned_of(tmp_path):
+    module, monitor = _FlatAtTheEnd(cases.tiny_network()), FisherMonitor(bounds=(), probe=torch.zeros(3, 6))
+    module.height = 0.2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*catastrophic")
+        _fit(tmp_path, module, _single_step(LInf()), monitor)
+    assert monitor.history[0]["fisher/single_step_ratio"] < 1e-3
+
+
+@pytest.mark.parametrize("geometry", [L2(), LInf()])
+def test_the_single_step_ratio_of_the_first_examples_is_logged_beside_such_a_penalty(tmp_path, geometry):
+    x = _x(100)
+    x[3] = torch.nan
+    module, monitor = _still(), FisherMonitor(bounds=(), probe=x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*catastrophic")
+        _fit(tmp_path, module, _single_step(geometry), monitor)
+    first = x[:64][~x[:64].isnan().any(1)]
+    with evaluation_operator(module, first, Categorical()) as fisher:
+        found = step_divergences(fisher, 0.5, geometry)
+    expected = (found.single.sum() / found.several.sum()).item()
+    assert_close(monitor.history[0]["fisher/single_step_ratio"], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("others", [(), (_single_step(L2(), weight=0.0),), (FisherRegularizer(0.1, TracePenalty()),)])
+def test_without_such_a_penalty_there_is_no_single_step_ratio(tmp_path, others):
+    monitor = FisherMonitor(bounds=())
+    _fit(tmp_path, _module(), *others, monitor)
+    assert "fisher/single_step_ratio" not in monitor.history[0]

@@ -21,7 +21,7 @@ _TWO_CLASS = SpectralPenalty()
 
 
 def _every_step(weight, penalty=_TWO_CLASS, **options):
-    return FisherRegularizer(weight, penalty, **({"every_n_steps": 1} | options))
+    return FisherRegularizer(weight, penalty, **({"every_n_steps": 1, "batch_fraction": 1.0} | options))
 
 
 def _fit(folder, module, regularizer=None, batches=None, **kwargs):
@@ -139,7 +139,7 @@ def test_running_statistics_are_penalised_where_they_are_asked_for(tmp_path):
     step = copy.deepcopy(module).train()
     step(x)  # the step moves the statistics before it is penalised
     expected, trained = SpectralPenalty()(step.eval(), x).item(), SpectralPenalty()(step.train(), x).item()
-    regularizer = FisherRegularizer(0.7, _TWO_CLASS, every_n_steps=1, use_running_statistics=True)
+    regularizer = FisherRegularizer(0.7, _TWO_CLASS, every_n_steps=1, batch_fraction=1.0, use_running_statistics=True)
     trainer = _fit(tmp_path, module, regularizer, limit_train_batches=1)
     assert trainer.callback_metrics["fisher/penalty"].item() == pytest.approx(expected, rel=1e-5)
     assert abs(expected / trained - 1) > 0.05

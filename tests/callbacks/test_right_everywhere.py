@@ -22,7 +22,7 @@ _KL = KLPenalty(step=0.3)
 
 
 def _regularizer(penalty=_KL, **options):
-    return FisherRegularizer(0.7, penalty, **({"every_n_steps": 1} | options))
+    return FisherRegularizer(0.7, penalty, **({"every_n_steps": 1, "batch_fraction": 1.0} | options))
 
 
 def _module(batch_norm=False, module_type=cases.Plain):
@@ -185,7 +185,9 @@ def test_batches_that_are_no_tuples(tmp_path, kind, penalty):
     make = {"dict": lambda x, y: {"image": x, "label": y}, "dataclass": _Batch}[kind]
     loader = DataLoader([make(x, y) for x, y in cases.tiny_batches()], batch_size=None)
     where = {"inputs_fn": lambda batch: batch.image, "labels_fn": lambda batch: batch.label}
-    regularizer = FisherRegularizer(0.1, penalty, every_n_steps=1, **(where if kind == "dataclass" else {}))
+    regularizer = FisherRegularizer(
+        0.1, penalty, every_n_steps=1, batch_fraction=1.0, **(where if kind == "dataclass" else {})
+    )
     _fit(tmp_path, module, regularizer, loader)
     _same(module, expected)
 

@@ -35,13 +35,15 @@ def _weights(tmp_path, regularizer, num_batches=8, **options):
     ],
 )
 def test_the_weight_follows_its_schedule(tmp_path, schedule, expected):
-    weights = _weights(tmp_path, FisherRegularizer(2.0, every_n_steps=1, schedule=schedule))
+    weights = _weights(tmp_path, FisherRegularizer(2.0, every_n_steps=1, batch_fraction=1.0, schedule=schedule))
     assert weights == pytest.approx(expected)
 
 
 def test_a_warm_up_multiplies_the_schedule(tmp_path):
     schedule = LinearSchedule(num_steps=8)
-    weights = _weights(tmp_path, FisherRegularizer(2.0, every_n_steps=1, warmup_steps=4, schedule=schedule))
+    weights = _weights(
+        tmp_path, FisherRegularizer(2.0, every_n_steps=1, batch_fraction=1.0, warmup_steps=4, schedule=schedule)
+    )
     assert weights == pytest.approx([2 * step / 4 * (1 - step / 8) for step in range(1, 4)] + [1, 0.75, 0.5, 0.25])
 
 
@@ -72,7 +74,7 @@ def test_the_control_moves_the_logarithm_of_the_weight_by_the_error():
 
 def _controlled(tmp_path, digits, target, **options):
     network = cases.network("resnet", digits)
-    regularizer = FisherRegularizer(0.01, every_n_steps=1, target_lambda=target)
+    regularizer = FisherRegularizer(0.01, every_n_steps=1, batch_fraction=1.0, target_lambda=target)
     module = cases.Plain(network)
     module.configure_optimizers = lambda: torch.optim.Adam(module.parameters(), lr=3e-3)
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], **options)

@@ -20,7 +20,7 @@ _CE = nn.functional.cross_entropy
 
 
 def _regularizer(**options):
-    return FisherRegularizer(0.7, _KL, **({"every_n_steps": 1} | options))
+    return FisherRegularizer(0.7, _KL, **({"every_n_steps": 1, "batch_fraction": 1.0} | options))
 
 
 def _fit(folder, module, callbacks, batches=None, **options):

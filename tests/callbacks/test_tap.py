@@ -54,7 +54,7 @@ def _one_step(tmp_path, step=None, penalty=_KL, batch_norm=False, **options):
     """A module after one penalised step, the number of calls in it, and what was said."""
     torch.manual_seed(1)
     module = _Counting(cases.tiny_network(batch_norm), step)
-    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1, **options)
+    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0, **options)
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
     trainer.fit(module, cases.tiny_batches())
     return module, trainer.callback_metrics["fisher/penalty"]
@@ -124,7 +124,7 @@ def test_logits_of_another_call_are_not_taken_for_those_of_the_inputs(tmp_path, 
     network = cases.tiny_network()
     module = _Counting(_Mixing(network), step)
     expected = _KL(copy.deepcopy(network), next(iter(cases.tiny_batches()))[0]).detach()
-    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1)
+    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0)
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
     with caplog.at_level("INFO"):
         trainer.fit(module, cases.tiny_batches())
@@ -163,7 +163,7 @@ def test_an_operation_in_place_on_the_inputs_is_differentiated_too(tmp_path):
     network, (x, _) = cases.tiny_network(), next(iter(cases.tiny_batches()))
     expected = _KL(lambda inputs: network(2 * inputs), x).detach()
     module = _Counting(InPlace(network))
-    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1)
+    regularizer = FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0)
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
     trainer.fit(module, cases.tiny_batches())
     assert_close(trainer.callback_metrics["fisher/penalty"], expected, rtol=1e-5, atol=1e-8)
@@ -174,7 +174,9 @@ def test_dropout_keeps_the_masks_of_the_step(tmp_path):
     torch.manual_seed(1)
     module = cases.Plain(cases.tiny_network(dropout=True))
     trainer = cases.trainer(
-        tmp_path, callbacks=[FisherRegularizer(0.7, KLPenalty(step=1e-3), every_n_steps=1)], limit_train_batches=1
+        tmp_path,
+        callbacks=[FisherRegularizer(0.7, KLPenalty(step=1e-3), every_n_steps=1, batch_fraction=1.0)],
+        limit_train_batches=1,
     )
     trainer.fit(module, cases.tiny_batches())
     assert trainer.callback_metrics["fisher/penalty"] < 10  # other masks leave a divergence over 1e-6
@@ -246,15 +248,17 @@ def test_two_regularizers_with_other_logits_or_needs_share_no_forward(tmp_path):
     sharper = lambda module, inputs: 4 * module.network(inputs)  # noqa: E731
     expected = _KL(lambda inputs: 4 * network(inputs), x), SpectralPenalty()(network, x)
     others = [
-        FisherRegularizer(0.7, _KL, every_n_steps=1, logits_fn=sharper),
-        FisherRegularizer(0.7, SpectralPenalty(), every_n_steps=1),
+        FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0, logits_fn=sharper),
+        FisherRegularizer(0.7, SpectralPenalty(), every_n_steps=1, batch_fraction=1.0),
     ]
-    values = _value(tmp_path, cases.Plain(network), [FisherRegularizer(0.7, _KL, every_n_steps=1), *others])
+    values = _value(
+        tmp_path, cases.Plain(network), [FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0), *others]
+    )
     assert_close(values["fisher/penalty_3"], expected[1].detach(), rtol=1e-5, atol=1e-8)
     torch.manual_seed(1)
     plain = cases.Plain(cases.tiny_network())
     expected = _KL(lambda inputs: 4 * plain.network(inputs), x).detach()
-    values = _value(tmp_path, plain, [FisherRegularizer(0.7, _KL, every_n_steps=1), others[0]])
+    values = _value(tmp_path, plain, [FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0), others[0]])
     assert_close(values["fisher/penalty_2"], expected, rtol=1e-5, atol=1e-8)
 
 
@@ -266,7 +270,7 @@ def test_attention_is_differentiated_twice_where_it_is_asked_for(tmp_path, penal
     nn.init.normal_(network.network.heads.head.weight)
     x, y = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3])
     expected = SpectralPenalty()(network, x).detach()
-    regularizers = [FisherRegularizer(0.7, penalty, every_n_steps=1) for penalty in penalties]
+    regularizers = [FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0) for penalty in penalties]
     trainer = cases.trainer(tmp_path, callbacks=regularizers)
     trainer.fit(cases.Plain(network), DataLoader(TensorDataset(x, y), batch_size=4))
     key = "fisher/penalty" if len(penalties) == 1 else "fisher/penalty_2"
@@ -286,14 +290,14 @@ def test_a_scripted_part_is_left_alone(tmp_path):
     torch.manual_seed(1)
     module = cases.Plain(cases.tiny_network())
     module.teacher = torch.jit.script(nn.Linear(6, 4))
-    values = _value(tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1)])
+    values = _value(tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0)])
     assert_close(values["fisher/penalty"], _expected(), rtol=1e-5, atol=1e-8)
 
 
 def test_the_bound_keeps_the_precision_of_the_loss(tmp_path):
     module, losses = cases.Plain(cases.tiny_network()), []
     module.backward = lambda loss: (losses.append(loss.dtype), loss.backward())
-    _value(tmp_path, module, [FisherRegularizer(0.7, BoundPenalty(), every_n_steps=1)])
+    _value(tmp_path, module, [FisherRegularizer(0.7, BoundPenalty(), every_n_steps=1, batch_fraction=1.0)])
     assert losses == [torch.float32]
 
 
@@ -301,4 +305,6 @@ def test_a_manual_step_without_manual_backward_is_told(tmp_path):
     module = _Counting(cases.tiny_network(), lambda module, x, y: _CE(module(x), y).backward())
     module.automatic_optimization = False
     with pytest.warns(UserWarning, match="The penalty was not added.*did not call self.manual_backward"):
-        _value(tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1)], limit_train_batches=2)
+        _value(
+            tmp_path, module, [FisherRegularizer(0.7, _KL, every_n_steps=1, batch_fraction=1.0)], limit_train_batches=2
+        )

@@ -258,7 +258,7 @@ class _Logs(cases.Plain):
 
 def test_a_measurement_logs_nothing_of_the_module(tmp_path):
     found = []
-    for callbacks in ([], [FisherRegularizer(0.1, every_n_steps=1), FisherMonitor(bounds=())]):
+    for callbacks in ([], [FisherRegularizer(0.1, every_n_steps=1, batch_fraction=1.0), FisherMonitor(bounds=())]):
         trainer = cases.trainer(tmp_path, callbacks=callbacks)
         trainer.fit(_Logs(cases.tiny_network()), cases.tiny_batches(), cases.tiny_batches())
         found.append(trainer.callback_metrics["calls"].item())

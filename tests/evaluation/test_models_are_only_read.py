@@ -418,9 +418,9 @@ _NETWORKS = {
 }
 _CALLBACKS = {
     "monitor": lambda: [FisherMonitor(bounds=(fisher_bound,))],
-    "regularizer": lambda: [FisherRegularizer(1e-20, every_n_steps=1)],
-    "regularizer, twice": lambda: [FisherRegularizer(1e-20, SpectralPenalty(), every_n_steps=1)],
-    "both": lambda: [FisherMonitor(), FisherRegularizer(1e-20, every_n_steps=1)],
+    "regularizer": lambda: [FisherRegularizer(1e-20, every_n_steps=1, batch_fraction=1.0)],
+    "regularizer, twice": lambda: [FisherRegularizer(1e-20, SpectralPenalty(), every_n_steps=1, batch_fraction=1.0)],
+    "both": lambda: [FisherMonitor(), FisherRegularizer(1e-20, every_n_steps=1, batch_fraction=1.0)],
 }
 
 

@@ -78,7 +78,7 @@ def test_a_trainer_does_the_step_that_is_written_by_hand(tmp_path):
     loss.backward()
     optimizer.step()
     penalty = GradientNormPenalty()
-    regularizer = FisherRegularizer(penalty.default_weight, penalty, every_n_steps=1)
+    regularizer = FisherRegularizer(penalty.default_weight, penalty, every_n_steps=1, batch_fraction=1.0)
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
     cases.trainer(tmp_path, callbacks=[regularizer]).fit(cases.Plain(network), batches)
     for ours, theirs in zip(network.parameters(), by_hand.parameters(), strict=True):
