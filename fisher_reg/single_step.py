@@ -96,7 +96,7 @@ def step_divergences(
     fisher: InputFisher, step: float, geometry: Geometry, num_steps: int = NUM_STEPS
 ) -> StepDivergences:
     """Search from an operator's inputs, by one step and by several; see :func:`single_step_ratio`."""
-    direction = geometry.steepest(fisher.slope(_towards_runner_up(fisher)))
+    direction = geometry.steepest(fisher.slope(towards_runner_up(fisher)))
     single = _divergence(fisher, step * direction)
     # the divergence has no slope at x: without a direction the search must begin elsewhere
     has_none = ~direction.any(1, keepdim=True)
@@ -110,7 +110,7 @@ def step_divergences(
     return StepDivergences(single, torch.maximum(largest, _divergence(fisher, moved)))
 
 
-def _towards_runner_up(fisher: InputFisher) -> Tensor:
+def towards_runner_up(fisher: InputFisher) -> Tensor:
     """Return the cotangent ``(B, K)`` along which the two most probable classes approach each other."""
     logits = fisher.logits.detach()
     contrast, _ = fisher.likelihood.contrast(logits)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from fisher_reg import (
+    L2,
     Bernoulli,
     BoundPenalty,
     Categorical,
@@ -19,6 +20,7 @@ from fisher_reg import (
     Gaussian,
     KLPenalty,
     LabelContrastPenalty,
+    LInf,
     SpectralPenalty,
     TracePenalty,
     fisher_bound,
@@ -26,6 +28,7 @@ from fisher_reg import (
     fisher_trace,
     mean_log1p,
 )
+from fisher_reg.penalty import TrainingPoint
 from fisher_reg.penalty import trace as trace_module
 from tests import cases
 
@@ -431,3 +434,86 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
 def test_a_step_that_is_no_length_is_refused(step):
     with pytest.raises(ValueError, match=f"finite step > 0, in the input unit; got {step}"):
         KLPenalty(step=step)
+
+
+def test_the_step_is_a_share_of_the_distance_between_the_classes():
+    inputs = torch.tensor([[0.0, 0.0], [0.1, 0.0], [3.0, 4.0], [3.1, 4.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    nearest = sorted([5.0, (2.9**2 + 16) ** 0.5, (2.9**2 + 16) ** 0.5, 5.0])[1]  # the lower median
+    penalty = KLPenalty.from_batch(inputs, labels, share=0.1)
+    assert penalty.step == pytest.approx(0.1 * nearest, rel=1e-6)
+    assert penalty.default_weight == pytest.approx(0.8 * penalty.step**2 / 2)
+    scaled = KLPenalty.from_batch(inputs / 2, labels, share=0.1, input_std=2.0)
+    assert scaled.step == pytest.approx(penalty.step)
+    assert scaled.input_std == 2.0
+    assert KLPenalty.from_batch(inputs, labels.flip(0), share=0.1).step == pytest.approx(penalty.step)
+
+
+def test_a_sign_step_from_a_batch_has_the_euclidean_length():
+    inputs, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 2
+    l2, linf = (KLPenalty.from_batch(inputs, labels, geometry=geometry) for geometry in (L2(), LInf()))
+    assert linf.step * 48**0.5 == pytest.approx(l2.step)
+    assert linf.default_weight == pytest.approx(6 * linf.step**2 / 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (torch.rand(4, 3), torch.zeros(4, dtype=torch.long), "4 inputs of 1 classes"),
+        (torch.ones(4, 3), torch.tensor([0, 1, 0, 1]), "needs different inputs of two classes"),
+        (torch.rand(4, 3), torch.rand(4), r"class indices of the 4 inputs, \(4,\); got torch.float32"),
+        (torch.rand(4, 3), torch.tensor([0, 1]), r"got torch.int64 \(2,\)"),
+    ],
+)
+def test_a_batch_without_a_distance_between_classes_is_refused(inputs, labels, message):
+    with pytest.raises(ValueError, match=message):
+        KLPenalty.from_batch(inputs, labels)
+
+
+def test_a_graph_that_is_used_once_is_freed():
+    network = cases.tiny_network()
+    x = torch.rand(4, 6, requires_grad=True)
+    logits = network(x)
+    point = TrainingPoint(network, x, logits, logits.detach().requires_grad_(), is_used_once=True)
+    KLPenalty().at(point).backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(logits.sum(), x)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_sign_step_and_its_gradient_are_those_of_a_dense_expression(batch_norm):
+    torch.manual_seed(3)
+    network, x = cases.tiny_network(batch_norm).double().eval(), torch.randn(5, 6, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: network(one[None])[0]))(x).detach()
+    z = network(x)
+    first, second = z.topk(2, dim=1).indices.unbind(1)
+    rows = torch.arange(5)
+    direction = -(jacobian[rows, first] - jacobian[rows, second]).sign()
+    log_p, log_q = z.log_softmax(1), network(x + 0.1 * direction).log_softmax(1)
+    expected = 2 / 0.1**2 * (log_p.exp() * (log_p - log_q)).sum(1).mean()
+    value = KLPenalty(step=0.1, geometry=LInf())(network, x)
+    assert_close(value, expected)
+    parameters = list(network.parameters())
+    assert_close(
+        torch.autograd.grad(value, parameters), torch.autograd.grad(expected, parameters), rtol=1e-6, atol=1e-10
+    )
+
+
+def test_the_two_class_form_in_linf_and_its_gradient_are_those_of_a_dense_expression():
+    torch.manual_seed(3)
+    network, x = cases.tiny_network().double(), torch.randn(5, 6, dtype=torch.float64)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: network(one[None])[0]))(x)
+    z = network(x)
+    p, index = z.softmax(1).topk(2, dim=1)
+    rows = torch.arange(5)
+    contrast = jacobian[rows, index[:, 0]] - jacobian[rows, index[:, 1]]
+    expected = (p[:, 0] * p[:, 1] * contrast.abs().sum(1).square()).mean()
+    value = SpectralPenalty(geometry=LInf())(network, x)
+    assert_close(value, expected)
+    parameters = list(network.parameters())
+    assert_close(
+        torch.autograd.grad(value, parameters),
+        torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True),
+        rtol=1e-6,
+        atol=1e-10,
+    )

@@ -95,6 +95,9 @@ class Place:
 
         Returns:
             A scalar with its gradient.
+
+        Raises:
+            ForwardError: If the model does not take the whole batch either.
         """
         try:
             return self.taken(module, due, seen, options)

@@ -12,10 +12,10 @@ from torch import Tensor
 from fisher_reg.arguments import LIKELIHOOD
 from fisher_reg.evaluation import InputStd, check_input_std, check_inputs, standard_deviation
 from fisher_reg.geometry import EUCLIDEAN, GEOMETRY, L2, Geometry, LInf
-from fisher_reg.left_out import present
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.penalty.point import PointPenalty, TrainingPoint
 from fisher_reg.printing import short_repr
+from fisher_reg.single_step import towards_runner_up
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,7 @@ class KLPenalty(PointPenalty):
     ) -> Tensor:
         """Return the penalty at a point; nothing is random."""
         fisher = point.fisher(self.likelihood, self.input_std)
-        logits = fisher.logits.detach()
-        contrast, _ = self.likelihood.contrast(logits)
-        towards = torch.where((contrast * present(logits)).sum(1, keepdim=True) < 0, contrast, -contrast)
-        direction = self.geometry.steepest(fisher.slope(towards, is_last=point.is_used_once))
+        direction = self.geometry.steepest(fisher.slope(towards_runner_up(fisher), is_last=point.is_used_once))
         moved = fisher.logits_at(self.step * direction)
         # no slope, no step: another forward may round otherwise than that of the training step
         moved = torch.where(direction.any(1, keepdim=True), moved, point.outputs)

@@ -28,10 +28,11 @@ class GradientNormPenalty(PointPenalty):
 
     It is the regulariser of Rodríguez-Muñoz, Wang and Torralba, "Characterizing model robustness via natural input
     gradients" (ECCV 2024, arXiv 2409.20139). Their loss is 0.8 times the cross-entropy plus 1.2 times this, hence the
-    default weight of 1.5, at each step. They raise the weight linearly over the first five epochs (``warmup_steps``),
-    begin with a network that was trained without it, clip the gradient of the parameters at a norm of 1
-    (``gradient_clip_val=1.0`` of the Trainer), average the weights exponentially, and use smooth activations: with ReLU
-    it gains little. They keep 4/255 for CIFAR-10 too.
+    default weight of 1.5, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of the
+    regularizer). They raise the weight linearly over the first five epochs (``warmup_steps``), begin with a network
+    that was trained without it, clip the gradient of the parameters at a norm of 1 (``gradient_clip_val=1.0`` of the
+    Trainer), average the weights exponentially, and use smooth activations: with ReLU it gains little. They keep 4/255
+    for CIFAR-10 too.
 
     In their code the gradient passes through the statistics of batch norm in training, and that of mixed or smoothed
     labels is taken; here the function is per-example, as in all penalties of this package, and labels are indices.
@@ -41,8 +42,7 @@ class GradientNormPenalty(PointPenalty):
     Args:
         epsilon: Length of the step in the geometry, in the input unit (in pixels with ``input_std``).
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        geometry: In which norm the step has its length: :class:`LInf` or :class:`L2`. Say it in a ``LightningCLI``,
-            which else keeps that of the default penalty of :class:`fisher_reg.FisherRegularizer`, L2.
+        geometry: In which norm the step has its length: :class:`LInf` or :class:`L2`.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)

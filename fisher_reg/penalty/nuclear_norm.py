@@ -33,7 +33,8 @@ class NuclearNormPenalty(PointPenalty):
 
     It is nuclear norm adversarial training (NuAT) of Sriramanan et al., "Towards Efficient and Effective Adversarial
     Training" (NeurIPS 2021, github.com/val-iisc/NuAT), whose settings for CIFAR-10 are the defaults, the weight of 4.5
-    among them. There the weight rises from zero over 90 of 100 epochs (``warmup_steps``) and that of the attack with
+    among them, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of the regularizer). There
+    the weight rises from zero over 90 of 100 epochs (``warmup_steps``) and that of the attack with
     it, the nuclear norm is left out of the attack at every second step, the attack is on the network in evaluation
     mode, and the attacked batch has batch statistics of its own. Here all of it is done on the function of the training
     step, with the statistics of its batch.

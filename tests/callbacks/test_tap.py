@@ -54,7 +54,7 @@ def _one_step(tmp_path, step=None, penalty=_KL, batch_norm=False, **options):
     """A module after one penalised step, the number of calls in it, and what was said."""
     torch.manual_seed(1)
     module = _Counting(cases.tiny_network(batch_norm), step)
-    regularizer = FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0, **options)
+    regularizer = FisherRegularizer(0.7, penalty, **({"every_n_steps": 1, "batch_fraction": 1.0} | options))
     trainer = cases.trainer(tmp_path, callbacks=[regularizer], limit_train_batches=1)
     trainer.fit(module, cases.tiny_batches())
     return module, trainer.callback_metrics["fisher/penalty"]

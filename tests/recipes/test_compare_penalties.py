@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = [
     "~models.ResNet",
     *(f"~methods.{name}" for name in ("spectral", "trace", "bound", "vat", "jacobian", "input_gradient", "kl")),
-    "methods.kl_every_5th.strengths=[0.1,0.2]",
+    "methods.default.strengths=[0.1,0.2]",
     "methods.pgd_3.strengths=[0.01]",
     "seeds=[0,1]",
     "trainer.max_epochs=1",
@@ -55,7 +55,7 @@ def test_the_study_leaves_its_table_and_its_figure(study):
     folder, output = study
     frame = pd.read_csv(folder / "run" / "penalties.csv")
     assert len(frame) == (1 + 2 + 1) * 2
-    assert set(frame.method) == {"none", "kl_every_5th", "pgd_3"}
+    assert set(frame.method) == {"none", "default", "pgd_3"}
     assert frame[["clean", "l2_0.25", "linf_2/255", "calibration_error"]].stack().between(0, 1).all()
     assert (frame["l2_0.5"] <= frame.clean + 1).all()
     assert (frame.seconds > 0).all()
@@ -89,7 +89,7 @@ def test_what_is_finished_is_not_done_again(study):
         ("seeds=[0,0]", "A seed occurs twice"),
         ("num_attacked=100000", "num_attacked=100000.*360 test images"),
         ("seeds=[]", "There is nothing to train"),
-        ("methods.kl_every_5th.strengths=[-1]", "finite weight >= 0; got -1"),
+        ("methods.default.strengths=[-1]", "finite weight >= 0; got -1"),
     ],
 )
 def test_a_study_that_would_fail_is_refused_before_any_training(tmp_path, override, message):
@@ -118,7 +118,7 @@ def test_the_experiment_for_a_gpu_builds_each_method_and_its_network():
         ["FisherRegularizer"] * 6 + ["FastAdversarialTraining", "AdversarialTraining", "FisherRegularizer"]
     )
     assert built["none", 0] == []
-    for method, every in (("kl", 1), ("kl_every_5th", 5)):
+    for method, every in (("kl", 1), ("default", 10)):
         ((callback,),) = (value for (name, _), value in built.items() if name == method)
         assert callback.every_n_steps == every
         assert callback.penalty == KLPenalty(step=callback.penalty.step, geometry=LInf())
