@@ -37,6 +37,7 @@ from recipes.data import ImageData
 from recipes.jobs import Settings, execute, quiet
 from recipes.networks import chosen_device, prepared_data
 from recipes.penalties_report import KEYS, attack_name, draw, finalists, markdown, short, summarize
+from recipes.records import without_folders
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
 
@@ -77,7 +78,8 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     cells = summarize(frame)
     (folder / "penalties.md").write_text(markdown(cells), encoding="utf-8")
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
-    (folder / "penalties.json").write_text(json.dumps(OmegaConf.to_container(OmegaConf.create(shown)), indent=2) + "\n")
+    settings = without_folders(OmegaConf.to_container(OmegaConf.create(shown)))
+    (folder / "penalties.json").write_text(json.dumps(settings, indent=2) + "\n")
     draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
     console = Console()
     console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)

@@ -55,8 +55,15 @@ class FisherRegularizer(Callback):
 
     It sees the function being trained: batch norm uses the statistics of the step's own forward. That forward is reused
     where it is sure to be that of the inputs: where the step gives the batch's own inputs once to ``forward`` or to a
-    part of it, in full precision and not compiled (and for a penalty with second derivatives, without batch norm in
-    training). Otherwise the penalty runs a forward of its own, and says so once.
+    part of it, not compiled, and in full precision or in a half precision that the penalty tolerates
+    (:meth:`fisher_reg.KLPenalty.tolerates`). For a penalty with second derivatives also only without batch norm in
+    training, and for the whole batch. Otherwise the penalty runs a forward of its own, and says so once; that is in
+    half precision too where the step is and the penalty tolerates it.
+
+    A part of the batch costs a forward of that part and a backward pass to the inputs for the direction, whose memory
+    is freed, and a forward and backward pass of the moved inputs; its logits are those of the step. Where the network
+    draws dropout masks, or the forward cannot be reused, its own forward is kept instead. A model that takes only whole
+    batches is penalised on whole batches.
 
     A penalty that is not finite, or whose gradient is not, is left out of the loss, with a warning that counts. For
     that its gradient is taken by itself (see :mod:`fisher_reg.callbacks.gradients`), which costs the memory of a second
