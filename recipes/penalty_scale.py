@@ -63,7 +63,8 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
 
 def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
     """Return the penalty that one training batch of a data set suggests."""
-    prepared = prepared_data(OmegaConf.create({"seed": config.seed, "data": data}))
+    resolved = OmegaConf.to_container(data, resolve=True)  # interpolations need their parent
+    prepared = prepared_data(OmegaConf.create({"seed": config.seed, "data": resolved}))
     images, labels = next(iter(prepared.train_dataloader()))
     return KLPenalty.from_batch(images, labels, share=config.share)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +14,7 @@ from fisher_reg import KLPenalty
 from recipes.penalty_scale import chosen_penalty, methods, plan
 
 ROOT = Path(__file__).parents[2]
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def test_each_network_is_attacked_with_the_length_that_its_data_suggest(tmp_path):
@@ -38,8 +40,11 @@ def test_the_factor_of_the_divergence_is_the_same_in_both_methods():
         assert 2 * compared[name]["weight"] / step**2 == pytest.approx(0.8)
 
 
-def test_the_experiment_composes_and_its_runs_differ_by_data_set():
-    overrides = ["+experiment=penalty_scale/three", "mnist=m.npz", "cifar10=c.npz", "output_dir=x"]
+def test_the_experiment_composes_and_its_runs_differ_by_data_set(tmp_path):
+    arrays = {name: np.random.default_rng(0).integers(0, 3, 40 if name[0] == "y" else (40, 8, 8)) for name in _ARRAYS}
+    np.savez(tmp_path / "m.npz", **{name: array.astype(np.uint8) for name, array in arrays.items()})
+    overrides = ["+experiment=penalty_scale/three", f"mnist={tmp_path}/m.npz", "cifar10=c.npz", "output_dir=x"]
+    overrides += ["datasets.mnist_28.num_train=40"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("penalty_scale", overrides)
     runs = plan(config, dict.fromkeys(config.datasets, KLPenalty(step=0.1)))
@@ -48,3 +53,4 @@ def test_the_experiment_composes_and_its_runs_differ_by_data_set():
         *("digits_8", "digits_16", "mnist_16", "mnist_28", "cifar10_16", "cifar10_32")
     }
     assert chosen_penalty(config, config.datasets.digits_8).step == pytest.approx(0.0842, rel=0.05)
+    assert chosen_penalty(config, config.datasets.mnist_28).step > 0
