@@ -120,13 +120,17 @@ def markdown(frame: pd.DataFrame) -> str:
     for names, group in frame.groupby(_KEYS, sort=False):
         first = group.iloc[0]
         setting = ["–", "–"] if names[2] == "none" else [f"{first.step:.3g}", f"{first.weight:.2g}"]
-        cells = [f"{group[key].mean():.3f} ± {group[key].sem():.3f}" for key in ("clean", "robust")]
+        cells = [_cell(group[key]) for key in ("clean", "robust")]
         lines.append(
             "| "
             + " | ".join([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
             + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: pd.Series) -> str:
+    return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recipes import penalty_cost, summarize
+from recipes import penalty_cost, penalty_scale
 from recipes.compare_report import short_markdown
-from recipes.penalties_report import markdown, short
+from recipes.penalties_report import markdown
 from recipes.penalties_report import summarize as over_seeds
 
 ROOT = Path(__file__).parents[2]
@@ -18,13 +18,14 @@ RESULTS = ROOT / "recipes" / "results"
     ("name", "table"),
     [
         ("penalty_cost.csv", penalty_cost.markdown),
-        ("penalties_ten_epochs.csv", lambda frame: markdown(short(over_seeds(frame)))),
-        ("penalty_on_digits.csv", summarize.as_markdown),
+        ("penalties_frontier_vgg.csv", lambda frame: markdown(over_seeds(frame))),
+        ("penalties_frontier_resnet.csv", lambda frame: markdown(over_seeds(frame))),
+        ("penalty_scale_digits.csv", penalty_scale.markdown),
     ],
 )
 def test_the_table_is_that_of_its_file(name, table):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    frame = pd.read_csv(RESULTS / name, keep_default_na=name != "penalty_on_digits.csv")
+    frame = pd.read_csv(RESULTS / name)
     assert table(frame).strip() in readme
 
 
