@@ -154,7 +154,10 @@ class Place:
         assert flow is not None
         logits = flow.outputs[0].to(torch.promote_types(flow.outputs[0].dtype, torch.float32))
         leaf = None if self.differentiates_twice else seen.cut.leaf(logits)
-        model = _trained(due, Noise(due.inputs.device, flow.state), seen.recording)
+        # a step may leave autocast, and logits of one precision are not to be compared with those of another
+        model = EvaluatedModel(
+            due.model, Noise(due.inputs.device, flow.state), False, seen.recording, flow.autocast_dtype
+        )
         with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
             chosen = self.chosen(due, options)
             if chosen is None:

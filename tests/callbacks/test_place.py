@@ -115,6 +115,20 @@ def test_a_step_below_the_round_off_is_taken_in_float32(tmp_path, accumulate, ca
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+class _LeavesAutocast(cases.Plain):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", enabled=False):
+            return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_leaves_autocast_is_penalised_in_its_precision(tmp_path):
+    torch.manual_seed(1)
+    module, penalty = _LeavesAutocast(cases.tiny_network()), KLPenalty(step=0.02, geometry=LInf())
+    expected = penalty(module.network, next(iter(cases.tiny_batches()))[0]).item()
+    trainer = _fit(tmp_path, module, penalty, limit_train_batches=1, precision="bf16-mixed")
+    assert trainer.callback_metrics["fisher/penalty"].item() == pytest.approx(expected, rel=1e-3)
+
+
 def _share(tmp_path, penalty, batch_norm, **options):
     """What the penalty adds to the gradient of a step."""
     weights = []
