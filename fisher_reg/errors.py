@@ -19,6 +19,10 @@ class ForwardError(RuntimeError):
     """The model raised an error, which is the cause; the message says what was called with what, and the remedy."""
 
 
+class LogitsShapeError(ValueError):
+    """The model returned something else than logits ``(B, K)``."""
+
+
 class NonFiniteWeightsError(NonFiniteError):
     """A layer has NaN or infinite weights, for which no bound exists."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fisher_reg.errors import NonFiniteLogitsError
+from fisher_reg.errors import LogitsShapeError, NonFiniteLogitsError
 from fisher_reg.likelihood import Bernoulli, Likelihood
 
 
@@ -22,12 +22,13 @@ def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str
         call: What was called with what, to begin a message with.
 
     Raises:
-        ValueError: If the shape is not ``(B, K)`` or ``K`` is too small for the likelihood.
+        LogitsShapeError: If the shape is not ``(B, K)``.
+        ValueError: If ``K`` is too small for the likelihood, or the logits are integers.
         NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity where the likelihood gives that no
             meaning, or if a row has no finite logit; the message counts the examples.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
-        raise ValueError(
+        raise LogitsShapeError(
             f"{call} must return logits of shape (B, K) with B = {batch_size}; it returned {_describe(logits)}. "
             f"{_remedy(logits, batch_size)}"
         )

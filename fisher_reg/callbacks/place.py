@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisher_reg.callbacks.batch import LogitsFn, PenaltyFn, logits_model
 from fisher_reg.callbacks.step import Due, Observation
 from fisher_reg.callbacks.tap import standing_obstacle
-from fisher_reg.errors import ForwardError
+from fisher_reg.errors import ForwardError, LogitsShapeError
 from fisher_reg.evaluation import (
     EvaluatedModel,
     Noise,
@@ -98,10 +98,11 @@ class Place:
 
         Raises:
             ForwardError: If the model does not take the whole batch either.
+            LogitsShapeError: If it does not return one row for each example of the whole batch either.
         """
         try:
             return self.taken(module, due, seen, options)
-        except ForwardError as error:
+        except (ForwardError, LogitsShapeError) as error:  # a model may also ignore how many it got
             if self.batch_fraction == 1 or not self._takes_parts:
                 raise
             self._takes_parts = False
@@ -153,7 +154,10 @@ class Place:
         assert flow is not None
         logits = flow.outputs[0].to(torch.promote_types(flow.outputs[0].dtype, torch.float32))
         leaf = None if self.differentiates_twice else seen.cut.leaf(logits)
-        model = _trained(due, Noise(due.inputs.device, flow.state), seen.recording)
+        # a step may leave autocast, and logits of one precision are not to be compared with those of another
+        model = EvaluatedModel(
+            due.model, Noise(due.inputs.device, flow.state), False, seen.recording, flow.autocast_dtype
+        )
         with differentiable(flow.source), kernels(self.penalty.differentiates_twice):
             chosen = self.chosen(due, options)
             if chosen is None:
@@ -162,9 +166,32 @@ class Place:
             # a forward of the part alone for the direction: a backward pass through the whole batch would cost more
             inputs = flow.inputs.detach()[chosen].requires_grad_()
             own = called(model, inputs)
-            # where the model draws, the part has other dropout masks than in the step, and needs its own logits
-            point = TrainingPoint(model, inputs, own, *(() if model.draws else (leaf[chosen], True)))
+            of_the_step = (leaf[chosen], True) if self.agree(model, own, leaf.detach()[chosen]) else ()
+            point = TrainingPoint(model, inputs, own, *of_the_step)
             return self.penalty.at(point, **_of_the_chosen(options, chosen))
+
+    def agree(self, model: EvaluatedModel, own: Tensor, of_the_step: Tensor) -> bool:
+        """Tell whether a part of the batch has the logits that its examples had in the step.
+
+        It has others where the model draws (other dropout masks), or where its examples depend on each other: the
+        difference would be taken for the effect of the step, divided by its square.
+
+        Args:
+            model: The function of the step.
+            own: Its logits of the part by itself.
+            of_the_step: Those of the same examples, without a graph.
+
+        Returns:
+            Whether the latter may be taken.
+        """
+        if model.draws or own.shape != of_the_step.shape:
+            return False
+        tolerance = _ROUND_OFF if model.half_precision is None else _HALF_ROUND_OFF
+        size = of_the_step.nan_to_num(neginf=0.0).abs().max().item()
+        does = torch.allclose(own.detach().to(of_the_step), of_the_step, rtol=tolerance, atol=tolerance * size)
+        if not does:
+            self.tell("a part of the batch has other logits than its examples have in the step")
+        return does
 
     def by_itself(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
         """Return the penalty from a forward of its own, of a part of the batch perhaps."""
@@ -209,5 +236,9 @@ def _autocast_dtype(trainer: pl.Trainer, device: torch.device) -> torch.dtype | 
         dtype = torch.get_autocast_dtype(device.type)
     return dtype if torch.finfo(dtype).bits < 32 else None
 
+
+# of the largest logit: kernels for another batch size, TF32 in convolutions among them, and bfloat16 in a deep network
+_ROUND_OFF = 1e-2
+_HALF_ROUND_OFF = 5e-2
 
 _ROUNDED = "the training step is under autocast, whose round-off would drown the penalty"

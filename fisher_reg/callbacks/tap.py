@@ -58,6 +58,7 @@ class Flow:
         self.outputs: list[Tensor] = []
         self.unusable: str | None = None
         self._versions: list[int] = []
+        self._source_version = -1
         self._inlet: nn.Module | None = None
         self._fingerprint: Fingerprint = ()
 
@@ -65,6 +66,7 @@ class Flow:
         """Return what a module shall get instead of the source."""
         self.num_forwards += 1
         self.inputs = self.source.detach().requires_grad_()
+        self._source_version = self.source._version
         self.state = GlobalState.read(self.source.device)
         self._inlet, self._fingerprint = part, _fingerprint(part)
         device = self.source.device.type
@@ -90,6 +92,8 @@ class Flow:
             return f"the forward of the training step gave {len(self.outputs)} logits with a gradient instead of one"
         if self.outputs[0]._version != self._versions[0]:
             return "the training step changed the logits in place"
+        if self.source._version != self._source_version:
+            return "the training step changed the inputs in place after its forward"
         assert self._inlet is not None
         if _fingerprint(self._inlet) != self._fingerprint:
             return "the training step ran forward with other weights or modes than it leaves behind"

@@ -115,6 +115,20 @@ def test_a_step_below_the_round_off_is_taken_in_float32(tmp_path, accumulate, ca
     assert_close(module.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+class _LeavesAutocast(cases.Plain):
+    def training_step(self, batch, batch_idx):
+        with torch.autocast("cpu", enabled=False):
+            return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_leaves_autocast_is_penalised_in_its_precision(tmp_path):
+    torch.manual_seed(1)
+    module, penalty = _LeavesAutocast(cases.tiny_network()), KLPenalty(step=0.02, geometry=LInf())
+    expected = penalty(module.network, next(iter(cases.tiny_batches()))[0]).item()
+    trainer = _fit(tmp_path, module, penalty, limit_train_batches=1, precision="bf16-mixed")
+    assert trainer.callback_metrics["fisher/penalty"].item() == pytest.approx(expected, rel=1e-3)
+
+
 def _share(tmp_path, penalty, batch_norm, **options):
     """What the penalty adds to the gradient of a step."""
     weights = []
@@ -195,6 +209,48 @@ def test_the_logits_of_a_part_are_those_of_the_step(tmp_path):
     module = cases.Plain(nn.Sequential(Watching(), *cases.tiny_network()))
     _fit(tmp_path, module, batch_fraction=0.25, limit_train_batches=1)
     assert sizes[-3:] == [(4, True), (1, True), (1, True)]
+
+
+class _Centred(nn.Module):
+    """Takes the mean of the batch off, unseen by the rules of batch norm."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def test_a_part_of_examples_that_depend_on_each_other_is_taken_by_itself(tmp_path, caplog):
+    # the logits of the step have another mean taken off, and would make this 1.2
+    first, *others = cases.tiny_network()
+    module, (x, _) = cases.Plain(nn.Sequential(first, _Centred(), *others)), next(iter(cases.tiny_batches()))
+    possible = [_KL(module.network, x[list(pair)]).item() for pair in itertools.combinations(range(4), 2)]
+    with caplog.at_level("INFO"):
+        trainer = _fit(tmp_path, module, batch_fraction=0.5, limit_train_batches=1)
+    value = trainer.callback_metrics["fisher/penalty"].item()
+    assert min(abs(value / known - 1) for known in possible) < 1e-3
+    assert "a part of the batch has other logits" in caplog.text
+
+
+class _Whole(nn.Module):
+    """Adds to each example of a batch something of its own; one example alone gets as many rows."""
+
+    def __init__(self, batch_size):
+        super().__init__()
+        self.network = cases.tiny_network()
+        self.register_buffer("places", torch.linspace(0, 1, batch_size)[:, None])
+
+    def forward(self, x):
+        return self.network(x + self.places)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_a_model_that_gives_no_logits_of_a_part_is_penalised_at_whole_batches(tmp_path, batch_size, caplog):
+    torch.manual_seed(1)
+    module, batches = cases.Plain(_Whole(batch_size)), cases.tiny_batches(batch_size=batch_size)
+    expected = _KL(module.network, next(iter(batches))[0]).item()
+    with caplog.at_level("INFO"):
+        trainer = _fit(tmp_path, module, batches=batches, batch_fraction=0.5, limit_train_batches=1)
+    assert "penalises whole batches" in caplog.text
+    assert trainer.callback_metrics["fisher/penalty"].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_weight_is_by_default_that_of_the_penalty():

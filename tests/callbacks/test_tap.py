@@ -81,6 +81,7 @@ _CE = nn.functional.cross_entropy
         (lambda module, x, y: _CE(module(x), y) + module.network[0](x).sum(), 1 + 1 + 2, "more than once"),
         (lambda module, x, y: _CE(module.network[4](module.network[:4](x)), y), 1 + 0 + 2, "gave 0 logits"),
         (lambda module, x, y: _CE(module(x).bfloat16(), y), 1 + 1 + 1, None),
+        (lambda module, x, y: _CE(module(x), y) + 0 * x.zero_().sum(), 1 + 1 + 2, "changed the inputs in place"),
     ],
 )
 def test_a_forward_is_reused_where_it_is_that_of_the_inputs(tmp_path, step, calls, obstacle, caplog):
