@@ -136,10 +136,7 @@ class SeparateGradient:
             scaled = [scale * own[id(tensor)] for tensor in inside]
             through = torch.autograd.grad(inside, cut.parameters, scaled, retain_graph=True, allow_unused=True)
         direct = [own.get(id(parameter)) for parameter in cut.parameters]
-        return [
-            one if other is None else other / scale + (0 if one is None else one)
-            for one, other in zip(direct, through, strict=True)
-        ]
+        return [one if other is None else _sum(other / scale, one) for one, other in zip(direct, through, strict=True)]
 
     def attached(self, factor: Tensor | None = None) -> Tensor:
         """Return the value with this gradient, times a factor if one is given."""
@@ -288,6 +285,13 @@ def _scale_of(trainer: pl.Trainer) -> float:
 
 def _divided(gradient: Tensor, scale: float) -> Tensor:
     return gradient if scale == 1 else gradient / scale
+
+
+def _sum(gradient: Tensor, other: Tensor | None) -> Tensor:
+    """Add what there is; torch adds a sparse tensor to a dense one, and nothing dense to a sparse one."""
+    if other is None:
+        return gradient
+    return other + gradient if gradient.is_sparse else gradient + other
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:

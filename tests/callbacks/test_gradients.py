@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from fisher_reg import FisherRegularizer, KLPenalty, SpectralPenalty
+from fisher_reg.callbacks.gradients import Cut, SeparateGradient
 from tests import cases
 
 _KL = KLPenalty(step=0.3)
@@ -238,3 +239,15 @@ def test_a_resumed_training_measures_at_the_steps_of_the_undisturbed_one(tmp_pat
 
     assert fit(2) == 4
     assert fit(3, tmp_path / "2.ckpt") == 6
+
+
+@pytest.mark.parametrize("direct", [None, "sparse", "dense"])
+def test_a_sparse_gradient_goes_through_the_step(direct):
+    embedding = nn.Embedding(4, 3, sparse=True)
+    indices = torch.tensor([0, 1, 1])
+    terms = {None: lambda: 0.0, "sparse": lambda: embedding(indices).sum(), "dense": lambda: embedding.weight.sum()}
+    cut = Cut([embedding.weight], None)
+    leaf = cut.leaf(embedding(indices))
+    (found,) = SeparateGradient.take(leaf.square().sum() + terms[direct](), cut).at_parameters(cut, 8.0)
+    (embedding(indices).square().sum() + terms[direct]()).backward()
+    assert_close(found.to_dense(), embedding.weight.grad.to_dense())
