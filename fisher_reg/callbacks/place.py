@@ -134,7 +134,7 @@ class Place:
         flow = seen.flow
         if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
             return False
-        if self.differentiates_twice > flow.differentiates_twice or not self.can_reuse_forward(module, None):
+        if self.differentiates_twice > flow.differentiates_twice or not self.can_reuse_forward(module, due.side_inputs):
             return False
         obstacle = flow.obstacle
         if obstacle is None and flow.autocast_dtype not in (None, due.half_precision):

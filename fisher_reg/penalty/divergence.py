@@ -102,7 +102,7 @@ class KLPenalty(PointPenalty):
         loss stays the same. No pass through a network.
 
         Args:
-            inputs: ``(B, *S)``, floating point, as the network gets them.
+            inputs: ``(B, *S)``, floating point, as the network gets them; memory for ``(B, B)`` distances is needed.
             labels: Class indices ``(B,)``, of two classes at least.
             share: Of the distance; 0.04 is 0.5 on CIFAR-10, 0.3 on MNIST and 0.09 on 8 x 8 digits.
             geometry: As for the class.
@@ -155,21 +155,23 @@ class KLPenalty(PointPenalty):
         """
         std = standard_deviation(self.input_std, inputs)
         entry = self.step * self.geometry.typical_entry(inputs[0].numel()) / (1.0 if std is None else float(std.max()))
-        size = float(inputs.detach().double().square().mean().sqrt())
+        size = float(inputs.detach().float().square().mean().sqrt())
         return entry >= 0.5 * torch.finfo(dtype).eps * size
 
 
 def _distance_between_classes(inputs: Tensor, labels: Tensor, input_std: InputStd | None) -> float:
     """Return the median distance from an input to the nearest one with another label."""
     check_inputs(inputs)
+    labels = torch.as_tensor(labels)
     if labels.shape != inputs.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"KLPenalty.from_batch needs class indices of the {len(inputs)} inputs, ({len(inputs)},); got "
             f"{labels.dtype} {tuple(labels.shape)}."
         )
     std = standard_deviation(input_std, inputs)
-    flat = (inputs.detach() if std is None else inputs.detach() * std.to(inputs)).double().flatten(1)
-    others = labels[:, None] != labels
+    flat = (inputs.detach() if std is None else inputs.detach() * std.to(inputs)).cpu().double().flatten(1)
+    known = labels.cpu()
+    others = known[:, None] != known
     distances = torch.cdist(flat, flat).where(others, torch.inf).amin(1)
     found = distances[distances.isfinite()]
     distance = float(found.median()) if len(found) else 0.0
