@@ -209,15 +209,35 @@ class GradientGuard:
         self.is_measuring = is_due or self.max_ratio is not None
         self.num_penalised += 1
 
+    def taken(self, trainer: pl.Trainer, penalty: Tensor | None, cut: Cut) -> SeparateGradient | Tensor | None:
+        """Return the gradient of a penalty, without what the penalty holds of its graph.
+
+        Args:
+            trainer: Whose scale keeps small gradients in float16.
+            penalty: A finite scalar; None where this process skips it.
+            cut: By which it left the graph of the step.
+
+        Returns:
+            The penalty itself where its gradient cannot be taken.
+        """
+        if penalty is None or cut.obstacle is not None:
+            return penalty
+        return SeparateGradient.take(penalty, cut, _scale_of(trainer))
+
     def applied(
-        self, module: pl.LightningModule, loss: Tensor, penalty: Tensor | None, cut: Cut, coefficient: float
+        self,
+        module: pl.LightningModule,
+        loss: Tensor,
+        taken: SeparateGradient | Tensor | None,
+        cut: Cut,
+        coefficient: float,
     ) -> Guarded:
         """Return a penalty with the gradient that the loss shall get of it, looked at if it can be.
 
         Args:
             module: What is trained.
             loss: The user's own.
-            penalty: A finite scalar; None where this process skips it.
+            taken: By :meth:`taken`.
             cut: By which the penalty left the graph of the step.
             coefficient: Factor of the penalty in the loss.
 
@@ -227,10 +247,9 @@ class GradientGuard:
         if cut.obstacle is not None:
             if self.max_ratio is not None:
                 self.tell("obstacle", f"max_gradient_ratio has no effect on {type(module).__name__}: {cut.obstacle}.")
-            return Guarded(penalty)
-        gradient = None if penalty is None else SeparateGradient.take(penalty, cut, _scale_of(module.trainer))
-        if gradient is not None and not gradient.is_finite:
-            gradient = None
+            assert not isinstance(taken, SeparateGradient)
+            return Guarded(taken)
+        gradient = taken if isinstance(taken, SeparateGradient) and taken.is_finite else None
         # the other processes wait for this one in the mean of the gradients
         is_alone = module.trainer.world_size == 1
         measures = self.is_measuring and (gradient is not None or not is_alone)

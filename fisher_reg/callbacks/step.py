@@ -20,7 +20,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from fisher_reg.callbacks.batch import InputsFn, LogitsFn, SideInputsFn, logits_model
-from fisher_reg.callbacks.gradients import Cut, GradientGuard
+from fisher_reg.callbacks.gradients import Cut, GradientGuard, SeparateGradient
 from fisher_reg.callbacks.tap import Flow, Tap, recorded
 from fisher_reg.evaluation import Recording, SideInputs, Source, check_inputs, source_of
 
@@ -252,15 +252,16 @@ class PenalisedStep:
         cut = Cut.of(trainer, self.module)
         regularizer.guard.count()
         own = Observation(cut.recording(seen.recording), seen.flow, cut)
-        penalty = regularizer.penalise(self.module, due, batch, own, generator)
+        # the penalty itself is kept nowhere, so that the memory of its graph is free before the step goes on
+        taken = regularizer.guard.taken(trainer, regularizer.penalise(self.module, due, batch, own, generator), cut)
         weight = regularizer.current_weight(trainer)  # after the penalty, which may adapt it
         coefficient = regularizer.every_n_steps * weight
-        guarded = regularizer.guard.applied(self.module, loss, penalty, cut, coefficient)
+        guarded = regularizer.guard.applied(self.module, loss, taken, cut, coefficient)
         if guarded.penalty is not None:
             precise = torch.promote_types(loss.dtype, torch.float32)
             total = total + coefficient * guarded.penalty.to(loss.device, precise)
-        elif penalty is not None:
-            regularizer.skip(f"The penalty is {penalty.item():.4g}, but its gradient is not finite.")
+        elif isinstance(taken, SeparateGradient):
+            regularizer.skip(f"The penalty is {taken.value.item():.4g}, but its gradient is not finite.")
         suffix = f"_{due.number + 1}" if due.number else ""
         self.log(suffix, guarded.penalty, weight, len(due.inputs))
         if regularizer.guard.is_measuring:

@@ -141,7 +141,7 @@ class Tap:
         def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             if part in original_of and kwargs and original_of[part] in inlets:
                 inlets.remove(original_of[part])
-            if part in original_of and isinstance(output, Tensor):
+            if part in original_of and isinstance(output, Tensor) and output.ndim == 2:  # all others would be kept too
                 given.append((original_of[part], output, output._version))
 
         with torch.no_grad(), _watching(before, after):
