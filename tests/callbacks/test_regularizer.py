@@ -389,3 +389,20 @@ def test_a_forward_without_logits_is_told_of_logits_fn(tmp_path):
 def test_bad_settings_are_refused_at_once(settings, message):
     with pytest.raises(ValueError, match=message):
         FisherRegularizer(**settings)
+
+
+@pytest.mark.parametrize(("num_steps", "interval"), [(3, 1), (250, 2), (950, 9), (2000, 10)])
+def test_the_default_penalises_each_tenth_step_and_oftener_in_a_short_training(tmp_path, num_steps, interval):
+    regularizer = FisherRegularizer(1e-20)
+    for steps, expected in ((num_steps, interval), (2000, 10)):  # a second fit finds out anew
+        trainer = cases.trainer(tmp_path, callbacks=[regularizer], max_steps=steps, max_epochs=-1)
+        regularizer.on_train_start(trainer, _module())
+        assert regularizer.every_n_steps == expected
+    assert FisherRegularizer(every_n_steps=7).every_n_steps == 7
+
+
+def test_the_default_counts_the_steps_of_the_training_itself(tmp_path):
+    regularizer = FisherRegularizer(1e-20)
+    _fit(tmp_path, _module(), regularizer, cases.tiny_batches(count=80), max_epochs=10)  # 200 steps
+    assert regularizer.every_n_steps == 2
+    assert regularizer.guard.num_penalised == 100
