@@ -239,7 +239,7 @@ class InputFisher:
         return self._pull(cotangent, create_graph=True)
 
     def restrict(self, keep: Tensor) -> InputFisher | None:
-        """Return the operator of the examples where ``keep`` ``(B,)`` is true, at the cost of their forward.
+        """Return the operator of the examples at the indices ``keep`` ``(b,)``, at the cost of their forward.
 
         None where only the whole batch can be applied: the function must not be called again
         (:func:`double_backward`), or it does not give these examples the same logits on their own.

@@ -21,7 +21,7 @@ from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.operator import InputFisher
 from fisher_reg.sampling import fixed_generator, normal, signs
 from fisher_reg.solvers import EigenResult, Lanczos, PowerIteration, Solver, unit
-from fisher_reg.solvers.interval import RandomProbe
+from fisher_reg.solvers.interval import RandomStart
 from fisher_reg.solvers.linalg import check_finite
 
 Batches = Iterable[Tensor | Sequence[Tensor]]
@@ -107,8 +107,7 @@ def universal_spectral_norm(
         solver=solver,
         residual_is_exact=True,
         rounding=(4 * torch.finfo(mean.dtype).eps * found.value.sqrt())[None].to(mean.dtype),
-        probe=RandomProbe.none(found.value[None], len(left)),
-        num_probes=torch.zeros(1, dtype=torch.long, device=left.device),
+        random_start=RandomStart.none(1),
         search_space=left.new_zeros(1, 0, 0),
     )
 

@@ -6,7 +6,7 @@ immutable value that holds its tolerances.
 
 from fisher_reg.solvers.exact import Exact
 from fisher_reg.solvers.hutchinson_max import HutchinsonMax
-from fisher_reg.solvers.interval import Interval, RandomProbe
+from fisher_reg.solvers.interval import Interval, RandomStart
 from fisher_reg.solvers.lanczos import Lanczos
 from fisher_reg.solvers.linalg import dense_rows, unit
 from fisher_reg.solvers.power import PowerIteration
@@ -23,7 +23,7 @@ __all__ = [
     "Interval",
     "Lanczos",
     "PowerIteration",
-    "RandomProbe",
+    "RandomStart",
     "SignIteration",
     "SignResult",
     "Solver",

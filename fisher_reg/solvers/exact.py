@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisher_reg.solvers.interval import RandomProbe
+from fisher_reg.solvers.interval import RandomStart
 from fisher_reg.solvers.linalg import beyond_rank, dense_rows, inner_products, unit
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, Solver, TraceEstimator, leading
@@ -66,8 +66,7 @@ class Exact(Solver, TraceEstimator):
             solver=self,
             residual_is_exact=True,
             rounding=eta.to(rows.dtype),
-            probe=RandomProbe.nothing_left(eta, num_outputs),
-            num_probes=torch.zeros(count, dtype=torch.long, device=rows.device),
+            random_start=RandomStart.nothing_left(ritz.all_values),
             search_space=rows.new_zeros(count, 0, num_outputs),
         )
 

@@ -9,9 +9,9 @@ import torch
 from fisher_reg.probes import Probe, StandardNormal
 from fisher_reg.sampling import fixed_generator
 from fisher_reg.solvers.linalg import check_positive, unit
+from fisher_reg.solvers.pair import eigenpair_along
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, Solver, leading
-from fisher_reg.solvers.search import Plan, search
+from fisher_reg.solvers.result import EigenResult, Solver
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,5 @@ class HutchinsonMax(Solver):
             quotient = operator.adjoint(direction).square().sum(1, keepdim=True)
             best = torch.where(quotient > value, direction, best)
             value = torch.maximum(quotient, value)
-        plan = Plan(self, num_steps=0, rtol=0.0, tolerance=0.0, failure_probability=0.5, grows=False)
-        result = leading(search(operator, best[:, None], plan, generator))
+        result = eigenpair_along(operator, best, self)
         return replace(result, num_matvecs=result.num_matvecs + self.num_samples)

@@ -1,31 +1,35 @@
 r"""How large the largest eigenvalue can be, from what a search has computed.
 
-Let :math:`W` be the search space, spanned by Ritz vectors :math:`u_i` with Ritz values :math:`\theta_i` of
-:math:`G = A A^\top`, which has the eigenvalues of F. Let :math:`\kappa_i` be the length of the part of :math:`G u_i`
-outside :math:`W`, and :math:`b` a bound of the largest eigenvalue of :math:`G` on the complement of :math:`W`. Then
+The search takes Lanczos steps of :math:`G = A A^\top`, which has the eigenvalues of F, from the unit vector
+
+.. math:: u_1 = \sqrt{1 - \sigma^2}\, c + \sigma w ,
+
+with a guess :math:`c` and a uniformly random unit vector :math:`w \perp c`. Let :math:`p_m` be the Lanczos polynomial, so
+that :math:`u_{m+1} = p_m(G) u_1` has unit length, and :math:`\gamma` the component of :math:`u_1` along the top
+eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. The density of a component of :math:`w` is at most :math:`f`, so
+that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is. Beyond its largest root :math:`p_m` increases.
+Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a probability of :math:`2 h f`.
+
+With the top Ritz vector :math:`s` of the tridiagonal matrix, its residual :math:`\rho` and the Ritz values
+:math:`\theta_i`, that is :math:`b - \theta_1 = |s_1| \rho / (\sigma h) \prod_{i > 1} (\theta_1 - \theta_i) / (b -
+\theta_i)`: what has been found is as certain as its residual is small. Of a step without its product with :math:`A` only
+:math:`\beta_m^2 \le b\, \alpha_m - \|H_m\|^2` is known, with the last column :math:`H_m` of the projected matrix, since
+:math:`\|G u\|^2 \le \lambda\, u^\top G u`.
+
+The trace of F, where it is known, bounds what is left without any probability. Let :math:`\kappa_i` be the length of the
+part of :math:`G` times the i-th Ritz vector outside the search space, and :math:`b` the trace less all Ritz values. Then
 
 .. math:: \lambda_\max(G) \le \lambda_\max(M), \qquad
           M = \begin{pmatrix} \theta_1 & & & \kappa_1 \\ & \ddots & & \vdots \\ & & \theta_m & \kappa_m \\
                               \kappa_1 & \cdots & \kappa_m & b \end{pmatrix} .
 
 Where :math:`\kappa_i` is not known, :math:`\sqrt{\theta_i b}` takes its place, which holds for every positive
-semidefinite matrix. For a search from a single start all are known from the residual :math:`\rho = \kappa_1`: the space
-is a Krylov space, of which :math:`G` leaves only the last vector, so that :math:`\kappa_i` is proportional to the
-component of :math:`u_i` along it.
-
-Two ways to :math:`b`. The trace of F less all Ritz values is certain. The other takes a few Lanczos steps from a
-uniformly random unit vector :math:`w` of the complement. Let :math:`p_q` be the Lanczos polynomial, so that the vector
-:math:`w_{q+1} = p_q(G) w` has unit length. With the component :math:`\gamma` of :math:`w` along the top eigenvector of
-the complement, :math:`|\gamma\, p_q(\lambda)| \le 1`. Beyond the largest root :math:`p_q` increases, and
-:math:`|\gamma| \ge c` but for a chosen probability, so that :math:`p_q(b) = 1 / c` gives :math:`b`.
-
-A search may need several such vectors, the next one after the one before has found something. The j-th has the
-failure probability divided by :math:`2^j`, so that all together fail with the promised one at most.
+semidefinite matrix. In a Krylov space :math:`\kappa_i = \beta_m |s_{mi}|`.
 
 References: van Dorsselaer, Hochstenbach, van der Vorst (2000), "Computing probabilistic bounds for extreme eigenvalues
 of symmetric matrices with the Lanczos method"; Hochstenbach (2013), "Probabilistic upper bounds for the matrix
 two-norm"; Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-random start".
+random start". All three have a start that is random alone.
 """
 
 from __future__ import annotations
@@ -69,145 +73,146 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class RandomProbe:
-    r"""Lanczos steps of a random unit vector in the complement of a search space.
+class RandomStart:
+    r"""Lanczos steps from a start with a random part. All tensors are on the CPU, in double precision.
 
     Attributes:
-        roots: ``(B, q)``, the roots of :math:`p_q`, eigenvalues of the tridiagonal matrix; NaN where there are fewer.
-        log_norms: ``(B,)``, :math:`\sum_j \log \beta_j` over the off-diagonals that are known: :math:`p_q(\lambda) =
+        roots: ``(B, m)``, the roots of :math:`p_m`, which are the Ritz values; NaN where there are fewer.
+        log_norms: ``(B,)``, :math:`\sum_j \log \beta_j` over the off-diagonals that are known: :math:`p_m(\lambda) =
             \prod_j (\lambda - r_j) / \beta_j`.
-        open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_q` where the last step was not finished, so that
-            :math:`\beta_q^2 \le \lambda \alpha_q` is all that is known of its off-diagonal; NaN elsewhere.
-        num_outputs: ``K``, at least the dimension of the complement.
+        open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_m` where the last step was not finished; else NaN.
+        open_offset: ``(B,)``, :math:`\|H_m\|^2 / \alpha_m` there, at most the largest root: :math:`\beta_m^2 \le
+            \alpha_m (\lambda - \text{offset})`.
+        dimension: Of the sphere from which :math:`w` was drawn, at least 3.
+        share: :math:`\sigma`, the length of the random part.
     """
 
     roots: Tensor
     log_norms: Tensor
     open_diagonal: Tensor
-    num_outputs: int
+    open_offset: Tensor
+    dimension: int
+    share: float = 1.0
 
     __repr__ = short_repr
 
     @classmethod
-    def none(cls, like: Tensor, num_outputs: int) -> RandomProbe:
-        """Return no probe, whose bound is infinite, for a batch like ``like`` ``(B,)``."""
-        unknown = torch.full_like(like, torch.nan)
-        return cls(like.new_zeros(len(like), 0), torch.zeros_like(like), unknown, num_outputs)
+    def none(cls, count: int) -> RandomStart:
+        """Return that of ``count`` starts of which nothing is known: the bound is infinite."""
+        nothing = torch.zeros(count, 0, dtype=torch.float64)
+        return cls(nothing, nothing.sum(1), nothing.sum(1) * torch.nan, nothing.sum(1), 3)
 
     @classmethod
-    def nothing_left(cls, like: Tensor, num_outputs: int) -> RandomProbe:
-        """Return the probe of an empty complement, whose bound is zero, for a batch like ``like`` ``(B,)``."""
-        return cls(
-            roots=torch.zeros_like(like)[:, None],
-            log_norms=torch.full_like(like, -torch.inf),
-            open_diagonal=torch.full_like(like, torch.nan),
-            num_outputs=num_outputs,
-        )
+    def nothing_left(cls, roots: Tensor) -> RandomStart:
+        """Return that of a search through all outputs, with the eigenvalues ``(B, K)``: the largest is the bound."""
+        known = roots.detach().cpu().double()
+        ended = torch.full_like(known[:, 0], -torch.inf)
+        return cls(known, ended, torch.full_like(ended, torch.nan), torch.zeros_like(ended), 3)
 
-    def scaled(self) -> tuple[RandomProbe, Tensor]:
+    @property
+    def is_certain(self) -> bool:
+        """Whether no search has left anything, so that nothing is random."""
+        return self.roots.shape[1] > 0 and bool((self.log_norms == -torch.inf).all())
+
+    def part(self, index: Tensor) -> RandomStart:
+        """Return those of some examples."""
+        names = ("roots", "log_norms", "open_diagonal", "open_offset")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+    def scaled(self) -> tuple[RandomStart, Tensor]:
         """Return the recurrence with all numbers divided by ``s`` ``(B,)``, and ``s``, about its largest eigenvalue."""
-        diagonal = self.open_diagonal.nan_to_num(0.0)
-        largest = self.roots.nan_to_num(0.0).amax(1) if self.roots.shape[1] else diagonal
-        scale = torch.maximum(largest, diagonal)
-        scale = torch.where(scale > 0, scale, 1.0)
+        largest = self.roots.nan_to_num(0.0).amax(1)
+        scale = torch.where(largest > 0, largest, 1.0)
         num_norms = (~self.roots.isnan()).sum(1) - (~self.open_diagonal.isnan()).long()
         return replace(
             self,
             roots=self.roots / scale[:, None],
             log_norms=self.log_norms - num_norms * scale.log(),
             open_diagonal=self.open_diagonal / scale,
+            open_offset=self.open_offset / scale,
         ), scale
 
-    def excludes(self, b: Tensor, failure_probability: float | Tensor) -> Tensor:
-        """Say where no eigenvalue of the complement exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
+    def excludes(self, b: Tensor, failure_probability: float) -> Tensor:
+        """Say where no eigenvalue exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
         if self.roots.shape[1] == 0:
             return torch.zeros_like(b, dtype=torch.bool)
         unit, scale = self.scaled()
         return unit._excludes(b / scale, failure_probability)
 
-    def _excludes(self, b: Tensor, failure_probability: float | Tensor) -> Tensor:
+    def _excludes(self, b: Tensor, failure_probability: float) -> Tensor:
         present = ~self.roots.isnan()
         top = self.roots.masked_fill(~present, -torch.inf).amax(1)
-        is_open = ~self.open_diagonal.isnan()
-        log_b, log_alpha = b.clamp_min(_TINY).log(), self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
-        # log |p_q(b)|, with beta_q = sqrt(b alpha_q) where it is not known
-        factors = (b[:, None] - self.roots.nan_to_num(0.0)).clamp_min(_TINY).log() * present
-        log_p = factors.sum(1) - self.log_norms - torch.where(is_open, 0.5 * (log_b + log_alpha), 0.0)
-        is_large = log_p >= -least_component(failure_probability, self.num_outputs).log()
-        is_empty = is_open & (self.open_diagonal <= 0) & (present.sum(1) == 1)
-        return (b >= top) & (is_large | is_empty) & present.any(1)
+        # log p_m(b)
+        log_p = self._log_factors(b[:, None] - self.roots) - self.log_norms - self._log_open(b)
+        is_large = log_p >= -self._least_component(failure_probability).log()
+        return (b >= top) & (is_large | self._is_zero()) & present.any(1)
 
-    def bound(self, failure_probability: float | Tensor) -> Tensor:
-        """Return :math:`b` ``(B,)`` in double precision; infinite where no step was taken.
-
-        Args:
-            failure_probability: One number, or one per example ``(B,)``.
-
-        Returns:
-            ``(B,)``.
-        """
+    def bound(self, failure_probability: float) -> Tensor:
+        """Return :math:`b` ``(B,)``; infinite where no step was taken."""
         if self.roots.shape[1] == 0:
             return self.log_norms.new_full(self.log_norms.shape, torch.inf)
         unit, scale = self.scaled()
-        return unit._bound(failure_probability) * scale
+        return torch.where(self._is_zero(), 0.0, unit._bound(failure_probability) * scale)
 
-    def _bound(self, failure_probability: float | Tensor) -> Tensor:
+    def _bound(self, failure_probability: float) -> Tensor:
         present = ~self.roots.isnan()
         count = present.sum(1)
         top = self.roots.masked_fill(~present, -torch.inf).amax(1).clamp_min(0)
-        # log of prod (b - r_j) at which p_q(b) = 1 / c
-        target = self.log_norms - least_component(failure_probability, self.num_outputs).log()
-        is_open = ~self.open_diagonal.isnan()
-        log_alpha = self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
+        # log of prod (b - r_j) at which p_m(b) = 1 / c
+        target = (self.log_norms - self._least_component(failure_probability).log()).clamp_min(-1e4)  # beta = 0
 
         def excess(log_step: Tensor) -> Tensor:
-            b = top + log_step.exp()
-            factors = (b[:, None] - self.roots.nan_to_num(0.0)).clamp_min(_TINY).log()
-            half = torch.where(is_open, 0.5 * (b.clamp_min(_TINY).log() + log_alpha), 0.0)
-            return (factors * present).sum(1) - half - target
+            # b - r_j from the step beyond the top, which a sum b would round away
+            step = log_step.exp()
+            return self._log_factors(top[:, None] - self.roots + step[:, None]) - self._log_open(top, step) - target
 
-        target = target.clamp_min(-1e4)  # an empty complement has beta = 0
-        step = _root(excess, _largest_step(target, count, top, is_open, log_alpha))
+        step = _root(excess, _largest_step(target, count, top, self._is_open(), self._log_diagonal()))
         step = torch.where(step < _NO_STEP, 0.0, step.exp())
         return torch.where(count == 0, torch.inf, top + step)
+
+    def _log_factors(self, differences: Tensor) -> Tensor:
+        present = ~self.roots.isnan()
+        return torch.where(present, differences.nan_to_num(1.0).clamp_min(_TINY).log(), 0.0).sum(1)
+
+    def _log_open(self, b: Tensor, step: Tensor | float = 0.0) -> Tensor:
+        """Return the logarithm of the largest last off-diagonal for an eigenvalue ``b + step``; zero where it is known."""
+        room = ((b - self.open_offset).clamp_min(0) + step).clamp_min(_TINY)
+        return torch.where(self._is_open(), 0.5 * (room.log() + self._log_diagonal()), 0.0)
+
+    def _log_diagonal(self) -> Tensor:
+        return self.open_diagonal.nan_to_num(1.0).clamp_min(_TINY).log()
+
+    def _is_open(self) -> Tensor:
+        return ~self.open_diagonal.isnan()
+
+    def _is_zero(self) -> Tensor:
+        """Say where the matrix maps the random start to zero, so that it is zero itself."""
+        return self._is_open() & (self.open_diagonal <= 0) & ((~self.roots.isnan()).sum(1) == 1)
+
+    def _least_component(self, failure_probability: float) -> Tensor:
+        return self.share * least_component(failure_probability, self.dimension)
 
 
 _TINY = 1e-290
 _NO_STEP = -590.0  # logarithm of a step that stands for none
 
 
-def least_component(failure_probability: float | Tensor, dimension: int) -> Tensor:
-    r"""Return ``c`` with :math:`P(|\gamma| < c) \le` ``failure_probability`` for a component of a random unit vector.
+def least_component(failure_probability: float, dimension: int) -> Tensor:
+    r"""Return ``h`` with :math:`P(|\gamma - g| < h) \le` ``failure_probability`` for every number ``g``.
 
-    In double precision, of the shape of ``failure_probability``.
-
-    The density of :math:`\gamma` is largest at zero, where it is
-    :math:`\Gamma(n/2) / (\sqrt\pi\, \Gamma((n-1)/2))`, from ``n = 3`` dimensions on. With fewer the components are
-    larger.
-    """
-    n = max(dimension, 3)
-    log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
-    return (0.5 * torch.as_tensor(failure_probability, dtype=torch.float64) / math.exp(log_density)).clamp_max(1.0)
-
-
-def largest_allowed(values: Tensor, couplings: Tensor, limit: Tensor) -> Tensor:
-    r"""Return the largest :math:`b` ``(B,)`` with :math:`\lambda_\max(M) \le t`; negative where there is none.
-
-    By the Schur complement of M, :math:`b \le t - \sum_i \kappa_i^2 / (t - \theta_i)` for :math:`t > \theta_1`.
+    :math:`\gamma` is a component of a uniformly random unit vector. Its density is largest at zero, where it is
+    :math:`\Gamma(n/2) / (\sqrt\pi\, \Gamma((n-1)/2))`, from ``n = 3`` dimensions on.
 
     Args:
-        values: :math:`\theta_i`, ``(B, m)``, descending.
-        couplings: :math:`\kappa_i`, ``(B, m)``; infinite where not known, so that :math:`\kappa_i^2 = \theta_i b`.
-        limit: :math:`t`, ``(B,)``.
+        failure_probability: Between 0 and 1.
+        dimension: ``n``, at least 3; with fewer the density has no bound.
+
+    Returns:
+        A number in double precision.
     """
-    room = limit[:, None] - values
-    is_known = torch.isfinite(couplings)
-    per_room = torch.where(is_known, couplings.square(), values) / room.clamp_min(_TINY)
-    known = torch.where(is_known, per_room, 0.0).sum(1)
-    unknown = torch.where(is_known, 0.0, per_room).sum(1)
-    largest = (limit - known) / (1 + unknown)
-    # F = 0 leaves room for nothing but zero
-    return torch.where(room[:, 0] > 0, largest, torch.where(values[:, 0] == 0, 0.0, -1.0))
+    n = dimension
+    log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
+    return torch.tensor(0.5 * failure_probability / math.exp(log_density), dtype=torch.float64).clamp_max(1.0)
 
 
 def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:

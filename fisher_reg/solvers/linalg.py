@@ -35,12 +35,15 @@ def new_direction(vector: Tensor, basis: Tensor) -> Tensor:
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left rightᵀ`` ``(B, m, n)`` in double precision, of ``(B, m, d)`` and ``(B, n, d)``.
 
-    Only a part of the vectors is converted at a time.
-
     Raises:
         NonFiniteJacobianError: If a number of ``right`` is not finite.
     """
     check_finite(right)
+    return products(left, right)
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Return :func:`inner_products`, whatever the numbers are. Only a part of the vectors is converted at a time."""
     total = left.new_zeros(len(left), left.shape[1], right.shape[1], dtype=torch.float64)
     for some, others in zip(left.split(_CHUNK, 2), right.split(_CHUNK, 2), strict=True):
         total += some.double() @ others.double().mT

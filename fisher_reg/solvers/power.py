@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fisher_reg.solvers.interval import check_probability
 from fisher_reg.solvers.linalg import check_finite, check_positive, unit
+from fisher_reg.solvers.pair import eigenpair_along
 from fisher_reg.solvers.protocols import FactoredOperator
-from fisher_reg.solvers.result import EigenResult, Solver, leading
+from fisher_reg.solvers.result import EigenResult, Solver
 from fisher_reg.solvers.search import Plan, search
 
 
@@ -18,15 +19,15 @@ from fisher_reg.solvers.search import Plan, search
 class PowerIteration(Solver):
     """Repeated multiplication with ``A Aᵀ``; the paper's white-box method without its ``K x K`` matrix, to compare.
 
-    What it converges to is checked as by :class:`Lanczos`, which needs fewer passes: by a random vector outside the
-    result, of at most ``num_probe_steps`` steps.
+    What it converges to is checked by the steps of :class:`Lanczos`, which needs fewer passes by itself, at most
+    ``num_probe_steps`` of them; where they find a larger eigenvalue, that one is the result.
 
     Args:
         max_iterations: Upper limit of the number of multiplications.
         rtol: Residual, relative to the eigenvalue, at which the iteration stops.
         tolerance: Relative width of the interval at which an example counts as converged.
         failure_probability: Of that interval.
-        num_probe_steps: Steps of the random vector.
+        num_probe_steps: Steps of the check.
     """
 
     max_iterations: int = 100
@@ -42,16 +43,30 @@ class PowerIteration(Solver):
     def solve(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> EigenResult:
         """Iterate until all examples have converged or the limit is reached, then check the result."""
         vector, num_steps, num_matvecs = self._iterate(operator)
+        power = eigenpair_along(operator, vector, self)
+        half = 0.5 * self.tolerance
         plan = Plan(
             solver=self,
             num_steps=self.num_probe_steps,
             rtol=self.rtol,
-            tolerance=self.tolerance,
+            tolerance=half,
             failure_probability=self.failure_probability,
-            grows=False,
+            is_exact=True,
         )
-        result = leading(search(operator, vector[:, None], plan, generator))
-        return replace(result, num_steps=result.num_steps + num_steps, num_matvecs=result.num_matvecs + num_matvecs)
+        check = search(operator, vector, plan, generator)
+        # the end of the interval is at most (1 + half) times the value of the check
+        is_low = check.eigenvalue > (1 + self.tolerance) / (1 + half) * power.eigenvalue
+        is_small = power.residual <= self.rtol * power.eigenvalue
+        return replace(
+            check,
+            eigenvalue=torch.where(is_low, check.eigenvalue, power.eigenvalue),
+            eigenvector=torch.where(is_low[:, None], check.eigenvector, power.eigenvector),
+            left_singular_vector=torch.where(is_low[:, None], check.left_singular_vector, power.left_singular_vector),
+            residual=torch.where(is_low, check.residual, power.residual),
+            converged=check.converged & (is_low | is_small),
+            num_steps=check.num_steps + num_steps.to(check.num_steps),
+            num_matvecs=check.num_matvecs + power.num_matvecs + num_matvecs,
+        )
 
     def _iterate(self, operator: FactoredOperator) -> tuple[Tensor, Tensor, int]:
         """Return unit vectors ``(B, K)``, the multiplications that each took ``(B,)``, and the passes."""

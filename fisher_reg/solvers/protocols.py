@@ -28,4 +28,4 @@ class FactoredOperator(Protocol):
         """``(B, K)`` to ``(B, d)``, to round-off."""
 
     def restrict(self, keep: Tensor, /) -> Self | None:
-        """Return the operators where ``keep`` ``(B,)`` is true, or None if only the whole batch can be applied."""
+        """Return the operators at the indices ``keep`` ``(b,)``, or None if only the whole batch can be applied."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.printing import examples, spread
-from fisher_reg.solvers.interval import Interval, RandomProbe, check_probability, majorant
+from fisher_reg.solvers.interval import Interval, RandomStart, check_probability, majorant
 from fisher_reg.solvers.protocols import FactoredOperator
 
 
@@ -28,8 +28,8 @@ class EigenResult:
         eigenvector: ``(B, *S)``. :math:`v = A^\top u / \sqrt\theta`; zero where the matrix is zero.
         left_singular_vector: ``(B, K)``. :math:`u`, of unit length: what the outputs do along ``v``.
         residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`. :math:`A A^\top` has the eigenvalues of F, so that one of
-            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. Infinite
-            where no pass was left for it.
+            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. At most this,
+            where the search stopped before the pass that measures it.
         converged: ``(B,)``, boolean. Both of these hold: the residual is at most ``rtol`` times the eigenvalue, and no
             eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
             ``failure_probability`` (see :meth:`interval`).
@@ -38,16 +38,14 @@ class EigenResult:
         num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch, or what
             was left of it.
         solver: The solver that was used.
-        residual_is_exact: Whether the residual and the random probe come from exact derivatives.
+        residual_is_exact: Whether the residual and the Lanczos steps come from exact derivatives.
         couplings: ``(B, m)``. Length of what :math:`A A^\top` takes each Ritz vector out of the search space by;
             infinite where it is not known.
         rounding: ``(B,)``. Estimated norm of the errors of products with ``A``, in the unit of :math:`\sqrt\lambda`:
             how far forward and backward derivatives disagree in the search space, with a factor for what that does not
             see.
-        probe: Lanczos steps of a random vector outside the search space.
-        num_probes: ``(B,)``. Random vectors that were used; the probe is that of the last one.
-        search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer: the search space and the steps of the
-            probe. Empty where all outputs were used.
+        random_start: The Lanczos steps, from a start with a random part, on the CPU.
+        search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer. Empty where all outputs were used.
     """
 
     eigenvalue: Tensor
@@ -62,8 +60,7 @@ class EigenResult:
     residual_is_exact: bool = False
     couplings: Tensor = None  # type: ignore[assignment]
     rounding: Tensor = None  # type: ignore[assignment]
-    probe: RandomProbe = None  # type: ignore[assignment]
-    num_probes: Tensor = None  # type: ignore[assignment]
+    random_start: RandomStart = None  # type: ignore[assignment]
     search_space: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -72,8 +69,7 @@ class EigenResult:
         defaults: dict[str, Callable[[], Any]] = {
             "couplings": lambda: torch.full_like(value, torch.inf),
             "rounding": lambda: 4 * torch.finfo(value.dtype).eps * value[:, 0].sqrt(),
-            "probe": lambda: RandomProbe.none(value[:, 0], u.shape[-1]),
-            "num_probes": lambda: torch.zeros(len(value), dtype=torch.long, device=value.device),
+            "random_start": lambda: RandomStart.none(len(value)),
             "search_space": lambda: u.reshape(len(value), -1, u.shape[-1]),
         }
         for name, default in defaults.items():
@@ -91,8 +87,8 @@ class EigenResult:
 
     @property
     def known_trace(self) -> Tensor:
-        """Trace of F on the search space and the probe ``(B,)``: at most the trace, at least the eigenvalue."""
-        return self.ritz_values.sum(1) + self.probe.roots.nansum(1).to(self.ritz_values)
+        """Trace of F on the search space ``(B,)``: at most the trace, at least the eigenvalue."""
+        return self.ritz_values.sum(1)
 
     def interval(self, failure_probability: float | None = None, *, trace: Tensor | None = None) -> Interval:
         r"""Enclose the largest eigenvalue: ``lower <= λ <= upper`` per example, at no further pass.
@@ -140,12 +136,13 @@ class EigenResult:
         if failure_probability is not None:
             check_probability("failure_probability", failure_probability)
             self._check_exact(failure_probability)
-        b = torch.full_like(self.eigenvalue, torch.inf).double()
+        upper = torch.full((len(self.eigenvalue),), torch.inf, dtype=torch.float64)
         if failure_probability is not None:
-            b = self.probe.bound(failure_probability * 0.5 ** self.num_probes.double())
+            upper = self.random_start.bound(failure_probability)
         if trace is not None:
-            b = torch.minimum(b, self._beyond_by_trace(trace))
-        return self._enclose(b, 0.0 if failure_probability is None or self._covers_all() else failure_probability)
+            upper = torch.minimum(upper, self._upper_by_trace(trace))
+        is_certain = failure_probability is None or self.random_start.is_certain
+        return self._enclose(upper, 0.0 if is_certain else failure_probability)
 
     def upper_bound(self, trace: Tensor) -> Tensor:
         """Deprecated: :meth:`interval` with ``trace`` gives the same upper end, and the lower one.
@@ -158,35 +155,30 @@ class EigenResult:
         )
         return self.interval(trace=trace).upper
 
-    def _enclose(self, b: Tensor, failure_probability: float) -> Interval:
-        dtype, eta = self.eigenvalue.dtype, self.rounding.double()
-        kappa = self.couplings if self.residual_is_exact else torch.full_like(self.couplings, torch.inf)
-        lower = self.eigenvalue.double()
-        upper = majorant(self.ritz_values, kappa, b)
+    def _enclose(self, upper: Tensor, failure_probability: float | None) -> Interval:
+        dtype, device = self.eigenvalue.dtype, self.eigenvalue.device
+        eta, lower = self.rounding.cpu().double(), self.eigenvalue.cpu().double()
+        upper = torch.maximum(upper, lower)
         # |sigma(A + E) - sigma(A)| <= |E| (Weyl)
         lower, upper = (lower.sqrt() - eta).clamp_min(0).square(), (upper.sqrt() + eta).square()
         up, down = torch.tensor(torch.inf, dtype=dtype), torch.tensor(0.0, dtype=dtype)
         return Interval(
-            lower=torch.nextafter(lower.to(dtype), down.to(lower.device)),
-            upper=torch.where(upper == 0, 0.0, torch.nextafter(upper.to(dtype), up.to(upper.device))),
-            failure_probability=failure_probability,
+            lower=torch.nextafter(lower.to(dtype), down).to(device),
+            upper=torch.where(upper == 0, 0.0, torch.nextafter(upper.to(dtype), up)).to(device),
+            failure_probability=failure_probability or 0.0,
         )
 
-    def _beyond_by_trace(self, trace: Tensor) -> Tensor:
-        """Bound the eigenvalues outside the search space by the trace that is not known to lie elsewhere."""
+    def _upper_by_trace(self, trace: Tensor) -> Tensor:
+        """Bound the eigenvalue by what the search space leaves of the trace."""
         if not isinstance(trace, Tensor) or trace.shape != self.eigenvalue.shape:
             found = tuple(trace.shape) if isinstance(trace, Tensor) else type(trace).__name__
             shape = tuple(self.eigenvalue.shape)
             raise ValueError(f"trace must be a tensor of shape {shape}, one number per example; got {found}.")
-        total = trace.to(self.eigenvalue.device).double()
-        roots = self.probe.roots.double()
-        largest = roots.nan_to_num(0.0).amax(1) if roots.shape[1] else torch.zeros_like(total)
-        known = self.ritz_values.double().sum(1) + roots.nansum(1)
-        rounding = 4 * torch.finfo(trace.dtype).eps * (total + known)
-        return (total - known).clamp_min(0) + largest + rounding
-
-    def _covers_all(self) -> bool:
-        return bool((self.probe.log_norms == -torch.inf).all())
+        total, values = trace.cpu().double(), self.ritz_values.cpu().double()
+        known = values.sum(1)
+        left = (total - known).clamp_min(0) + 4 * torch.finfo(trace.dtype).eps * (total + known)
+        kappa = self.couplings.cpu() if self.residual_is_exact else torch.full_like(values, torch.inf)
+        return majorant(values, kappa, left)
 
     def _check_exact(self, failure_probability: float) -> None:
         if not self.residual_is_exact:
@@ -221,7 +213,8 @@ class TraceEstimator(Protocol):
 
 
 _PER_PAIR = ("eigenvalue", "eigenvector", "left_singular_vector", "residual", "converged")
-_PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding", "num_probes")
+_PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding")
+_PER_START = ("log_norms", "open_diagonal", "open_offset")
 _PADDED = ("ritz_values", "couplings", "search_space")
 
 
@@ -231,13 +224,10 @@ def leading(result: EigenResult) -> EigenResult:
 
 
 def part(result: EigenResult, index: Tensor) -> EigenResult:
-    """Select or reorder examples."""
-    chosen = {name: getattr(result, name)[index] for name in (*_PER_EXAMPLE, *_PADDED)}
-    probe = result.probe
-    chosen["probe"] = replace(
-        probe, roots=probe.roots[index], log_norms=probe.log_norms[index], open_diagonal=probe.open_diagonal[index]
-    )
-    return replace(result, **chosen)
+    """Select or reorder examples by an ``index`` on the CPU."""
+    there = index.to(result.eigenvalue.device)
+    chosen = {name: getattr(result, name)[there] for name in (*_PER_EXAMPLE, *_PADDED)}
+    return replace(result, **chosen, random_start=result.random_start.part(index))
 
 
 def concatenate(results: list[EigenResult]) -> EigenResult:
@@ -246,12 +236,11 @@ def concatenate(results: list[EigenResult]) -> EigenResult:
         return results[0]
     joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in results]) for name in _PER_EXAMPLE}
     joined |= {name: _cat_padded([getattr(one, name) for one in results], 0.0) for name in _PADDED}
-    probes = [result.probe for result in results]
-    joined["probe"] = replace(
-        probes[0],
-        roots=_cat_padded([probe.roots for probe in probes], torch.nan),
-        log_norms=torch.cat([probe.log_norms for probe in probes]),
-        open_diagonal=torch.cat([probe.open_diagonal for probe in probes]),
+    starts = [result.random_start for result in results]
+    joined["random_start"] = replace(
+        starts[0],
+        roots=_cat_padded([start.roots for start in starts], torch.nan),
+        **{name: torch.cat([getattr(start, name) for start in starts]) for name in _PER_START},
     )
     return replace(results[0], **joined, num_matvecs=sum(result.num_matvecs for result in results))
 

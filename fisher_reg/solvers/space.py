@@ -25,6 +25,12 @@ class Space:
     rows: Tensor
     gram: Tensor
 
+    @classmethod
+    def of(cls, operator: FactoredOperator, vectors: Tensor) -> Space:
+        """Return the spaces of ``vectors`` ``(B, n, K)``: ``n`` backward passes."""
+        nothing = vectors.new_empty(len(vectors), 0, 0)
+        return cls(vectors[:, :0], nothing, nothing.double()).extended(operator, vectors)
+
     def extended(self, operator: FactoredOperator, vectors: Tensor) -> Space:
         """Add ``vectors`` ``(B, n, K)``, each orthonormalised and at the cost of one backward pass."""
         left, rows, gram = self.left, self.rows, self.gram
@@ -37,17 +43,6 @@ class Space:
             gram = torch.cat([torch.cat([gram, products[:, :-1]], 2), products.mT], 1)
         return Space(left, rows, gram)
 
-    def cleared(self, empty: Tensor) -> Space:
-        """Return spaces of which those where ``empty`` ``(B,)`` hold nothing."""
-        if not bool(empty.any()):
-            return self
-        kept = ~empty[:, None, None]
-        return Space(self.left * kept, self.rows * kept, self.gram * kept)
-
-    def part(self, keep: Tensor) -> Space:
-        """Return the spaces of some examples."""
-        return Space(self.left[keep], self.rows[keep], self.gram[keep])
-
     def ritz(self, num_eigenpairs: int) -> Ritz:
         """Return the best vectors of the spaces."""
         values, vectors = symmetric_eigen(self.gram)
@@ -58,7 +53,6 @@ class Space:
             left=top @ self.left,
             row=top @ self.rows,
             all_values=values.flip(1).clamp_min(0),
-            along_last=vectors[:, -1].flip(1).abs(),
         )
 
 
@@ -70,30 +64,13 @@ class Ritz:
         left: The best ones, ``(B, k, K)``.
         row: ``left A``, ``(B, k, d)``.
         all_values: The Ritz values ``(B, m)``, descending, in double precision.
-        along_last: Components of all Ritz vectors along the last vector of the space, ``(B, m)``.
     """
 
     left: Tensor
     row: Tensor
     all_values: Tensor
-    along_last: Tensor
 
     @property
     def value(self) -> Tensor:
         """The largest Ritz values ``(B, k)``, in double precision."""
         return self.all_values[:, : self.left.shape[1]]
-
-    def where(self, condition: Tensor, other: Ritz) -> Ritz:
-        """Take these for the examples where ``condition`` ``(B,)``, else the other ones, whose spaces were smaller."""
-        missing = self.all_values.shape[1] - other.all_values.shape[1]
-        pad = torch.nn.functional.pad
-        return Ritz(
-            left=torch.where(condition[:, None, None], self.left, other.left),
-            row=torch.where(condition[:, None, None], self.row, other.row),
-            all_values=torch.where(condition[:, None], self.all_values, pad(other.all_values, (0, missing))),
-            along_last=torch.where(condition[:, None], self.along_last, pad(other.along_last, (0, missing))),
-        )
-
-    def part(self, keep: Tensor) -> Ritz:
-        """Return those of some examples."""
-        return Ritz(self.left[keep], self.row[keep], self.all_values[keep], self.along_last[keep])

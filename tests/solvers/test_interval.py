@@ -18,13 +18,13 @@ from fisher_reg import (
     fisher_trace,
     universal_spectral_norm,
 )
-from fisher_reg.solvers.interval import Interval, RandomProbe, least_component, majorant
+from fisher_reg.solvers.interval import Interval, RandomStart, least_component, majorant
 from tests import cases
 from tests.oracles import MatrixOperator, with_singular_values
 
 DOUBLE = torch.float64
 PROBABILITIES = [1e-9, 1e-6, 1e-3, 0.01, 0.1, 0.5, 0.9]
-DIMENSIONS = [1, 2, 3, 4, 5, 10, 30, 100, 1000]
+DIMENSIONS = [3, 4, 5, 10, 30, 100, 1000]
 
 
 def _seeded(seed=0):
@@ -33,7 +33,17 @@ def _seeded(seed=0):
 
 def _probability_below(c, dimension):
     """P(|γ| < c): the square of a component of a random unit vector is Beta(1/2, (n - 1)/2)."""
-    return float(c > 1) if dimension == 1 else stats.beta.cdf(min(c, 1.0) ** 2, 0.5, (dimension - 1) / 2)
+    return stats.beta.cdf(min(c, 1.0) ** 2, 0.5, (dimension - 1) / 2)
+
+
+def _probability_within(c, center, dimension):
+    """P(|γ - center| < c)."""
+
+    def below(x):
+        half = stats.beta.cdf(min(abs(x), 1.0) ** 2, 0.5, (dimension - 1) / 2) / 2
+        return 0.5 + math.copysign(half, x)
+
+    return below(center + c) - below(center - c)
 
 
 def _rotated(eigenvalues, batch, generator, start_index=0):
@@ -71,7 +81,7 @@ def test_c_has_the_probability_in_double_precision(probability):
     assert_close(c, probability, rtol=1e-14, atol=0)  # a uniform component
 
 
-@pytest.mark.parametrize("dimension", [n for n in DIMENSIONS if n >= 3])
+@pytest.mark.parametrize("dimension", DIMENSIONS)
 def test_c_is_no_smaller_than_it_must_be_for_small_probabilities(dimension):
     # the density falls from its maximum by a factor above 1 - (n - 3) c^2 / 2, and c^2 < p^2 pi / (2 (n - 2))
     for probability in (1e-9, 1e-6, 1e-3, 0.01):
@@ -83,14 +93,16 @@ def test_c_grows_with_the_probability_and_falls_with_the_dimension():
     table = torch.tensor([[float(least_component(p, n)) for p in PROBABILITIES] for n in DIMENSIONS])
     assert (table.diff(dim=1) > 0).all()
     assert (table.diff(dim=0) <= 0).all()
-    assert (table[3:].diff(dim=0) < 0).all()
+    assert (table.diff(dim=0)[:, :-1] < 0).all()
 
 
-def test_a_larger_space_than_the_complement_only_makes_c_safer():
-    # the complement of the search space has fewer dimensions than the K that the probe is told
-    for n in (2, 3, 10, 100):
-        for smaller in range(1, n):
-            assert _probability_below(float(least_component(0.3, n)), smaller) <= 0.3 * (1 + 1e-10)
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_whatever_the_guess_adds_the_component_is_no_likelier_to_be_small(dimension):
+    # the guess shifts the component by a number that nobody knows
+    for probability in (1e-3, 0.1, 0.5):
+        c = float(least_component(probability, dimension))
+        for center in (0.0, 0.1, 0.5, 1.0):
+            assert _probability_within(c, center, dimension) <= probability * (1 + 1e-6)  # differences of the cdf
 
 
 # --- the majorant
@@ -152,14 +164,16 @@ def test_an_infinite_complement_makes_that_example_alone_infinite():
 # --- the bound of a probe
 
 
-def _probe(roots, log_norms, open_diagonal=None, num_outputs=20):
+def _probe(roots, log_norms, open_diagonal=None, dimension=20, share=1.0, open_offset=None):
     roots = torch.as_tensor(roots, dtype=DOUBLE)
     unknown = torch.full((len(roots),), torch.nan, dtype=DOUBLE)
-    return RandomProbe(
+    return RandomStart(
         roots=roots,
         log_norms=torch.as_tensor(log_norms, dtype=DOUBLE),
         open_diagonal=unknown if open_diagonal is None else torch.as_tensor(open_diagonal, dtype=DOUBLE),
-        num_outputs=num_outputs,
+        open_offset=torch.zeros(len(roots), dtype=DOUBLE) if open_offset is None else open_offset,
+        dimension=dimension,
+        share=share,
     )
 
 
@@ -205,11 +219,33 @@ def test_missing_roots_do_not_count():
     assert padded[1] == torch.inf
 
 
-def test_no_probe_knows_nothing_and_nothing_left_is_zero():
-    like = torch.ones(2, dtype=DOUBLE)
+def test_of_no_start_nothing_is_known_and_a_search_of_everything_is_certain():
+    everything = torch.tensor([[3.0, 1.0], [0.0, 0.0]])
     for probability in (1e-9, 0.9):
-        assert RandomProbe.none(like, 7).bound(probability).tolist() == [torch.inf, torch.inf]
-        assert RandomProbe.nothing_left(like, 7).bound(probability).tolist() == [0.0, 0.0]
+        assert RandomStart.none(2).bound(probability).tolist() == [torch.inf, torch.inf]
+        assert RandomStart.nothing_left(everything).bound(probability).tolist() == [3.0, 0.0]
+    assert RandomStart.nothing_left(everything).is_certain
+    assert not RandomStart.none(2).is_certain
+
+
+@pytest.mark.parametrize("probability", [1e-9, 0.1])
+def test_half_a_random_start_needs_a_polynomial_twice_as_large(probability):
+    alpha, beta = torch.tensor([2.0], dtype=DOUBLE), torch.tensor([1.0], dtype=DOUBLE)
+    half = _probe(alpha[:, None], beta.log(), share=0.5).bound(probability)
+    assert_close(half - alpha, 2 * (_probe(alpha[:, None], beta.log()).bound(probability) - alpha), rtol=1e-10, atol=0)
+
+
+def test_what_is_known_of_the_last_column_narrows_an_unfinished_step():
+    # β² = α (b - offset): (b - r₁)(b - r₂) / (β₁ sqrt(α (b - offset))) = 1 / c
+    roots, alpha = torch.tensor([[2.0, 0.5]], dtype=DOUBLE), torch.tensor([0.7], dtype=DOUBLE)
+    offset, log_beta = torch.tensor([1.6], dtype=DOUBLE), torch.tensor([-0.3], dtype=DOUBLE)
+    found = _probe(roots, log_beta, alpha, open_offset=offset)
+    b = found.bound(0.1)
+    log_p = (b[:, None] - roots).log().sum(1) - log_beta - 0.5 * (alpha * (b - offset)).log()
+    assert_close(log_p, -least_component(0.1, 20).log()[None], rtol=0, atol=1e-10)
+    assert b < _probe(roots, log_beta, alpha).bound(0.1)
+    assert found.excludes(1.001 * b, 0.1)
+    assert not found.excludes(0.999 * b, 0.1)
 
 
 def test_a_probe_that_ends_is_bounded_by_its_largest_root():

@@ -1,0 +1,39 @@
+"""The Rayleigh quotient of a given vector, with its residual."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisher_reg.solvers.linalg import check_finite, unit
+from fisher_reg.solvers.protocols import FactoredOperator
+from fisher_reg.solvers.result import EigenResult, Solver
+
+
+def eigenpair_along(operator: FactoredOperator, u: Tensor, solver: Solver) -> EigenResult:
+    r"""Return :math:`\theta = \|A^\top u\|^2` of unit vectors ``u`` ``(B, K)``: one backward and one forward-mode pass.
+
+    Nothing is known of larger eigenvalues, so that no example counts as converged.
+    """
+    row = operator.adjoint(u)
+    check_finite(row)
+    image = operator.apply(unit(row), exact=True)
+    check_finite(image)
+    root = row.double().norm(dim=1)
+    theta = root.square()
+    value = theta.to(row.dtype)
+    # G u = sqrt(theta) A v
+    residual = root * (image.double() - root[:, None] * u.double()).norm(dim=1)
+    return EigenResult(
+        eigenvalue=value,
+        eigenvector=unit(row),
+        left_singular_vector=u,
+        residual=residual.to(row.dtype),
+        converged=torch.zeros_like(value, dtype=torch.bool),
+        ritz_values=value[:, None],
+        couplings=residual.to(row.dtype)[:, None],
+        num_steps=torch.zeros_like(value, dtype=torch.long),
+        num_matvecs=2,
+        solver=solver,
+        residual_is_exact=True,
+    )
