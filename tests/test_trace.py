@@ -104,7 +104,7 @@ def test_deflation_leaves_the_estimate_unbiased_with_a_smaller_error():
         spread = samples.std(0)
         assert ((samples.mean(0) - exact).abs() < 4 * spread / 60**0.5).all()
         errors[solver] = (spread / exact).median()
-    assert errors[Lanczos(is_exact=True)] < 0.6 * errors[None]
+    assert errors[Lanczos(is_exact=True)] < 0.7 * errors[None]
 
 
 def test_eigenvalue_and_trace_together_do_no_pass_twice():

@@ -4,20 +4,23 @@ The search takes Lanczos steps of :math:`G = A A^\top`, which has the eigenvalue
 
 .. math:: u_1 = \sqrt{1 - \sigma^2}\, c + \sigma w ,
 
-with a guess :math:`c` and a uniformly random unit vector :math:`w \perp c`. Let :math:`p_m` be the Lanczos polynomial, so
-that :math:`u_{m+1} = p_m(G) u_1` has unit length, and :math:`\gamma` the component of :math:`u_1` along the top
-eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. The density of a component of :math:`w` is at most :math:`f`, so
-that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is. Beyond its largest root :math:`p_m` increases.
-Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a probability of :math:`2 h f`.
+with a guess :math:`c` and a uniformly random unit vector :math:`w \perp c`. Let :math:`p_m` be the Lanczos polynomial,
+so that :math:`u_{m+1} = p_m(G) u_1` has unit length, and :math:`\gamma` the component of :math:`u_1` along the top
+eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. The density of a component of :math:`w` is at most a number
+:math:`f`, so that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is. Beyond its largest root :math:`p_m`
+increases. Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a probability of :math:`2 h f`.
 
-With the top Ritz vector :math:`s` of the tridiagonal matrix, its residual :math:`\rho` and the Ritz values
-:math:`\theta_i`, that is :math:`b - \theta_1 = |s_1| \rho / (\sigma h) \prod_{i > 1} (\theta_1 - \theta_i) / (b -
-\theta_i)`: what has been found is as certain as its residual is small. Of a step without its product with :math:`A` only
-:math:`\beta_m^2 \le b\, \alpha_m - \|H_m\|^2` is known, with the last column :math:`H_m` of the projected matrix, since
+For the top Ritz vector with coordinates :math:`s` and residual :math:`\rho`, and Ritz values :math:`\theta_i`, this is
+
+.. math:: b - \theta_1 = \frac{|s_1| \rho}{\sigma h} \prod_{i > 1} \frac{\theta_1 - \theta_i}{b - \theta_i} :
+
+what has been found is as certain as its residual is small. Of a step without its product with :math:`A` only
+:math:`\beta_m^2 \le b\, \alpha_m - \|H_m\|^2` is known, with the last column :math:`H_m` of the projection of G, since
 :math:`\|G u\|^2 \le \lambda\, u^\top G u`.
 
-The trace of F, where it is known, bounds what is left without any probability. Let :math:`\kappa_i` be the length of the
-part of :math:`G` times the i-th Ritz vector outside the search space, and :math:`b` the trace less all Ritz values. Then
+The trace of F, where it is known, bounds what is left without any probability. Let :math:`\kappa_i` be the length of
+the part of :math:`G` times the i-th Ritz vector outside the search space, and :math:`b` the trace less all Ritz values.
+Then
 
 .. math:: \lambda_\max(G) \le \lambda_\max(M), \qquad
           M = \begin{pmatrix} \theta_1 & & & \kappa_1 \\ & \ddots & & \vdots \\ & & \theta_m & \kappa_m \\
@@ -29,7 +32,7 @@ semidefinite matrix. In a Krylov space :math:`\kappa_i = \beta_m |s_{mi}|`.
 References: van Dorsselaer, Hochstenbach, van der Vorst (2000), "Computing probabilistic bounds for extreme eigenvalues
 of symmetric matrices with the Lanczos method"; Hochstenbach (2013), "Probabilistic upper bounds for the matrix
 two-norm"; Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-random start". All three have a start that is random alone.
+random start". All three start from a random vector alone.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg.printing import examples, short_repr, spread
-from fisher_reg.solvers.linalg import symmetric_eigen
+from fisher_reg.solvers.linalg import cat_padded, symmetric_eigen
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,18 @@ class RandomStart:
         """Whether no search has left anything, so that nothing is random."""
         return self.roots.shape[1] > 0 and bool((self.log_norms == -torch.inf).all())
 
+    @classmethod
+    def joined(cls, parts: list[RandomStart]) -> RandomStart:
+        """Return those of the parts of a batch, which were searched alike."""
+        return cls(
+            roots=cat_padded([one.roots for one in parts], torch.nan),
+            log_norms=torch.cat([one.log_norms for one in parts]),
+            open_diagonal=torch.cat([one.open_diagonal for one in parts]),
+            open_offset=torch.cat([one.open_offset for one in parts]),
+            dimension=parts[0].dimension,
+            share=parts[0].share,
+        )
+
     def part(self, index: Tensor) -> RandomStart:
         """Return those of some examples."""
         names = ("roots", "log_norms", "open_diagonal", "open_offset")
@@ -175,7 +190,7 @@ class RandomStart:
         return torch.where(present, differences.nan_to_num(1.0).clamp_min(_TINY).log(), 0.0).sum(1)
 
     def _log_open(self, b: Tensor, step: Tensor | float = 0.0) -> Tensor:
-        """Return the logarithm of the largest last off-diagonal for an eigenvalue ``b + step``; zero where it is known."""
+        """Return the logarithm of the largest last off-diagonal for an eigenvalue ``b + step``; 0 where known."""
         room = ((b - self.open_offset).clamp_min(0) + step).clamp_min(_TINY)
         return torch.where(self._is_open(), 0.5 * (room.log() + self._log_diagonal()), 0.0)
 

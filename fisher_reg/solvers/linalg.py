@@ -86,6 +86,16 @@ def dense_rows(operator: FactoredOperator) -> Tensor:
     return torch.stack([operator.adjoint(row.expand_as(like)) for row in identity], 1)
 
 
+def cat_padded(tensors: list[Tensor], value: float) -> Tensor:
+    """Join tensors ``(B, m, ...)`` with different ``m``, those with fewer filled up with ``value``."""
+    width = max(tensor.shape[1] for tensor in tensors)
+    whole = []
+    for tensor in tensors:
+        missing = tensor.new_full((len(tensor), width - tensor.shape[1], *tensor.shape[2:]), value)
+        whole.append(torch.cat([tensor, missing], 1))
+    return torch.cat(whole)
+
+
 def check_finite(values: Tensor) -> None:
     """Refuse NaN and infinite products ``(B, ...)`` of an operator.
 

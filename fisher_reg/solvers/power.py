@@ -51,7 +51,6 @@ class PowerIteration(Solver):
             rtol=self.rtol,
             tolerance=half,
             failure_probability=self.failure_probability,
-            is_exact=True,
         )
         check = search(operator, vector, plan, generator)
         # the end of the interval is at most (1 + half) times the value of the check

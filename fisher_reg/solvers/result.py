@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fisher_reg.printing import examples, spread
 from fisher_reg.solvers.interval import Interval, RandomStart, check_probability, majorant
+from fisher_reg.solvers.linalg import cat_padded
 from fisher_reg.solvers.protocols import FactoredOperator
 
 
@@ -214,7 +215,6 @@ class TraceEstimator(Protocol):
 
 _PER_PAIR = ("eigenvalue", "eigenvector", "left_singular_vector", "residual", "converged")
 _PER_EXAMPLE = (*_PER_PAIR, "num_steps", "rounding")
-_PER_START = ("log_norms", "open_diagonal", "open_offset")
 _PADDED = ("ritz_values", "couplings", "search_space")
 
 
@@ -235,21 +235,6 @@ def concatenate(results: list[EigenResult]) -> EigenResult:
     if len(results) == 1:
         return results[0]
     joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in results]) for name in _PER_EXAMPLE}
-    joined |= {name: _cat_padded([getattr(one, name) for one in results], 0.0) for name in _PADDED}
-    starts = [result.random_start for result in results]
-    joined["random_start"] = replace(
-        starts[0],
-        roots=_cat_padded([start.roots for start in starts], torch.nan),
-        **{name: torch.cat([getattr(start, name) for start in starts]) for name in _PER_START},
-    )
+    joined |= {name: cat_padded([getattr(one, name) for one in results], 0.0) for name in _PADDED}
+    joined["random_start"] = RandomStart.joined([result.random_start for result in results])
     return replace(results[0], **joined, num_matvecs=sum(result.num_matvecs for result in results))
-
-
-def _cat_padded(tensors: list[Tensor], value: float) -> Tensor:
-    """Join ``(B, m, ...)`` with different ``m``."""
-    width = max(tensor.shape[1] for tensor in tensors)
-    whole = []
-    for tensor in tensors:
-        missing = tensor.new_full((len(tensor), width - tensor.shape[1], *tensor.shape[2:]), value)
-        whole.append(torch.cat([tensor, missing], 1))
-    return torch.cat(whole)
