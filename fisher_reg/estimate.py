@@ -66,7 +66,8 @@ def fisher_spectral_norm(
         model: Maps ``(B, *S)`` to logits ``(B, K)``, each example by itself. Of a module the deployed function is
             meant (running statistics of batch norm, no dropout), whatever mode it is in. It is only read: a copy of it
             runs, which shares the parameters. Another callable is taken as it is found.
-        inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32.
+        inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32, and TensorFloat-32 is
+            off during the call.
         solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
             :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fisher_reg import Categorical, Lanczos, fisher_linf_norm, fisher_spectral_norm, fisher_spectral_norm_and_trace
-from fisher_reg.evaluation import deployed, differentiable, in_fast_layout
+from fisher_reg.evaluation import deployed, differentiable, in_fast_layout, strictly
 from fisher_reg.measurement import measure
 from fisher_reg.operator import InputFisher
 from recipes.benchmark import peak_memory, timed
@@ -41,6 +41,12 @@ def forward(network: nn.Module, images: Tensor) -> None:
         network(images)
 
 
+def strict_forward(network: nn.Module, images: Tensor) -> None:
+    """Run the network as an estimate does: what strict float32 costs."""
+    with strictly():
+        forward(network, images)
+
+
 def by_dual_numbers(network: nn.Module, images: Tensor) -> Tensor:
     """Return eigenvalues without quotients, in the precision in which torch is set to compute (TensorFloat-32)."""
     with differentiable(images) as inputs:
@@ -53,6 +59,7 @@ def of_estimates(network: nn.Module, images: Tensor) -> list[Timed]:
     """Return the estimates of a batch."""
     estimate = partial(fisher_spectral_norm, network, images, solver=Lanczos())
     calls: dict[str, Call] = {
+        "forward (strict float32)": partial(strict_forward, network, images),
         "estimate (strict float32)": estimate,
         "estimate by dual numbers, as torch is set": partial(by_dual_numbers, network, images),
         "estimate and trace": partial(fisher_spectral_norm_and_trace, network, images),
