@@ -18,7 +18,7 @@ from fisher_reg.evaluation import (
     InputStd,
     Noise,
     check_inputs,
-    differentiable,
+    measured,
     standard_deviation,
     twice_differentiable,
 )
@@ -184,6 +184,6 @@ def _grouped(segments: list[_Segment], num_segments: int | None) -> list[_Segmen
 
 
 def _log10_norm(segment: _Segment, likelihood: Likelihood, input_std: Tensor | None) -> Tensor:
-    with differentiable(segment.trace.values[segment.start]) as hidden, twice_differentiable():
+    with measured(segment.trace.values[segment.start]) as hidden, twice_differentiable():
         operator = InputFisher(segment, hidden, likelihood, input_std, double_backward)
         return _SOLVER.solve(operator).eigenvalue.detach().double().log10()

@@ -19,9 +19,9 @@ from fisher_reg.evaluation import (
     WithSideInputs,
     check_inputs,
     deployed,
-    differentiable,
     has_training_batch_norm,
     is_sharded,
+    measured,
     refuse_random,
     trained,
 )
@@ -132,7 +132,7 @@ def check_model(
     """
     check_inputs(inputs)
     LIKELIHOOD.check(likelihood, "check_model")
-    with differentiable(inputs) as safe_inputs:
+    with measured(inputs) as safe_inputs:
         return ModelCheck(tuple(_Check(model, safe_inputs, likelihood, side_inputs, is_training).run()))
 
 

@@ -19,8 +19,8 @@ from fisher_reg.evaluation import (
     called,
     check_inputs,
     deployed,
-    differentiable,
     in_fast_layout,
+    measured,
     refuse_random,
 )
 from fisher_reg.likelihood import Categorical, Likelihood
@@ -66,7 +66,8 @@ def fisher_spectral_norm(
         model: Maps ``(B, *S)`` to logits ``(B, K)``, each example by itself. Of a module the deployed function is
             meant (running statistics of batch norm, no dropout), whatever mode it is in. It is only read: a copy of it
             runs, which shares the parameters. Another callable is taken as it is found.
-        inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32.
+        inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32, and TensorFloat-32 is
+            off during the call.
         solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
             :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.
@@ -315,29 +316,22 @@ def evaluation_operator(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Generator[InputFisher, None, None]:
-    """Build the operator of the deployed function in full precision.
+    """Build the operator of the deployed function in full precision, without TensorFloat-32.
 
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
     """
     check_inputs(inputs)
     LIKELIHOOD.check(likelihood)
-    with differentiable(inputs) as safe_inputs:
+    with measured(inputs) as safe_inputs:
         evaluated = deployed(model, safe_inputs)
         whole = WithSideInputs(evaluated, side_inputs, len(safe_inputs))
         function = in_fast_layout(whole, safe_inputs)
         point = safe_inputs.detach().requires_grad_()
-        quotients = _rounds_to_float32(safe_inputs)
         logits = called(function, point)
-        fisher = InputFisher(function, point, likelihood, input_std, quotients=quotients, logits=logits)
+        fisher = InputFisher(function, point, likelihood, input_std, quotients=True, logits=logits)
         refuse_random(evaluated, fisher.logits, lambda: whole(safe_inputs))
         yield fisher
-
-
-def _rounds_to_float32(inputs: Tensor) -> bool:
-    """Whether a forward rounds to float32 at least: TensorFloat-32 leaves difference quotients nothing but noise."""
-    is_allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    return inputs.device.type == "cpu" or inputs.dtype == torch.float64 or not is_allowed
 
 
 def _chunks(fisher: InputFisher, method: object) -> Iterator[InputFisher]:

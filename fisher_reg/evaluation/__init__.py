@@ -28,9 +28,10 @@ from fisher_reg.evaluation.inputs import (
 from fisher_reg.evaluation.layout import in_fast_layout
 from fisher_reg.evaluation.logits import LogitsOf
 from fisher_reg.evaluation.noise import GlobalState, Noise
-from fisher_reg.evaluation.passes import differentiable, eagerly
+from fisher_reg.evaluation.passes import differentiable, eagerly, measured
 from fisher_reg.evaluation.rules import Rules, is_checkpointed, math_attention_rules, twice_differentiable
 from fisher_reg.evaluation.shared_copy import SharedCopy
+from fisher_reg.evaluation.strict import strictly
 
 __all__ = [
     "EvaluatedModel",
@@ -60,6 +61,7 @@ __all__ = [
     "is_checkpointed",
     "is_sharded",
     "math_attention_rules",
+    "measured",
     "name_of_call",
     "recording_rules",
     "refuse_random",
@@ -68,6 +70,7 @@ __all__ = [
     "select",
     "source_of",
     "standard_deviation",
+    "strictly",
     "trained",
     "trained_module",
     "twice_differentiable",

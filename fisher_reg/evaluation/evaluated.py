@@ -27,6 +27,7 @@ from fisher_reg.evaluation.copying import is_sharded
 from fisher_reg.evaluation.inputs import LogitsFunction
 from fisher_reg.evaluation.noise import GlobalState, Noise
 from fisher_reg.evaluation.precision import FullPrecision
+from fisher_reg.evaluation.recurrent import recurrent_rules
 from fisher_reg.evaluation.rules import Rule, Rules
 from fisher_reg.evaluation.shared_copy import SharedCopy
 from fisher_reg.evaluation.switching import Switched
@@ -138,6 +139,7 @@ class EvaluatedModel(nn.Module):
         self, rules: dict[Any, Rule], needs_graph: bool, inputs: Tensor, side: tuple[Any, ...], named: dict[str, Any]
     ) -> Tensor:
         device = inputs.device.type
+        rules = rules | recurrent_rules()
         precision: Rules
         if self.half_precision is None:
             precision = FullPrecision(rules, needs_graph, device_type=device, undoes_casts=self.source.is_promoted)

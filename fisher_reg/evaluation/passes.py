@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fisher_reg.evaluation.precision import at_least_float32
+from fisher_reg.evaluation.process_wide import ProcessWide
+from fisher_reg.evaluation.strict import strictly
 
 
 @contextmanager
@@ -19,6 +20,9 @@ def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
 
     Autograd is on even under ``no_grad`` and ``inference_mode``; autocast is off, and half-precision inputs are
     promoted to float32; compiled functions run eagerly, since compiled code has no double backward.
+
+    Penalties are taken in such a pass. Whether float32 may be TensorFloat-32 in it stays the user's choice: a penalty
+    is compared with, and added to, the loss of a step that was computed so.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -28,30 +32,27 @@ def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
         yield inputs.detach().clone().to(at_least_float32(inputs.dtype))
 
 
-class _Eagerly:
-    """Compiled functions run eagerly while at least one block is open, in whatever thread."""
+@contextmanager
+def measured(inputs: Tensor) -> Generator[Tensor, None, None]:
+    """Open :func:`differentiable` with strict float32 (:mod:`fisher_reg.evaluation.strict`).
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.num_open = 0
-        self.stack = ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.num_open == 0 and "torch._dynamo" in sys.modules:  # else nothing has been compiled
-                self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self.num_open += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.num_open -= 1
-            if self.num_open == 0:
-                self.stack.close()
+    All that is measured is: estimates, metrics, the monitor, checks, block-wise norms. Certified bounds compute in
+    float64, where there is nothing to be strict about.
+    """
+    with strictly(), differentiable(inputs) as safe_inputs:
+        yield safe_inputs
 
 
-_EAGERLY = _Eagerly()
+def _force_eager() -> AbstractContextManager[object]:
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
-def eagerly() -> _Eagerly:
+_EAGERLY = ProcessWide(_force_eager)
+
+
+def eagerly() -> ProcessWide:
     """Let compiled functions run eagerly during the block. The setting is torch's, for the whole process."""
     return _EAGERLY

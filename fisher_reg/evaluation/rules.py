@@ -1,7 +1,8 @@
 """What a Fisher pass computes otherwise than the user's forward, by rules for torch functions.
 
-A rule answers calls of one torch function. The rules act on the calls of the current thread alone and change no module
-and no setting of torch: batch norm, attention and precision are all handled in this way.
+A rule answers calls of one torch function. The rules act on the calls of the current thread alone and change no module:
+batch norm, attention, recurrent layers and precision are all handled in this way. They change no setting of torch
+either, but for cuDNN while a recurrent layer runs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import multi_head_attention_forward, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from fisher_reg.evaluation.recurrent import recurrent_rules
 
 Rule = Callable[..., Any]
 
@@ -105,5 +108,5 @@ def math_attention_rules() -> dict[Any, Rule]:
 
 
 def twice_differentiable() -> Rules:
-    """Open a forward with :func:`math_attention_rules`."""
-    return Rules(math_attention_rules(), needs_graph=True)
+    """Open a forward whose attention and recurrent layers have second derivatives."""
+    return Rules(math_attention_rules() | recurrent_rules(differentiates_twice=True), needs_graph=True)

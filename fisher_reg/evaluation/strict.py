@@ -1,0 +1,94 @@
+"""float32 that is float32: no TensorFloat-32 and no bfloat16 inside multiplications and convolutions.
+
+torch computes float32 convolutions on a GPU in TensorFloat-32 unless it is told not to, and matrix products where it is
+told to (on a CPU in bfloat16, with ``set_float32_matmul_precision("medium")``). Ten bits are left then, and the
+derivative of a rounded function is noise of about 1e-3 of it; a difference quotient over a step of half the digits is
+nothing but noise. A strict pass gives the numbers of the CPU and may take quotients, of one forward each, in place of
+dual numbers, of about three. The price is slower convolutions, which ``recipes.gpu_check`` measures.
+
+The settings are torch's, for the whole process: another thread computes strictly too while a block is open.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from fisher_reg.evaluation.process_wide import ProcessWide
+
+_C: Any = torch._C  # torch.backends.mkldnn.fp32_precision of torch 2.14 sets another setting than it gets
+_HAS_OPERATIONS = hasattr(_C, "_get_fp32_precision_getter")  # torch 2.9
+_BACKENDS = (("cuda", "all"), ("mkldnn", "all"))
+_CUDNN = (("cuda", "conv"), ("cuda", "rnn"))
+_OPERATIONS = (*_CUDNN, ("cuda", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn"), ("mkldnn", "matmul"))
+_REDUCED = ("tf32", "bf16")
+
+
+@contextmanager
+def strict_by_operation() -> Generator[None, None, None]:
+    """Change the settings of each operation, of torch 2.9 and later.
+
+    An operation that has no setting of its own follows its backend, and that follows ``torch.backends.fp32_precision``.
+    A getter does not tell which is the case, and an operation that has been set never follows again. So the general
+    settings are changed first, and then what does not follow them.
+    """
+    with ExitStack() as stack:
+        found = [(backend, _get(backend)) for backend in _BACKENDS]
+        _change(stack, ("generic", "all"), _get(("generic", "all")))
+        for backend, precision in found:
+            if precision != "ieee":  # one that is strict now followed the general setting
+                _change(stack, backend, precision if _get(backend) in _REDUCED else "none")
+        if all(_get(operation) == "tf32" for operation in _CUDNN):
+            _clear_flag_of_cudnn(stack)
+        for operation in _OPERATIONS:
+            if _get(operation) in _REDUCED:
+                _change(stack, operation, _get(operation))
+        yield
+
+
+@contextmanager
+def strict_by_flags() -> Generator[None, None, None]:
+    """Change the two flags of torch before 2.9."""
+    with ExitStack() as stack:
+        precision = torch.get_float32_matmul_precision()
+        if precision != "highest":
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        _clear_flag_of_cudnn(stack)
+        yield
+
+
+_STRICTLY = ProcessWide(strict_by_operation if _HAS_OPERATIONS else strict_by_flags)
+
+
+def strictly() -> ProcessWide:
+    """Compute float32 in float32 during the block, and put back the settings that were found."""
+    return _STRICTLY
+
+
+def _get(setting: tuple[str, str]) -> str:
+    precision: str = _C._get_fp32_precision_getter(*setting)
+    return precision
+
+
+def _change(stack: ExitStack, setting: tuple[str, str], found: str) -> None:
+    stack.callback(_C._set_fp32_precision_setter, setting[0], setting[1], found)
+    _C._set_fp32_precision_setter(*setting, "ieee")
+
+
+def _clear_flag_of_cudnn(stack: ExitStack) -> None:
+    # torch.backends.cudnn.flags, which a model may open, reads the flag, and refuses to where the operations differ
+    # from it. A program that has set them by themselves is used to that: the flag stays as it is then.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 says once that the flag is old
+        try:
+            is_allowed = _C._get_cudnn_allow_tf32()
+        except RuntimeError:
+            return
+        if is_allowed:
+            stack.callback(_C._set_cudnn_allow_tf32, True)
+            _C._set_cudnn_allow_tf32(False)
