@@ -26,6 +26,7 @@ from fisher_reg.evaluation.batch_norm import (
 from fisher_reg.evaluation.copying import is_sharded
 from fisher_reg.evaluation.inputs import LogitsFunction
 from fisher_reg.evaluation.noise import GlobalState, Noise
+from fisher_reg.evaluation.packed_attention import packed_attention_rules
 from fisher_reg.evaluation.precision import FullPrecision
 from fisher_reg.evaluation.recurrent import recurrent_rules
 from fisher_reg.evaluation.rules import Rule, Rules
@@ -114,7 +115,7 @@ class EvaluatedModel(nn.Module):
     def forward(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Tensor:
         """Return the logits ``(B, K)``."""
         if self._is_deployed:
-            return self._run(running_rules(), True, inputs, side_inputs, named_side_inputs)
+            return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named_side_inputs)
         if self.recording is None and not has_training_batch_norm(self.model):
             try:
                 return self._replay(inputs, side_inputs, named_side_inputs)
