@@ -27,7 +27,7 @@ from fisher_reg.evaluation import (
     Source,
     called,
     is_checkpointed,
-    math_attention_rules,
+    second_derivative_rules,
     recording_rules,
 )
 
@@ -182,18 +182,18 @@ class Tap:
 
 
 def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> AbstractContextManager[object]:
-    """Note the batch statistics of a training step, and run its attention on kernels that ``flow`` can use."""
+    """Note the batch statistics of a training step, and run its layers on kernels that ``flow`` can use."""
     if _is_compiled(module):
         return nullcontext()  # rules would be compiled into it
     rules = recording_rules(recording, id, moves_running_statistics=True)
     if flow is not None and flow.differentiates_twice:
-        for function, by_math in math_attention_rules().items():
+        for function, by_math in second_derivative_rules().items():
 
-            def attention(*args: Any, function: Any = function, by_math: Any = by_math, **kwargs: Any) -> Any:
+            def by_rule(*args: Any, function: Any = function, by_math: Any = by_math, **kwargs: Any) -> Any:
                 # what a checkpoint computes again in the backward pass would use the other kernel
                 return (function if is_checkpointed() else by_math)(*args, **kwargs)
 
-            rules[function] = attention
+            rules[function] = by_rule
     return _OfAStep(rules, flow)
 
 

@@ -29,7 +29,7 @@ from fisher_reg.evaluation.layout import in_fast_layout
 from fisher_reg.evaluation.logits import LogitsOf
 from fisher_reg.evaluation.noise import GlobalState, Noise
 from fisher_reg.evaluation.passes import differentiable, eagerly, measured
-from fisher_reg.evaluation.rules import Rules, is_checkpointed, math_attention_rules, twice_differentiable
+from fisher_reg.evaluation.rules import Rules, is_checkpointed, second_derivative_rules, twice_differentiable
 from fisher_reg.evaluation.shared_copy import SharedCopy
 from fisher_reg.evaluation.strict import strictly
 
@@ -60,7 +60,7 @@ __all__ = [
     "in_fast_layout",
     "is_checkpointed",
     "is_sharded",
-    "math_attention_rules",
+    "second_derivative_rules",
     "measured",
     "name_of_call",
     "recording_rules",

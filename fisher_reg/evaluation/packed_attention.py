@@ -18,6 +18,9 @@ def packed_attention_rules() -> dict[Any, Rule]:
     ``torch.nn.functional.multi_head_attention_forward`` selects query, key and value out of one projection; the
     backward pass of each selection fills a tensor of the size of all three with zeros. Here they are unbound, which
     takes back together. The same products in the same order, so that the numbers are equal.
+
+    Returns:
+        From torch functions to their replacements.
     """
     return {multi_head_attention_forward: _multi_head_attention}
 
@@ -32,7 +35,8 @@ def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | N
     length, batch_size, width = query.shape
     packed = linear(query, given["in_proj_weight"], given["in_proj_bias"])
     packed = packed.view(length, batch_size, 3, num_heads, width // num_heads)
-    heads = scaled_dot_product_attention(*packed.permute(2, 1, 3, 0, 4).unbind(0))
+    q, k, v = packed.permute(2, 1, 3, 0, 4).unbind(0)
+    heads = scaled_dot_product_attention(q, k, v)
     joined = heads.permute(2, 0, 1, 3).reshape(length, batch_size, width)
     return linear(joined, given["out_proj_weight"], given["out_proj_bias"]), None
 

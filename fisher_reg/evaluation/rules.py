@@ -98,15 +98,16 @@ def multi_head_attention_by_math(*args: Any, **kwargs: Any) -> tuple[Tensor, Ten
 _MULTI_HEAD = inspect.signature(multi_head_attention_forward)
 
 
-def math_attention_rules() -> dict[Any, Rule]:
-    """Rules for attention that has second derivatives and a forward mode, which the fused kernels lack."""
-    return {
+def second_derivative_rules() -> dict[Any, Rule]:
+    """Rules for attention and recurrent layers with second derivatives, which the fused kernels and cuDNN lack."""
+    attention: dict[Any, Rule] = {
         multi_head_attention_forward: multi_head_attention_by_math,
         scaled_dot_product_attention: attention_by_math,
         torch.ops.aten.scaled_dot_product_attention.default: attention_by_math,
     }
+    return attention | recurrent_rules(differentiates_twice=True)
 
 
 def twice_differentiable() -> Rules:
     """Open a forward whose attention and recurrent layers have second derivatives."""
-    return Rules(math_attention_rules() | recurrent_rules(differentiates_twice=True), needs_graph=True)
+    return Rules(second_derivative_rules(), needs_graph=True)
