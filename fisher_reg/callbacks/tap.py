@@ -27,8 +27,8 @@ from fisher_reg.evaluation import (
     Source,
     called,
     is_checkpointed,
-    second_derivative_rules,
     recording_rules,
+    second_derivative_rules,
 )
 
 
