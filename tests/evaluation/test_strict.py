@@ -171,4 +171,4 @@ def test_dual_numbers_and_quotients_give_the_same_numbers(family, digits):
     network, solver = cases.network(family, digits).eval(), Lanczos()
     by_quotients: EigenResult = fisher_spectral_norm(network, x, solver=solver)
     by_duals = solver.solve(InputFisher(network, x, Categorical(), quotients=False), None)
-    assert_close(by_quotients.eigenvalue, by_duals.eigenvalue, rtol=5e-3, atol=0)
+    assert_close(by_quotients.eigenvalue, by_duals.eigenvalue, rtol=solver.tolerance, atol=0)
