@@ -52,7 +52,10 @@ def _device_module():
 
 
 class Generator(torch.Generator):
-    """A generator that knows its device; torch lets no backend in Python have generators, so it draws on the CPU."""
+    """A generator that knows its device, and gives other numbers there than on the CPU, as that of CUDA does.
+
+    Torch lets no backend in Python have generators: behind it is one of the CPU.
+    """
 
     def __new__(cls, device="cpu"):
         generator = super().__new__(cls)
@@ -62,6 +65,10 @@ class Generator(torch.Generator):
     @property
     def device(self):
         return _place_of(self)
+
+    def manual_seed(self, seed):
+        super().manual_seed(seed if self.device.type == "cpu" else seed + 1)
+        return self
 
 
 _PLACES = {}  # by the address of what is behind a generator, since an operation gets another object for it

@@ -47,10 +47,21 @@ def _interval(place):
     return interval.lower, interval.upper
 
 
-def _with_generator(place, is_local):
+def _with_generator(place):
     model, inputs = _taken(place)
-    generator = place.generator(3) if is_local else torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     return fr.fisher_spectral_norm(model, inputs, solver=fr.HutchinsonMax(), generator=generator).eigenvalue
+
+
+def _with_its_own_generator(place):
+    """Every place has other numbers: what comes of them is the same as far as it is exact."""
+    model, inputs = _taken(place)
+    converged = fr.fisher_spectral_norm(model, inputs, generator=place.generator()).eigenvalue
+    fr.fisher_linf_norm(model, inputs, generator=place.generator())
+    fr.universal_spectral_norm(model, [inputs], generator=place.generator())
+    samples = [fr.Hutchinson(probe=probe) for probe in (fr.Rademacher(), fr.StandardNormal(), fr.SampledLabels())]
+    traces = [fr.fisher_trace(model, inputs, estimator=one, generator=place.generator()) for one in samples]
+    return converged, *(trace >= converged for trace in traces)
 
 
 def _forward_mode(place, network):
@@ -66,9 +77,8 @@ def _trace(place, **options):
     return fr.fisher_trace(*_taken(place, num_classes=24), **options)
 
 
-def _trace_with_generator(place, is_local):
-    generator = place.generator(5) if is_local else torch.Generator().manual_seed(5)
-    return _trace(place, estimator=fr.Hutchinson(), generator=generator)
+def _trace_with_generator(place):
+    return _trace(place, estimator=fr.Hutchinson(), generator=torch.Generator().manual_seed(5))
 
 
 def _effective_rank(place):
@@ -105,8 +115,9 @@ def _blackbox(place, estimator, **options):
     return result.eigenvalue, result.standard_error, result.trace, result.step
 
 
-def _blackbox_from_here(place):
-    return _blackbox(place, fr.BlackBox(), generator=place.generator(2))
+def _blackbox_with_its_own_generator(place):
+    eigenvalue, *_ = _blackbox(place, fr.BlackBox(), generator=place.generator())
+    return eigenvalue.isfinite()
 
 
 def _measure(place):
@@ -146,8 +157,8 @@ def _shown(place):
     return str(fr.fisher_spectral_norm(*_taken(place, num_classes=4)))
 
 
-ROUGH = ("single_precision", "half_precision")
-"""Cases in which the difference quotients of a search are rounded visibly."""
+ROUGH = ("single_precision", "half_precision", "its_own_generator")
+"""Cases in which difference quotients are rounded visibly, or the random numbers are others."""
 
 CASES = (
     {f"spectral_norm_{name}": partial(_spectral_norm, solver=solver) for name, solver in SOLVERS.items()}
@@ -160,8 +171,8 @@ CASES = (
         "spectral_norm_of_attention": partial(_spectral_norm, network="attention"),
         "spectral_norm_of_an_lstm": partial(_spectral_norm, network="lstm"),
         "spectral_norm_of_a_gru": partial(_spectral_norm, network="gru"),
-        "spectral_norm_with_its_own_generator": partial(_with_generator, is_local=True),
-        "spectral_norm_with_a_generator_of_the_cpu": partial(_with_generator, is_local=False),
+        "its_own_generator": _with_its_own_generator,
+        "spectral_norm_with_a_generator_of_the_cpu": _with_generator,
         "forward_mode_through_attention": partial(_forward_mode, network="attention"),
         "forward_mode_through_an_lstm": partial(_forward_mode, network="lstm"),
         "interval": _interval,
@@ -172,8 +183,7 @@ CASES = (
         "half_precision": partial(_in, of_weights=torch.bfloat16, of_inputs=torch.bfloat16),
         "eigenpairs": _eigenpairs,
         "eigenpairs_exact": partial(_eigenpairs, solver=fr.Exact()),
-        "trace_with_its_own_generator": partial(_trace_with_generator, is_local=True),
-        "trace_with_a_generator_of_the_cpu": partial(_trace_with_generator, is_local=False),
+        "trace_with_a_generator_of_the_cpu": _trace_with_generator,
         "effective_rank": _effective_rank,
         "norm_and_trace": _norm_and_trace,
         "kl_ratio": _kl_ratio,
@@ -186,7 +196,7 @@ CASES = (
         "blackbox": partial(_blackbox, estimator=fr.BlackBox()),
         "blackbox_within_bounds": partial(_blackbox, estimator=fr.BlackBox(), bounds=(0.0, 1.0)),
         "blackbox_max": partial(_blackbox, estimator=fr.BlackBoxMax()),
-        "blackbox_with_its_own_generator": _blackbox_from_here,
+        "blackbox_with_its_own_generator": _blackbox_with_its_own_generator,
         "measure": _measure,
         "check_model": partial(_check, is_training=False),
         "check_model_in_training": partial(_check, is_training=True),
