@@ -28,14 +28,19 @@ def module_of(group):
 @functools.cache
 def failures(group):
     """Run a group in a new process, and return what went wrong by the name of the case, None for nothing."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.accelerator", group]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    return _told(group)
+
+
+@functools.cache
+def waits():
+    """Return, of each task of :mod:`tests.accelerator.counted`, how often the host waits by line of fisher_reg."""
+    return _told("counts")
+
+
+def _told(what):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.accelerator", what]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
