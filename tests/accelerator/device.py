@@ -87,10 +87,12 @@ class AcceleratorTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=DEVICE, requires_grad=False, **layout
-        )
+        options = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        # a view of a tensor from outside of inference mode is no tensor of inference mode
+        with torch.inference_mode(inner.is_inference()):
+            tensor = torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, device=DEVICE, requires_grad=False, **options
+            )
         tensor.inner = inner
         return tensor
 
