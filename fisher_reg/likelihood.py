@@ -266,9 +266,9 @@ def largest_distance(rows: Tensor) -> Tensor:
     """
     with torch.no_grad():
         offsets = rows.detach().double() - rows[0].detach()
-        scale = offsets.abs().amax()
+        scale = float(offsets.abs().amax())
         first, second = _farthest_pair(offsets / scale) if 0 < scale < math.inf else (0, 0)
-    difference = rows[first] - rows[second] if scale.isfinite() else rows  # of rows without end there is no farthest
+    difference = rows[first] - rows[second] if math.isfinite(scale) else rows  # of endless rows there is no farthest
     distance: Tensor = torch.linalg.vector_norm(difference)
     return distance
 
@@ -288,10 +288,11 @@ def _farthest_pair(rows: Tensor) -> tuple[int, int]:
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         distances = squares[start : start + size, None] + squares[start:] - 2 * block @ rows[start:].mT
-        place = int(distances.argmax())
-        found = float(distances.flatten()[place])
+        place = distances.argmax()
+        # read together, so that the host waits for the device once; a double holds the place exactly
+        found, number = torch.stack([distances.take(place), place.double()]).tolist()
         if found > largest:
-            row, column = divmod(place, distances.shape[1])
+            row, column = divmod(int(number), distances.shape[1])
             largest, pair = found, (start + row, start + column)
     return pair
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisher_reg.errors import LogitsShapeError, NonFiniteLogitsError
@@ -43,14 +44,16 @@ def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str
             f"{call} must return floating-point logits; it returned {logits.dtype}. Return the scores from before "
             "argmax or round, or say how to get them with logits_fn."
         )
-    _refuse_non_finite(logits.detach(), likelihood)
-    if looks_like_probabilities(logits.detach(), likelihood):
+    is_broken, sums_to_one, is_between = _seen(logits.detach(), likelihood)
+    if is_broken:
+        _refuse_non_finite(logits.detach(), likelihood)
+    if _are_probabilities(sums_to_one, is_between, likelihood):
         warnings.warn(
             "The model returns probabilities and not logits: its rows are non-negative and sum to one, so that every "
             "number comes out far too small. Return the values before softmax (sigmoid for Bernoulli).",
             stacklevel=2,
         )
-    elif likelihood.shift_invariant and _looks_like_sigmoid(logits.detach()):
+    elif likelihood.shift_invariant and is_between:
         warnings.warn(
             "All outputs lie between 0 and 1 and their rows do not sum to one, as those of a sigmoid do. If they are "
             f"probabilities of {num_outputs} yes/no labels, return the values before the sigmoid and pass "
@@ -109,21 +112,37 @@ def _may_be_logits(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point()
 
 
-def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
+def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
+    """Return whether a logit is refused, whether the rows sum to one, and whether all lie between 0 and 1.
+
+    The three are read together, so that the host waits for the device once.
+    """
+    of_rows = _broken(logits, likelihood).any(), _sum_to_one(logits), _lie_between(logits)
+    is_broken, sums_to_one, is_between = torch.stack(of_rows).tolist()
+    return is_broken, sums_to_one, is_between
+
+
+def _broken(logits: Tensor, likelihood: Likelihood) -> Tensor:
+    """Return which examples ``(B,)`` have a logit that is refused."""
     is_left_out = logits.isneginf()
-    broken = (~(logits.isfinite() | is_left_out)).any(1) | is_left_out.all(1)
+    is_refused = ~(logits.isfinite() | is_left_out)
+    if getattr(likelihood, "leaves_out", False):
+        return is_refused.any(1) | is_left_out.all(1)
+    return (is_refused | is_left_out).any(1)
+
+
+def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
+    broken = _broken(logits, likelihood)
     remedy = "Check the inputs and the weights for non-finite values."
-    if bool(is_left_out.any()):
+    if bool(logits.isneginf().any()):
         if getattr(likelihood, "leaves_out", False):
             remedy += " A logit of -inf leaves its class out; each example needs a finite one."
         else:
-            broken = broken | is_left_out.any(1)
             remedy += f" {type(likelihood).__name__} outputs cannot be left out by -inf."
-    if bool(broken.any()):
-        raise NonFiniteLogitsError(
-            f"The logits of {int(broken.sum())} of {len(logits)} examples are NaN or infinite (the first is number "
-            f"{int(broken.int().argmax())}). {remedy}"
-        )
+    raise NonFiniteLogitsError(
+        f"The logits of {int(broken.sum())} of {len(logits)} examples are NaN or infinite (the first is number "
+        f"{int(broken.int().argmax())}). {remedy}"
+    )
 
 
 def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
@@ -138,12 +157,22 @@ def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
     Returns:
         Whether they do. A numerical accident is very unlikely.
     """
+    _, sums_to_one, is_between = _seen(logits, likelihood)
+    return _are_probabilities(sums_to_one, is_between, likelihood)
+
+
+def _are_probabilities(sums_to_one: bool, is_between: bool, likelihood: Likelihood) -> bool:
     if likelihood.shift_invariant:
-        return bool((logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-3).all())
-    return isinstance(likelihood, Bernoulli) and _looks_like_sigmoid(logits)
+        return sums_to_one
+    return isinstance(likelihood, Bernoulli) and is_between
 
 
-def _looks_like_sigmoid(logits: Tensor) -> bool:
+def _sum_to_one(logits: Tensor) -> Tensor:
+    return (logits >= 0).all() & ((logits.sum(1) - 1).abs() < 1e-3).all()
+
+
+def _lie_between(logits: Tensor) -> Tensor:
     # exact zeros are the work of a ReLU, and nearly equal numbers that of an untrained head
-    smallest, largest = float(logits.min()), float(logits.max())
-    return logits.numel() >= 16 and smallest > 0 and largest <= 1 and largest - smallest > 0.1
+    smallest, largest = logits.aminmax()
+    is_enough = logits.numel() >= 16
+    return (smallest > 0) & (largest <= 1) & (largest - smallest > 0.1) & is_enough

@@ -26,9 +26,17 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def fixed_generator(device: torch.device, seed: int = 0) -> torch.Generator:
     """Return a generator that gives the same numbers each time, which estimates use unless told otherwise.
 
-    Numbers that must be independent of each other need different seeds.
+    It lives on the CPU, so that an estimate has the same random numbers on every device: generators of other devices
+    give others.
+
+    Args:
+        device: Where the numbers are used; they are moved there.
+        seed: Numbers that must be independent of each other need different ones.
+
+    Returns:
+        The generator.
     """
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def _draw(sample: Callable[..., Tensor], like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -159,17 +159,28 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
         geometry=subject.geometry,
     )
     result = measured.result
-    if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
-        vectors = result.eigenvector.view_as(part.inputs)
-        for i in result.eigenvalue.topk(min(NUM_PICTURES, len(part))).indices.tolist():
-            image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
-            values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
-        values.pictures = _largest(values.pictures)
     columns = [result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio]
     columns += [] if measured.linf is None else [measured.linf]
+    on_host = _to_host(columns)
+    if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
+        values.pictures = _largest(values.pictures + _pictures(part, on_host[0], result.eigenvector))
     if subject.penalty is not None:
-        columns += single_step.after_steps(subject.model, part, subject.penalty, subject.takes_parts)
-    return {name: column.double().cpu() for name, column in zip(subject.columns, columns, strict=True)}
+        on_host += single_step.after_steps(subject.model, part, subject.penalty, subject.takes_parts)
+    return dict(zip(subject.columns, on_host, strict=True))
+
+
+def _to_host(columns: Sequence[Tensor]) -> list[Tensor]:
+    """Return columns ``(B,)`` in double precision on the CPU, in one transfer: the host waits for the device once."""
+    return list(torch.stack([column.to(columns[0]) for column in columns]).cpu().double())
+
+
+def _pictures(part: Part, eigenvalue: Tensor, eigenvector: Tensor) -> list[tuple[float, int, Tensor, Tensor]]:
+    """Return the most sensitive images of a part, given its eigenvalues on the CPU."""
+    chosen = eigenvalue.topk(min(NUM_PICTURES, len(part))).indices
+    here = chosen.to(part.inputs.device)
+    shown = torch.stack([part.inputs.detach()[here], eigenvector.view_as(part.inputs)[here]]).float().cpu()
+    numbers, places = eigenvalue[chosen].tolist(), part.places[chosen].tolist()
+    return list(zip(numbers, places, *shown, strict=True))
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:

@@ -34,13 +34,14 @@ def after_steps(model: nn.Module, part: Part, penalty: KLPenalty, takes_parts: b
     # with sharded weights each forward is one of all processes
     if is_sharded(model) or (count and not takes_parts):
         count = len(part)
-    single, several = torch.full((2, len(part)), torch.nan, dtype=torch.float64)
+    divergences = torch.full((2, len(part)), torch.nan, dtype=torch.float64)
     if count:
         few = part.part(slice(count))
         settings = penalty.likelihood, penalty.input_std
         with evaluation_operator(model, few.inputs, *settings, few.side_inputs) as fisher:
             found = step_divergences(fisher, penalty.step, penalty.geometry)
-        single[:count], several[:count] = found.single, found.several
+        divergences[:, :count] = torch.stack([found.single, found.several]).cpu()
+    single, several = divergences
     return single, several
 
 

@@ -74,9 +74,9 @@ def _numbers(input_std: Any) -> Tensor:
         std = std.double()
     if std.numel() == 0:
         raise ValueError(f"input_std has no numbers; its shape is {tuple(std.shape)}.")
-    if not bool(std.isfinite().all()):
-        raise ValueError(f"input_std must be positive and finite; got {input_std}.")
-    if not bool((std > 0).all()):
+    if not bool(((std > 0) & std.isfinite()).all()):
+        if not bool(std.isfinite().all()):
+            raise ValueError(f"input_std must be positive and finite; got {input_std}.")
         raise ValueError(f"input_std must be positive; its smallest value is {float(std.min())}.")
     return std
 

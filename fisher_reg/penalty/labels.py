@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -23,16 +24,24 @@ def checked_labels(labels: Tensor | None, logits: Tensor, owner: object) -> Tens
     if labels is None:
         raise ValueError(f"{type(owner).__name__} needs labels=, class indices (B,).")
     fits = labels.shape == (batch_size,) and not (labels.is_floating_point() or labels.is_complex())
-    if not fits or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+    # read together, so that the host waits for the device once
+    smallest, largest, num_left_out = _seen(labels.long(), logits).tolist() if fits else (0, 0, 0)
+    if not fits or smallest < 0 or largest >= num_classes:
         raise ValueError(
             f"labels must be {batch_size} class indices below {num_classes}; got {labels.dtype} {tuple(labels.shape)} "
             f"from {labels.min().item():g} to {labels.max().item():g}. Say where they are with labels_fn, or for soft "
             "labels use their argmax."
         )
-    left_out = logits.gather(1, labels.long()[:, None]).isneginf()
-    if bool(left_out.any()):
+    if num_left_out:
         raise ValueError(
-            f"{int(left_out.sum())} of {batch_size} labels name a class that the model leaves out, with a logit of "
+            f"{num_left_out} of {batch_size} labels name a class that the model leaves out, with a logit of "
             "-inf. Pass only examples of the classes that are there."
         )
     return labels.long()
+
+
+def _seen(labels: Tensor, logits: Tensor) -> Tensor:
+    """Return the smallest and the largest label ``(B,)``, and how many are of a class that is left out."""
+    smallest, largest = labels.aminmax()
+    within = labels.clamp(0, logits.shape[1] - 1)[:, None]
+    return torch.stack([smallest, largest, logits.gather(1, within).isneginf().sum()])

@@ -116,7 +116,8 @@ class NuclearNormPenalty(PointPenalty):
         logits = fisher.function(start)
         # sums, and not means: the sign of the gradient is the same
         objective = torch.nn.functional.cross_entropy(logits, index, reduction="sum")
-        if bool(uniform(fixed.new_empty(1), generator) < self.attack_share):
+        # on the CPU, where its value decides
+        if bool(uniform(torch.empty(1, dtype=fixed.dtype), generator) < self.attack_share):
             objective = objective + self.attack_weight * _change_norm(fixed, logits)
         (slope,) = torch.autograd.grad(objective, start)
         radius = self.epsilon * fisher.in_input_units(torch.ones_like(inputs))
@@ -130,7 +131,7 @@ class NuclearNormPenalty(PointPenalty):
         if self.bounds is None:
             return
         low, high = self.bounds
-        smallest, largest = float(inputs.min()), float(inputs.max())
+        smallest, largest = torch.stack(inputs.aminmax()).tolist()
         if min(smallest - low, high - largest) < -_ROUND_OFF * (high - low):
             raise ValueError(
                 f"NuclearNormPenalty keeps attacked inputs within bounds=({low:g}, {high:g}); these are from "

@@ -169,9 +169,10 @@ def _best_vertex(space: Space, draws: Tensor, along: Tensor | None = None) -> Te
 def _climb(rows: Tensor, starts: Tensor) -> Tensor:
     """Iterate ``sign(Wᵀ W δ)`` from ``sign(Wᵀ c)`` for the starts ``c`` ``(B, n, m)``; returns ``(B, n, d)``."""
     vertices = _signs(starts @ rows)
-    for _ in range(_MAX_CLIMB):
+    for step in range(_MAX_CLIMB):
         moved = _signs(vertices @ rows.mT @ rows)
-        if torch.equal(moved, vertices):
+        # to look at each step would make the host wait for the device each time
+        if step % _LOOK_EVERY == _LOOK_EVERY - 1 and torch.equal(moved, vertices):
             break
         vertices = moved
     return vertices
@@ -191,6 +192,8 @@ def _share_against(slope: Tensor, vertex: Tensor) -> Tensor:
 
 _MAX_NUMBERS = 2**25
 """Entries of vertices held at once."""
+
+_LOOK_EVERY = 3
 
 _MAX_CLIMB = 50
 """Steps on a subspace, which take no pass; about five are enough."""
