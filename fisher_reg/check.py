@@ -255,7 +255,7 @@ class _Check:
         return min(errors, default=None)
 
     def _error_in(self, dtype: torch.dtype, step: float) -> float:
-        generator = fixed_generator(self.inputs.device)
+        generator = fixed_generator()
         w = normal(self.logits.detach(), generator).to(dtype)
         w = w.masked_fill(self.logits.isneginf(), 0.0)  # a class that is left out does not move
         function = self._in_precision(dtype)
@@ -287,7 +287,7 @@ class _Check:
         if len(self.inputs) < 2:
             return Finding("independence", None, "needs two examples", remedy)
         others = self.inputs.clone()
-        others[1:] = others[1:].flip(1) + 0.5 * normal(others[1:], fixed_generator(others.device))
+        others[1:] = others[1:].flip(1) + 0.5 * normal(others[1:], fixed_generator())
         with torch.no_grad():
             passed = self._close(self.function(others)[:1], self.logits[:1])
         return Finding("independence", passed, "" if passed else "the logits change with the other examples", remedy)

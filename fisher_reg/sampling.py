@@ -23,14 +23,13 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return _draw(torch.randn, like, generator)
 
 
-def fixed_generator(device: torch.device, seed: int = 0) -> torch.Generator:
+def fixed_generator(seed: int = 0) -> torch.Generator:
     """Return a generator that gives the same numbers each time, which estimates use unless told otherwise.
 
     It lives on the CPU, so that an estimate has the same random numbers on every device: generators of other devices
     give others.
 
     Args:
-        device: Where the numbers are used; they are moved there.
         seed: Numbers that must be independent of each other need different ones.
 
     Returns:

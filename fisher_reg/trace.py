@@ -68,7 +68,7 @@ class Hutchinson(TraceEstimator):
 
     def _sampled(self, operator: FactoredOperator, space: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if generator is None:
-            generator = fixed_generator(operator.starts(1).device, _SEED)
+            generator = fixed_generator(_SEED)
         total = 0.0 * operator.starts(1)[:, 0, 0]
         for _ in range(self.num_samples):
             epsilon = self.probe.draw(operator, generator)

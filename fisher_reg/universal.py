@@ -195,7 +195,7 @@ class _MeanFisher:
         def pull(fisher: InputFisher) -> None:
             nonlocal generator, total
             logits = fisher.logits.detach()
-            generator = generator or fixed_generator(logits.device)
+            generator = generator or fixed_generator()
             pulled = torch.stack([_total(fisher.adjoint(signs(logits, generator))) for _ in range(count)])
             total = pulled if total is None else total + pulled
             self.dtype, self.input_shape = fisher.inputs.dtype, fisher.inputs.shape[1:]
@@ -281,7 +281,7 @@ def _total(rows: Tensor) -> Tensor:
 
 def _mark(logits: Tensor) -> Tensor:
     """Return one number per input ``(B,)``, a random projection of its logits, to recognise them."""
-    direction = normal(logits[0].double(), fixed_generator(logits.device))
+    direction = normal(logits[0].double(), fixed_generator())
     return present(logits).double() @ direction
 
 

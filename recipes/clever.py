@@ -136,7 +136,7 @@ class Clever:
         Raises:
             ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
         """
-        generator = generator or fixed_generator(images.device)
+        generator = generator or fixed_generator()
         with torch.no_grad():
             logits = deployed(network, images)(images)
         maxima = [self._maxima(network, *pair, generator) for pair in zip(images, logits.argmax(1), strict=True)]

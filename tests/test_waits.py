@@ -20,6 +20,22 @@ MOST = {
 }
 
 
+@pytest.mark.parametrize("num_classes", [12, 100])
+def test_a_solver_waits_twice_in_a_step_and_an_estimate_ten_times_beside(num_classes):
+    counts = groups.waits()[f"fisher_spectral_norm, {num_classes} classes"]
+    in_steps = [count for line, count in counts.items() if line.startswith("solvers/search.py")]
+    num_steps = max(in_steps)  # each step asks once at each of its two places
+    assert num_steps >= 4
+    assert sum(in_steps) <= 2 * num_steps
+    assert sum(counts.values()) - sum(in_steps) <= 10
+
+
+def test_a_measurement_of_a_monitor_waits_no_more_than_its_solver_and_ten_times():
+    counts = groups.waits()["measurement of a monitor"]
+    in_steps = sum(count for line, count in counts.items() if line.startswith("solvers/search.py"))
+    assert sum(counts.values()) - in_steps <= 8, counts
+
+
 @pytest.mark.parametrize("task", MOST)
 def test_the_host_waits_no_more_often_than_it_must(task):
     counts = groups.waits()[task]

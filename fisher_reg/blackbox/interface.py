@@ -74,6 +74,6 @@ def blackbox_spectral_norm(
     chosen = estimator or BlackBox()
     chosen.check(questions)
     service = Service(predict, inputs, max_batch_size, progress, chosen.num_questions)
-    result = chosen.estimate(service, questions, generator or fixed_generator(points.device))
+    result = chosen.estimate(service, questions, generator or fixed_generator())
     warn_of_missing(result.reason)
     return result

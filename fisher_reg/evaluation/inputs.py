@@ -72,7 +72,10 @@ class WithSideInputs:
     def part(self, index: Index) -> WithSideInputs:
         """Return the function of some of the examples."""
         chosen = select(self.side_inputs, index, self.batch_size)
-        count = len(torch.arange(self.batch_size)[index.cpu() if isinstance(index, Tensor) else index])
+        if isinstance(index, slice):
+            count = len(range(*index.indices(self.batch_size)))
+        else:
+            count = int(index.sum()) if index.dtype == torch.bool else len(index)
         return WithSideInputs(self.model, chosen, count)
 
 

@@ -39,7 +39,7 @@ class HutchinsonMax(Solver):
         """Return the best of the random directions, with its residual."""
         like = operator.starts(1)[:, 0]
         if generator is None:
-            generator = fixed_generator(like.device)
+            generator = fixed_generator()
         best, value = torch.zeros_like(like), like.new_full((len(like), 1), -1.0)
         for _ in range(self.num_samples):
             direction = unit(self.probe.draw(operator, generator))

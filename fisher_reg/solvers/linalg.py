@@ -53,9 +53,15 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(B, m)``, ascending, and eigenvectors ``(B, m, m)`` of symmetric matrices, in double precision.
 
+    Small ones are decomposed on the CPU, at one wait for the device: a device launches many kernels for each of them,
+    looks at an error code, and may be slow in double precision.
+
     Returns:
         Both; where the algorithm does not converge for one matrix, that one alone gets NaN.
     """
+    if matrices.device.type != "cpu" and matrices.shape[1] <= _SMALL:
+        values, vectors = symmetric_eigen(matrices.cpu())
+        return values.to(matrices.device), vectors.to(matrices.device)
     scale = matrices.diagonal(dim1=1, dim2=2).abs().amax(1).clamp_min(torch.finfo(torch.float64).tiny)
     wide = matrices.double() / scale[:, None, None]
     try:
@@ -131,3 +137,4 @@ def _one_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 _NOT_CONVERGED: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _CHUNK = 2**14
+_SMALL = 64

@@ -69,7 +69,7 @@ def search(
 def _start(guess: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the sum of the guess and a random vector orthogonal to it, as unit vectors ``(B, K)``."""
     if generator is None:
-        generator = fixed_generator(guess.device, _SEED)
+        generator = fixed_generator(_SEED)
     c = unit(guess)
     # the same random vector for all examples, so that none depends on the others in the batch
     w = normal(guess[0], generator).expand_as(c)

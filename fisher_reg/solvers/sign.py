@@ -123,7 +123,7 @@ class SignIteration:
     def _draws(self, starts: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draw the random starts, and a vector of outputs in the last row, wide enough for any subspace and for it."""
         width = max(starts.shape[2], self.num_starts + self.num_steps + 2)
-        generator = fixed_generator(starts.device) if generator is None else generator
+        generator = fixed_generator() if generator is None else generator
         return normal(starts.new_empty(self.num_trials + 1, width), generator)
 
 
