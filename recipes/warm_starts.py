@@ -2,11 +2,11 @@
 
 A network is trained, and after each epoch the same validation images are measured by several searches:
 
-- ``cold``: the default solver, which begins with the contrast of the two likeliest classes
-- ``warm``: the same, beginning with the left singular vectors of the epoch before, made orthogonal to ``sqrt(p)``, the
+- ``cold``: the default solver, whose guess is the contrast of the two likeliest classes
+- ``warm``: the same with the left singular vector of the epoch before as its guess, made orthogonal to ``sqrt(p)``, the
   direction that the outputs cannot move in
-- ``cold, 1 step`` and ``warm, 1 step``: without the passes that certify; the interval stays wide
-- ``both, 1 step``: beginning with both vectors
+- ``perfect``: the same with the left singular vector of this very network, which no warm start can better
+- ``cold, 1 step`` and ``warm, 1 step``: ended after one step, so that most intervals stay wide
 
 ``passes`` is the cost per image in forwards: one for the graph, one for each backward pass and for each difference
 quotient, three for each exact forward-mode pass. ``error_p95`` and ``error_max`` are relative to the exact eigenvalue.
@@ -34,57 +34,9 @@ from fisher_reg.estimate import evaluation_operator
 from fisher_reg.operator import InputFisher
 from recipes.benchmark import environment
 from recipes.classifier import Classifier
+from recipes.counted import Counted, Passes
 from recipes.data import ImageData
 from recipes.records import without_folders
-
-_EXACT_PASS = 3
-"""Forwards that an exact forward-mode pass costs, about."""
-
-
-class Counted:
-    """An operator that begins with given vectors and counts passes, each by the share of the batch that it covers.
-
-    Args:
-        operator: Of the whole batch, or of what is left of it.
-        starts: Unit vectors ``(B, n, K)``.
-        passes: What was counted so far, in forwards per image.
-        batch_size: Of the whole batch.
-    """
-
-    def __init__(self, operator: InputFisher, starts: Tensor, passes: list[float], batch_size: int) -> None:
-        self.operator = operator
-        self.own = starts
-        self.passes = passes
-        self.share = len(starts) / batch_size
-        self.batch_size = batch_size
-
-    def starts(self, count: int) -> Tensor:
-        """Return the given vectors, however many are asked for."""
-        return self.own
-
-    def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
-        """Count a forward for a difference quotient, three for an exact derivative."""
-        is_quotient = self.operator.quotients and slope is not None and not exact
-        self.passes.append(self.share * (1 if is_quotient else _EXACT_PASS))
-        return self.operator.apply(tangent, exact=exact, slope=slope)
-
-    def adjoint(self, cotangent: Tensor) -> Tensor:
-        """Count a backward pass."""
-        self.passes.append(self.share)
-        return self.operator.adjoint(cotangent)
-
-    def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
-        """Cost nothing."""
-        return self.operator.slope_along(cotangent, row)
-
-    def restrict(self, keep: Tensor) -> Counted | None:
-        """Count the forward of the examples that are left."""
-        smaller = self.operator.restrict(keep)
-        if smaller is None:
-            return None
-        counted = Counted(smaller, self.own[keep], self.passes, self.batch_size)
-        self.passes.append(counted.share)
-        return counted
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="warm_starts")
@@ -136,15 +88,15 @@ class _Searches(pl.Callback):
         exact = fisher_spectral_norm(pl_module, self.images, solver=Exact()).eigenvalue
         with evaluation_operator(pl_module, self.images, Categorical()) as fisher:
             for search, (starts, solver) in self._searches(fisher).items():
-                passes = [1.0]
-                result = solver.solve(Counted(fisher, starts, passes, len(self.images)))
+                passes = Passes()
+                result = solver.solve(Counted(fisher, passes, starts))
                 error = ((exact - result.eigenvalue) / exact).clamp_min(0)[exact > 0]
                 self.rows.append(
                     {
                         "network": self.name,
                         "epoch": trainer.current_epoch,
                         "search": search,
-                        "passes": sum(passes),
+                        "passes": passes.in_forwards,
                         "error_p95": float(error.quantile(0.95)),
                         "error_max": float(error.max()),
                         "error_of_mean": float(1 - result.eigenvalue.mean() / exact.mean()),
@@ -156,20 +108,14 @@ class _Searches(pl.Callback):
         self.last = found
 
     def _searches(self, fisher: InputFisher) -> dict[str, tuple[Tensor, Lanczos]]:
-        cold = _unit(fisher.starts(1))
-        one_step = Lanczos(num_steps=1)
+        cold, one_step = fisher.starts(1), Lanczos(num_steps=1)
         searches = {"cold": (cold, Lanczos()), "cold, 1 step": (cold, one_step)}
         if self.last is not None:
             root = (0.5 * fisher.logits.detach().log_softmax(1)).exp()  # sqrt(p), which A' maps to zero
-            warm = _unit((self.last - root * (root * self.last).sum(1, keepdim=True))[:, None])
-            rest = cold - warm * (warm * cold).sum(2, keepdim=True)
-            searches |= {"warm": (warm, Lanczos()), "warm, 1 step": (warm, one_step)}
-            searches["both, 1 step"] = (torch.cat([warm, _unit(rest)], 1), one_step)
+            warm = (self.last - root * (root * self.last).sum(1, keepdim=True))[:, None]
+            perfect = Exact().solve(fisher).left_singular_vector[:, None]
+            searches |= {"warm": (warm, Lanczos()), "warm, 1 step": (warm, one_step), "perfect": (perfect, Lanczos())}
         return searches
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-30)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ def test_every_search_is_counted_and_compared_with_the_exact_eigenvalue(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = pd.read_csv(tmp_path / "warm_starts.csv")
-    assert list(rows[rows.epoch == 1].search) == ["cold", "cold, 1 step", "warm", "warm, 1 step", "both, 1 step"]
-    certified = rows[rows.search.isin(["cold", "warm"])]
+    assert list(rows[rows.epoch == 1].search) == ["cold", "cold, 1 step", "warm", "warm, 1 step", "perfect"]
+    certified = rows[rows.search.isin(["cold", "warm", "perfect"])]
     assert (certified.error_max < 0.05).all()
     # one graph, two backward passes, two quotients; more only where an exact derivative replaces a quotient
     assert rows[rows.search == "cold, 1 step"].passes.between(5, 9).all()

@@ -1,0 +1,133 @@
+"""Where the time of an estimate goes: ``python -m recipes.estimate_profile``.
+
+The networks of ``recipes.benchmark`` are trained, and the default estimate of their first test images is taken apart
+twice. ``passes.csv``: what the solver asks for, in which share of the batch (``shares``) and in which time, in forwards
+of the whole batch without gradient (``forwards``), each the median over the rounds. ``operations.csv``: what torch's
+profiler says of one estimate, by kind of operation, as shares of the time in operations.
+
+Leaves both, ``estimate_profile.md`` (the tables) and ``estimate_profile.json`` (versions, settings) in Hydra's run
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from fisher_reg import Categorical, Lanczos, fisher_spectral_norm
+from fisher_reg.estimate import evaluation_operator
+from recipes.benchmark import environment, silent_stderr, timed
+from recipes.counted import Counted, Passes
+from recipes.networks import prepared_data, trained_network
+from recipes.records import without_folders
+
+KINDS = {
+    "convolution, backward": ("convolution_backward", "conv2d_backward"),
+    "convolution": ("conv",),
+    "attention, backward": ("attention_for_cpu_backward", "attention_backward"),
+    "attention": ("attention",),
+    "pooling": ("pool",),
+    "matrix product": ("mm", "bmm", "addmm"),
+    "normalisation": ("norm", "addcmul", "rsqrt"),
+    "copy and fill": ("copy", "fill", "zero", "cat", "clone", "contiguous"),
+}
+"""From a kind to parts of names of operations; the first that fits counts."""
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="estimate_profile")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    estimate_profile(config)
+
+
+def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Profile every case, write the files, and return the rows of both tables."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    passes, operations = list[dict[str, Any]](), list[dict[str, Any]]()
+    plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
+    for case in config.cases:
+        case_config = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
+        data = prepared_data(case_config)
+        network = trained_network(case_config, data)
+        images = next(iter(data.test_dataloader()))[0][: config.num_images]
+        passes += [{"case": case.name} | row for row in passes_of(network, images, config.num_rounds)]
+        operations += [{"case": case.name} | row for row in operations_of(network, images)]
+    tables = {"passes": pd.DataFrame(passes), "operations": pd.DataFrame(operations)}
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+    (folder / "estimate_profile.md").write_text(as_markdown(**tables))
+    settings = without_folders(OmegaConf.to_container(config, resolve=True))
+    result = {"environment": environment(torch.device("cpu")), "config": settings}
+    (folder / "estimate_profile.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(as_markdown(**tables), f"\nFiles: {folder}")
+    return tables["passes"], tables["operations"]
+
+
+def passes_of(network: nn.Module, images: Tensor, num_rounds: int) -> list[dict[str, Any]]:
+    """Return what one estimate asks for, one row per kind of pass and one for the whole."""
+    device, rounds = images.device, list[dict[str, float]]()
+    for _ in range(num_rounds + 1):
+        with torch.no_grad():
+            forward = timed(lambda: network(images), device)[1]
+        passes = Passes()
+        with evaluation_operator(network, images, Categorical()) as fisher:
+            Lanczos().solve(Counted(fisher, passes))
+        whole = timed(lambda: fisher_spectral_norm(network, images), device)[1]
+        seconds = passes.seconds | {"everything": whole}
+        rounds.append({kind: spent / forward for kind, spent in seconds.items()})
+    medians = pd.DataFrame(rounds[1:]).median()  # the first one warms up
+    counts = [(passes.calls.get(kind, 1), passes.shares.get(kind, 1.0)) for kind in medians.index]
+    return [
+        {"pass": kind, "calls": calls, "shares": shares, "forwards": medians[kind]}
+        for kind, (calls, shares) in zip(medians.index, counts, strict=True)
+    ]
+
+
+def operations_of(network: nn.Module, images: Tensor) -> list[dict[str, Any]]:
+    """Return what one estimate spends in each kind of operation, as a share of the time in all of them."""
+    fisher_spectral_norm(network, images)
+    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fisher_spectral_norm(network, images)
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profile.key_averages():
+        spent[kind_of(event.key)] += event.self_cpu_time_total
+    total = sum(spent.values())
+    return [{"operation": kind, "share": time / total} for kind, time in spent.items()]
+
+
+def kind_of(operation: str) -> str:
+    """Return the kind of an operation of torch, such as ``aten::addmm``."""
+    name = operation.rsplit("::", 1)[-1]
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+
+
+def as_markdown(passes: pd.DataFrame, operations: pd.DataFrame) -> str:
+    """Return one table of the passes and one of the operations, a column per case."""
+    columns = list(passes.case.unique())
+    forwards = passes.pivot(index="pass", columns="case", values="forwards")[columns]
+    shares = passes.pivot(index="pass", columns="case", values="shares")[columns]
+    cells = forwards.map("{:.2f}".format) + " (" + shares.map("{:.2f}".format) + ")"
+    cells = cells.loc[passes["pass"].unique()]
+    of_operations = operations.pivot(index="operation", columns="case", values="share")[columns]
+    of_operations = of_operations.loc[operations.operation.unique()].map("{:.0%}".format)
+    first = "Time of the passes of one estimate, in forwards (and over how many times the batch):"
+    second = "Time in operations:"
+    return f"{first}\n\n{_table(cells)}\n{second}\n\n{_table(of_operations)}"
+
+
+def _table(cells: pd.DataFrame) -> str:
+    lines = ["| | " + " | ".join(cells.columns) + " |", "|" + "---|" * (len(cells.columns) + 1)]
+    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.iterrows()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
