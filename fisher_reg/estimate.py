@@ -40,7 +40,7 @@ _MAX_DENSE_NUMBERS = 2**26
 """Numbers of ``A`` held at once by a dense method (256 MiB in float32); larger batches go in chunks."""
 
 _MAX_EXACT_TRACE = 16
-"""Outputs up to which the exact trace takes no more passes than the sampled one: about 5 + 3 of Lanczos, 8 samples."""
+"""Outputs up to which the exact trace takes no more passes than the sampled one: about 4 + 4 of Lanczos, 8 samples."""
 
 
 def fisher_spectral_norm(
@@ -297,7 +297,7 @@ def fisher_trace(
 def automatic_solver(num_outputs: int) -> Solver:
     """Return the cheaper of :class:`Exact` and :class:`Lanczos` for ``num_outputs`` logits.
 
-    Exact takes ``K + 1`` backward passes; Lanczos takes about five and three forwards on trained networks with ten
+    Exact takes ``K + 1`` backward passes; Lanczos takes about four and four forwards on trained networks with ten
     classes.
     """
     return Exact() if num_outputs <= 6 else Lanczos()
