@@ -1,8 +1,9 @@
 """A structural copy of a model that shares its parameters: what a Fisher pass runs instead of the user's module.
 
-The copy has the same classes and the same parameters, so that gradients reach the user's. It has its own flags,
-buffers, containers, hooks and random generators, so that whatever a forward writes is written there. Functions and
-methods that hold a copied module hold its copy instead.
+The copy has the same classes and the same parameters, so that gradients reach the user's; or constant parameters, which
+share their storage and require no gradient, where nobody asks for one. It has its own flags, buffers, containers, hooks
+and random generators, so that whatever a forward writes is written there. Functions and methods that hold a copied
+module hold its copy instead.
 
 Shared are, beside the parameters: what cannot be copied (a lock, an open file, a process group), what cleans up after
 itself (``__del__``), large NumPy arrays, data sets, optimizers and the trainer. A forward that writes to these, or to a
@@ -37,6 +38,9 @@ class Copier:
     Args:
         dtype: Precision of the floating-point tensors of the copy; None keeps theirs, but promotes half precision to
             float32. A parameter of another precision is replaced by its conversion, through which gradients pass.
+        has_constant_weights: Whether a parameter is replaced by one that shares its storage and requires no gradient. A
+            graph then saves nothing for gradients of weights. Subclasses of parameters, whose data can be anywhere,
+            stay themselves.
 
     Attributes:
         modules: Pairs of a module and its copy.
@@ -44,8 +48,9 @@ class Copier:
         promoted: Whether a tensor was converted.
     """
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype | None = None, has_constant_weights: bool = False) -> None:
         self.dtype = dtype
+        self.has_constant_weights = has_constant_weights
         self.modules: list[tuple[nn.Module, nn.Module]] = []
         self.generators: list[Any] = []
         self.promoted = False
@@ -94,7 +99,8 @@ class Copier:
         copied = self._converted(tensor)
         if copied is tensor and (not is_shared or tensor.is_inference()):
             copied = tensor.clone()
-        return copied
+        is_plain = type(tensor) in (Tensor, nn.Parameter)
+        return _constant(copied, tensor) if self.has_constant_weights and is_shared and is_plain else copied
 
     def _converted(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -264,6 +270,15 @@ class Copier:
         if type(value) in _CALLABLES or _reaches(value):
             return self(value)
         return self._copies.get(id(value), value)
+
+
+def _constant(copied: Tensor, original: Tensor) -> Tensor:
+    """Return a tensor of the kind of the original that shares the storage of its copy and requires no gradient."""
+    constant = copied.detach()
+    if isinstance(original, nn.Parameter):
+        constant = nn.Parameter(constant, requires_grad=False)
+    constant.__dict__.update(original.__dict__)  # attributes that the user has given it
+    return constant
 
 
 class _Unwrapped(nn.Module):

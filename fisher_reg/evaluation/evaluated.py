@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +72,8 @@ class EvaluatedModel(nn.Module):
         recording: Batch statistics, for a function that is being trained; by default those of the inputs of the first
             call, at the cost of one more forward if there is any batch norm in training mode.
         half_precision: In which it computes, under autocast, as the training step does; None for full precision.
+        with_gradient: Makes another source, whose weights require gradients, for a forward that fails because those of
+            ``source`` do not: one that differentiates with respect to its own weights.
 
     Attributes:
         saw_half_precision: Whether a call computed in half precision.
@@ -83,19 +86,24 @@ class EvaluatedModel(nn.Module):
         is_deployed: bool,
         recording: Recording | None = None,
         half_precision: torch.dtype | None = None,
+        with_gradient: Callable[[], Source] | None = None,
     ) -> None:
         super().__init__()
         self.training = False
-        self.source = source
-        vars(self)["model"] = source.model
-        if isinstance(source.model, nn.Module) and not isinstance(source.model, torch.jit.ScriptModule):
-            for name in ("_modules", "_parameters", "_buffers"):  # with the names that they have in the model
-                vars(self)[name] = vars(source.model)[name]
+        self._run_on(source)
         self.recording = recording
         self.half_precision = half_precision
         self.saw_half_precision = False
         self._noise = noise
         self._is_deployed = is_deployed
+        self._with_gradient = with_gradient
+
+    def _run_on(self, source: Source) -> None:
+        self.source = source
+        vars(self)["model"] = source.model
+        if isinstance(source.model, nn.Module) and not isinstance(source.model, torch.jit.ScriptModule):
+            for name in ("_modules", "_parameters", "_buffers"):  # with the names that they have in the model
+                vars(self)[name] = vars(source.model)[name]
 
     @property
     def draws(self) -> bool:
@@ -115,7 +123,7 @@ class EvaluatedModel(nn.Module):
     def forward(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Tensor:
         """Return the logits ``(B, K)``."""
         if self._is_deployed:
-            return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named_side_inputs)
+            return self._deploy(inputs, side_inputs, named_side_inputs)
         if self.recording is None and not has_training_batch_norm(self.model):
             try:
                 return self._replay(inputs, side_inputs, named_side_inputs)
@@ -131,6 +139,16 @@ class EvaluatedModel(nn.Module):
         rules = recording_rules(recording, self.source.identity_of, moves_running_statistics=False)
         self._run(rules, True, inputs.detach(), side_inputs, named_side_inputs)
         return recording
+
+    def _deploy(self, inputs: Tensor, side_inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        try:
+            return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named)
+        except RuntimeError as error:
+            if self._with_gradient is None or _NO_GRADIENT not in str(error):
+                raise
+        self._run_on(self._with_gradient())
+        self._with_gradient = None
+        return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named)
 
     def _replay(self, inputs: Tensor, side_inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         rules = replaying_rules(self.recording, self.source.identity_of)
@@ -165,6 +183,9 @@ class EvaluatedModel(nn.Module):
             return getattr(vars(self)["model"], name)
 
 
+_NO_GRADIENT = "does not require grad"
+"""In the messages of torch where a derivative is asked for that no graph leads to."""
+
 _HALF_INSIDE = (
     "The model computes in half precision inside, and derivatives of rounded values are noise. Pass the nn.Module "
     "itself instead of a function around it, so that it can be promoted to float32, or convert it with model.float()."
@@ -174,14 +195,16 @@ _HALF_INSIDE = (
 def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the deployed function of a model: running statistics of batch norm, no dropout.
 
-    A callable that is no module is taken as it is found. The weights of batch norm get no gradient from it; see
-    :func:`deployed_with_gradient`.
+    A callable that is no module is taken as it is found. The weights get no gradient from it, so that its graph saves
+    nothing for them; see :func:`deployed_with_gradient`.
     """
-    return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), is_deployed=True)
+    source = source_of(model, is_deployed=True, has_constant_weights=True)
+    with_gradient = partial(source_of, model, is_deployed=True)
+    return EvaluatedModel(source, Noise(inputs.device), is_deployed=True, with_gradient=with_gradient)
 
 
 def deployed_with_gradient(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
-    """Return :func:`deployed`, with gradients to the weights of batch norm too."""
+    """Return :func:`deployed`, with gradients to the weights."""
     return EvaluatedModel(source_of(model, is_deployed=True), Noise(inputs.device), False, Recording())
 
 
@@ -297,14 +320,23 @@ def refuse_unseen_batch_norm(model: object) -> None:
             )
 
 
-def source_of(model: LogitsFunction, is_deployed: bool) -> Source:
-    """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be."""
+def source_of(model: LogitsFunction, is_deployed: bool, has_constant_weights: bool = False) -> Source:
+    """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be.
+
+    Args:
+        model: The model.
+        is_deployed: Whether it is run in evaluation mode.
+        has_constant_weights: Whether the parameters of a copy require no gradient.
+
+    Returns:
+        The source.
+    """
     MODEL.check(model)
     model = _underlying(model)
     if is_sharded(model):
         assert isinstance(model, nn.Module)
         return Switched(model, is_deployed)
-    return SharedCopy(model, is_deployed)
+    return SharedCopy(model, is_deployed, has_constant_weights=has_constant_weights)
 
 
 def _underlying(model: Any) -> Any:

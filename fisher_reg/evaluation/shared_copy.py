@@ -23,6 +23,7 @@ class SharedCopy:
         model: The model, a module or any callable.
         is_deployed: Whether the copy is in evaluation mode; otherwise in the modes in which the model is.
         dtype: As in :class:`Copier`.
+        has_constant_weights: As there.
 
     Attributes:
         model: The copy.
@@ -32,8 +33,14 @@ class SharedCopy:
         draws: Whether a call has drawn from a random generator that the model holds.
     """
 
-    def __init__(self, model: LogitsFunction, is_deployed: bool, dtype: torch.dtype | None = None) -> None:
-        copier = Copier(dtype)
+    def __init__(
+        self,
+        model: LogitsFunction,
+        is_deployed: bool,
+        dtype: torch.dtype | None = None,
+        has_constant_weights: bool = False,
+    ) -> None:
+        copier = Copier(dtype, has_constant_weights)
         with _versioned():
             self.model: Any = copier.root(model)
         self.modules = copier.modules
