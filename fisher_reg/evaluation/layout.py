@@ -19,7 +19,7 @@ def in_fast_layout(function: WithSideInputs, inputs: Tensor) -> Callable[[Tensor
     has_convolutions = isinstance(function.model, nn.Module) and any(
         isinstance(module, nn.Conv2d) for module in function.model.modules()
     )
-    if not has_convolutions or inputs.ndim != 4 or inputs.device.type != "cpu" or inputs.is_contiguous(**_LAST):
+    if not has_convolutions or inputs.ndim != 4 or inputs.device.type != "cpu" or _is_last(inputs):
         return function
     faster = ChannelsLast(function)
     few = slice(0, 2)
@@ -44,12 +44,17 @@ class ChannelsLast:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the logits ``(B, K)``."""
-        logits: Tensor = self.function(inputs.contiguous(**_LAST))
+        logits: Tensor = self.function(inputs if _is_last(inputs) else inputs.clone(**_LAST))
         return logits
 
     def part(self, index: Tensor | slice) -> ChannelsLast:
         """Return the function of some of the examples."""
         return ChannelsLast(self.function.part(index))
+
+
+def _is_last(images: Tensor) -> bool:
+    # with one channel both layouts are contiguous, and only the strides tell torch which one is meant
+    return images.is_contiguous(**_LAST) and images.stride(1) == 1
 
 
 _LAST = {"memory_format": torch.channels_last}

@@ -63,6 +63,25 @@ def test_a_forward_that_reads_memory_gets_its_images_as_they_are(name):
     assert not isinstance(in_fast_layout(WithSideInputs(deployed(model, x), None, 3), x), ChannelsLast)
 
 
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_convolutions_get_images_whose_strides_say_channels_last(num_channels):
+    strides = []
+
+    class Watched(nn.Conv2d):
+        def forward(self, x):
+            strides.append(x.stride())
+            out = super().forward(x)
+            strides.append(out.stride())
+            return out
+
+    model = nn.Sequential(Watched(num_channels, 5, 3), nn.Flatten(), nn.Linear(5 * 36, 4))
+    x = torch.randn(3, num_channels, 8, 8)
+    function = in_fast_layout(WithSideInputs(deployed(model, x), None, 3), x)
+    strides.clear()
+    function(x)
+    assert strides == [(num_channels * 64, 1, 8 * num_channels, num_channels), (180, 1, 30, 5)]
+
+
 def test_an_ordinary_network_runs_in_the_fast_layout():
     model, x = _Images(lambda hidden: hidden.flatten(1)), torch.randn(3, 2, 6, 6)
     assert isinstance(in_fast_layout(WithSideInputs(deployed(model, x), None, 3), x), ChannelsLast)
