@@ -85,6 +85,12 @@ def _remedy(error: Exception) -> str:
             "The module has no forward. Write forward(self, inputs) that returns the logits, or say how to get them: "
             "logits_fn=lambda module, x: module.network(x) in a callback, LogitsOf(module, logits_fn) elsewhere."
         )
+    if "allow_tf32" in str(error):
+        return (
+            "It opens torch.backends.cudnn.flags(), which torch refuses while TensorFloat-32 is off for float32. Set "
+            " torch.backends.cudnn.allow_tf32, to True or False, once at the beginning of the program, or leave "
+            "flags() out: recurrent layers run without cuDNN here where that is needed."
+        )
     return (
         "It gets the inputs alone, as they are in the batch. Where forward takes the whole batch or another shape, say "
         "how to get logits, such as logits_fn=lambda module, x: module((x, None)) or logits_fn=lambda module, x: "

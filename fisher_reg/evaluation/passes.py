@@ -39,7 +39,7 @@ def measured(inputs: Tensor) -> Generator[Tensor, None, None]:
     All that is measured is: estimates, metrics, the monitor, checks, block-wise norms. Certified bounds compute in
     float64, where there is nothing to be strict about.
     """
-    with strictly(), differentiable(inputs) as safe_inputs:
+    with strictly(inputs.device), differentiable(inputs) as safe_inputs:
         yield safe_inputs
 
 

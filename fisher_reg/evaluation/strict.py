@@ -6,14 +6,15 @@ derivative of a rounded function is noise of about 1e-3 of it; a difference quot
 nothing but noise. A strict pass gives the numbers of the CPU and may take quotients, of one forward each, in place of
 dual numbers, of about three. The price is slower convolutions, which ``recipes.gpu_check`` measures.
 
-The settings are torch's, for the whole process: another thread computes strictly too while a block is open.
+The settings are torch's, for the whole process: another thread computes strictly too while a block is open. On a GPU
+``torch.backends.cudnn.flags()`` raises in a block, from torch's defaults on: it refuses settings of single operations.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,12 +63,24 @@ def strict_by_flags() -> Generator[None, None, None]:
         yield
 
 
-_STRICTLY = ProcessWide(strict_by_operation if _HAS_OPERATIONS else strict_by_flags)
+@contextmanager
+def strict_on_cpu() -> Generator[None, None, None]:
+    """Change something only if a program has asked for less than float32 on a CPU, which is not the default."""
+    if _HAS_OPERATIONS:
+        is_reduced = any(_get(operation) in _REDUCED for operation in _OPERATIONS if operation[0] == "mkldnn")
+    else:
+        is_reduced = torch.get_float32_matmul_precision() != "highest"
+    with strict_everywhere() if is_reduced else nullcontext():
+        yield
 
 
-def strictly() -> ProcessWide:
-    """Compute float32 in float32 during the block, and put back the settings that were found."""
-    return _STRICTLY
+strict_everywhere = strict_by_operation if _HAS_OPERATIONS else strict_by_flags
+_ON_CPU, _EVERYWHERE = ProcessWide(strict_on_cpu), ProcessWide(strict_everywhere)
+
+
+def strictly(device: torch.device) -> ProcessWide:
+    """Compute float32 in float32 on a device during the block, and put back the settings that were found."""
+    return _ON_CPU if device.type == "cpu" else _EVERYWHERE
 
 
 def _get(setting: tuple[str, str]) -> str:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fisher_reg import Categorical, ForwardError, KLPenalty, Lanczos, fisher_spectral_norm
+from fisher_reg import Categorical, Exact, ForwardError, KLPenalty, Lanczos, fisher_spectral_norm
 from fisher_reg.evaluation import strictly
 from fisher_reg.operator import InputFisher
 from fisher_reg.solvers.result import EigenResult
 from tests import cases
 
+GPU = torch.device("cuda")  # of which the settings can be read without one
 _HAS_OPERATIONS = hasattr(torch._C, "_get_fp32_precision_getter")
 
 
@@ -127,11 +128,11 @@ def test_the_block_lasts_until_the_last_thread_leaves_it():
     before, left = _settings(), threading.Event()
 
     def other():
-        with strictly():
+        with strictly(GPU):
             left.wait(10)
 
     thread = threading.Thread(target=other)
-    with strictly():
+    with strictly(GPU):
         thread.start()
         inside = _settings()
     still = _settings()
@@ -141,6 +142,19 @@ def test_the_block_lasts_until_the_last_thread_leaves_it():
     assert _settings() == before
 
 
+@pytest.fixture
+def _medium():
+    """Matrix products in bfloat16 on a CPU."""
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def _is_reduced(settings):
+    return settings.get(("mkldnn", "matmul"), settings["matmul"]) in ("bf16", "medium")
+
+
+@pytest.mark.usefixtures("_medium")
 def test_what_is_measured_is_strict_and_a_penalty_is_as_precise_as_its_step():
     before, seen = _settings(), []
     network = cases.tiny_network()
@@ -151,7 +165,8 @@ def test_what_is_measured_is_strict_and_a_penalty_is_as_precise_as_its_step():
 
     x = torch.randn(3, 6)
     fisher_spectral_norm(model, x)
-    assert all(settings != before for settings in seen)
+    assert _is_reduced(before)
+    assert not any(_is_reduced(settings) for settings in seen)
     seen.clear()
     KLPenalty()(model, x)
     assert all(settings == before for settings in seen)
@@ -172,3 +187,44 @@ def test_dual_numbers_and_quotients_give_the_same_numbers(family, digits):
     by_quotients: EigenResult = fisher_spectral_norm(network, x, solver=solver)
     by_duals = solver.solve(InputFisher(network, x, Categorical(), quotients=False), None)
     assert_close(by_quotients.eigenvalue, by_duals.eigenvalue, rtol=solver.tolerance, atol=0)
+
+
+class _OpensFlags(torch.nn.Module):
+    """An LSTM as one is advised to run it for second derivatives."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent, self.head = torch.nn.LSTM(4, 6, batch_first=True), torch.nn.Linear(6, 8)
+
+    def forward(self, x):
+        with torch.backends.cudnn.flags(enabled=False):
+            return self.head(self.recurrent(x)[0][:, -1])
+
+
+def test_a_model_may_open_flags_of_cudnn_on_a_cpu():
+    model, x = _OpensFlags(), torch.randn(3, 5, 4)
+    expected = fisher_spectral_norm(model, x, solver=Exact()).eigenvalue
+    assert_close(fisher_spectral_norm(model, x).eigenvalue, expected, rtol=0.05, atol=0)
+
+
+_ON_A_GPU = """
+import pytest, torch
+from fisher_reg import ForwardError, fisher_spectral_norm
+from fisher_reg.evaluation import strictly
+from tests.evaluation.test_strict import _OpensFlags
+with strictly(torch.device("cuda")), pytest.raises(ForwardError, match="Set torch.backends.cudnn.allow_tf32, to True"):
+    fisher_spectral_norm(_OpensFlags(), torch.randn(3, 5, 4))
+"""
+
+
+@pytest.mark.skipif(not _HAS_OPERATIONS, reason="torch before 2.9 has flags alone")
+def test_on_a_gpu_the_error_of_flags_says_what_to_do():
+    # in a process of its own: once flags have been opened they may be opened again
+    done = subprocess.run([sys.executable, "-c", _ON_A_GPU], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_on_a_cpu_nothing_changes_unless_less_was_asked_for():
+    before = _settings()
+    with strictly(torch.device("cpu")):
+        assert _settings() == before
