@@ -88,7 +88,7 @@ def _remedy(error: Exception) -> str:
     if "allow_tf32" in str(error):
         return (
             "It opens torch.backends.cudnn.flags(), which torch refuses while TensorFloat-32 is off for float32. Set "
-            " torch.backends.cudnn.allow_tf32, to True or False, once at the beginning of the program, or leave "
+            "torch.backends.cudnn.allow_tf32, to True or False, once at the beginning of the program, or leave "
             "flags() out: recurrent layers run without cuDNN here where that is needed."
         )
     return (
