@@ -49,6 +49,7 @@ class Subject:
         input_std: As there.
         geometry: As there.
         penalty: The penalty of one step that the network is trained with, if it is.
+        memory_budget: As of :class:`fisher_reg.FisherMonitor`.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Subject:
     input_std: InputStd | None
     geometry: Geometry
     penalty: KLPenalty | None = None
+    memory_budget: int | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -157,6 +159,7 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
         input_std=subject.input_std,
         side_inputs=part.side_inputs,
         geometry=subject.geometry,
+        memory_budget=subject.memory_budget,
     )
     result = measured.result
     if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
