@@ -165,7 +165,8 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
     if subject.keeps_pictures and part.inputs.ndim == 4 and part.inputs.shape[1] in (1, 3):
         vectors = result.eigenvector.view_as(part.inputs)
         for i in result.eigenvalue.topk(min(NUM_PICTURES, len(part))).indices.tolist():
-            image, vector = part.inputs[i].detach().float().cpu(), vectors[i].float().cpu()
+            # clones, since a view would keep, and send to the other processes, the whole batch
+            image, vector = part.inputs[i].detach().float().cpu().clone(), vectors[i].float().cpu().clone()
             values.pictures.append((float(result.eigenvalue[i]), int(part.places[i]), image, vector))
         values.pictures = _largest(values.pictures)
     columns = [result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio]

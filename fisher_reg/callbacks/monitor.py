@@ -121,7 +121,8 @@ class FisherMonitor(Callback):
     Args:
         every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
             one n epochs or more after the last that was measured.
-        num_samples: Size of the probe; it comes from the first validation loader. None for all of it.
+        num_samples: Size of the probe; it comes from the first validation loader. None for all of it. Its inputs are
+            kept on the CPU; what is measured of them are a few numbers per example.
         every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
             the first one at the first validation, or before it with ``probe``. Without ``probe`` a training that is
             resumed measures again from its first validation on, which takes the probe.
