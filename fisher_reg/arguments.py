@@ -182,3 +182,19 @@ def check_tightening(tightening: object) -> None:
             f"tightening must be an instance such as Tightening(); got {_given(tightening)}. "
             "Write tightening=Tightening()."
         )
+
+
+def check_memory_budget(memory_budget: object, owner: object) -> None:
+    """Refuse anything but a positive number of bytes or None.
+
+    Raises:
+        ValueError: With what was given and what to write.
+    """
+    is_number = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
+    if memory_budget is None or (is_number and memory_budget > 0):  # type: ignore[operator]
+        return
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    raise ValueError(
+        f"{name} needs memory_budget to be a positive whole number of bytes, or None for the default; got "
+        f"{_given(memory_budget)}. Write memory_budget=4 * 2**30 for 4 GiB."
+    )

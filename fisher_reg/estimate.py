@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fisher_reg.arguments import EIGENPAIR_SOLVER, LIKELIHOOD, SOLVER, TRACE_ESTIMATOR
+from fisher_reg.arguments import EIGENPAIR_SOLVER, LIKELIHOOD, SOLVER, TRACE_ESTIMATOR, check_memory_budget
+from fisher_reg.chunks import Batch
 from fisher_reg.evaluation import (
     InputStd,
     LogitsFunction,
@@ -36,9 +38,6 @@ from fisher_reg.solvers import (
 )
 from fisher_reg.trace import Hutchinson
 
-_MAX_DENSE_NUMBERS = 2**26
-"""Numbers of ``A`` held at once by a dense method (256 MiB in float32); larger batches go in chunks."""
-
 _MAX_EXACT_TRACE = 16
 """Outputs up to which the exact trace takes no more passes than the sampled one: about 4 + 4 of Lanczos, 8 samples."""
 
@@ -52,6 +51,7 @@ def fisher_spectral_norm(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> EigenResult:
     r"""Estimate the largest eigenvalue of the input-space Fisher matrix, per example.
 
@@ -78,6 +78,12 @@ def fisher_spectral_norm(
             ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them follow their
             examples wherever a part of the batch is evaluated; they are not differentiated.
         generator: Source of the small random part of the start vector; by default a fixed one.
+        memory_budget: Bytes of the autograd graph and of the solver's vectors at once; a larger batch goes in parts,
+            which gives the same numbers. None is :data:`fisher_reg.chunks.DEFAULT_MEMORY_BUDGET`, 4 GiB, and on a CUDA
+            device at most half of the memory that is free. A batch of 16 examples or more is measured (by a forward of
+            two examples and one of one) where the budget is less than 1,024 numbers per number of ``inputs``. If it
+            does not fit, one forward without gradient shows whether its parts have the logits that they have in it; a
+            model that takes only the whole batch gets it whole.
 
     Returns:
         Fields with leading axis ``B``. ``eigenvalue`` is in nats per squared input unit, carries no gradient, and never
@@ -95,9 +101,16 @@ def fisher_spectral_norm(
         tensor([1.0000])
     """
     SOLVER.check(solver, "fisher_spectral_norm")
-    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
-        solver = solver or automatic_solver(fisher.logits.shape[1])
-        result = concatenate([solver.solve(chunk, generator) for chunk in _chunks(fisher, solver)])
+    check_memory_budget(memory_budget, "fisher_spectral_norm")
+
+    def method(num_outputs: int) -> Solver:
+        return solver or automatic_solver(num_outputs)
+
+    def solved(fisher: InputFisher) -> EigenResult:
+        return method(fisher.logits.shape[1]).solve(fisher, generator)
+
+    batch = Batch(evaluation_operator, model, inputs, likelihood, input_std, side_inputs)
+    result = concatenate(batch.in_chunks(solved, method, memory_budget, generator))
     warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
     return replace(result, eigenvector=result.eigenvector.view_as(inputs))
 
@@ -112,6 +125,7 @@ def fisher_eigenpairs(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> EigenResult:
     r"""Estimate the ``num_eigenpairs`` largest eigenvalues of the input-space Fisher matrix and their eigenvectors.
 
@@ -127,6 +141,7 @@ def fisher_eigenpairs(
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
         generator: Source of the random part of the start vectors.
+        memory_budget: Bytes of graph and solver at once.
 
     Returns:
         Fields with leading axes ``(B, num_eigenpairs)``, descending; ``eigenvector`` is ``(B, num_eigenpairs, *S)``.
@@ -140,13 +155,17 @@ def fisher_eigenpairs(
         tensor([[1.0000, 0.0000]])
     """
     EIGENPAIR_SOLVER.check(solver, "fisher_eigenpairs")
-    solver = solver or Exact()
-    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
+    chosen = solver or Exact()
+    check_memory_budget(memory_budget, "fisher_eigenpairs")
+
+    def solved(fisher: InputFisher) -> EigenResult:
         num_outputs = fisher.logits.shape[1]
         if not 1 <= num_eigenpairs <= num_outputs:
             raise ValueError(f"num_eigenpairs must lie between 1 and K = {num_outputs}; got {num_eigenpairs}.")
-        chunks = _chunks(fisher, solver)
-        result = concatenate([solver.eigenpairs(chunk, num_eigenpairs, generator) for chunk in chunks])
+        return chosen.eigenpairs(fisher, num_eigenpairs, generator)
+
+    batch = Batch(evaluation_operator, model, inputs, likelihood, input_std, side_inputs)
+    result = concatenate(batch.in_chunks(solved, lambda num_outputs: chosen, memory_budget, generator, num_eigenpairs))
     warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
     return replace(result, eigenvector=result.eigenvector.view(len(inputs), num_eigenpairs, *inputs.shape[1:]))
 
@@ -161,6 +180,7 @@ def fisher_effective_rank(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     r"""Estimate :math:`\mathrm{tr} F / \lambda_\max(F)`, per example: how many directions move the prediction.
 
@@ -175,6 +195,7 @@ def fisher_effective_rank(
         input_std: Standard deviation of the input normalisation; it changes the ratio.
         side_inputs: More arguments of the model.
         generator: Source of both.
+        memory_budget: Bytes of graph and solver at once.
 
     Returns:
         ``(B,)``; zero where F is zero.
@@ -191,6 +212,7 @@ def fisher_effective_rank(
         input_std=input_std,
         side_inputs=side_inputs,
         generator=generator,
+        memory_budget=memory_budget,
     )
     return torch.where(result.eigenvalue > 0, trace / result.eigenvalue, 0.0)
 
@@ -205,6 +227,7 @@ def fisher_spectral_norm_and_trace(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> tuple[EigenResult, Tensor]:
     """Estimate both at the cost of one: the trace is known on the solver's search space, and only the rest is sampled.
 
@@ -217,6 +240,7 @@ def fisher_spectral_norm_and_trace(
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
         generator: Source of both.
+        memory_budget: Bytes of graph and solver at once.
 
     Returns:
         As :func:`fisher_spectral_norm`, and the trace ``(B,)``, never below the eigenvalue. Difference quotients of the
@@ -228,11 +252,17 @@ def fisher_spectral_norm_and_trace(
     """
     SOLVER.check(solver, "fisher_spectral_norm_and_trace")
     TRACE_ESTIMATOR.check(estimator, "fisher_spectral_norm_and_trace")
-    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
-        solved = list(solved_with_trace(fisher, solver, estimator, generator))
-    result = concatenate([result for _, result, _ in solved])
+    check_memory_budget(memory_budget, "fisher_spectral_norm_and_trace")
+    batch = Batch(evaluation_operator, model, inputs, likelihood, input_std, side_inputs)
+    solved = batch.in_chunks(
+        lambda fisher: solved_with_trace(fisher, solver, estimator, generator),
+        partial(method_with_trace, solver=solver, estimator=estimator),
+        memory_budget,
+        generator,
+    )
+    result = concatenate([result for result, _ in solved])
     warn_of_range(result.eigenvalue, result.eigenvector, "eigenvalues")
-    return replace(result, eigenvector=result.eigenvector.view_as(inputs)), torch.cat([trace for _, _, trace in solved])
+    return replace(result, eigenvector=result.eigenvector.view_as(inputs)), torch.cat([trace for _, trace in solved])
 
 
 def solved_with_trace(
@@ -240,15 +270,19 @@ def solved_with_trace(
     solver: Solver | None,
     estimator: TraceEstimator | None,
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[InputFisher, EigenResult, Tensor]]:
-    """Yield the operator of each chunk of the batch, with its largest eigenpair and its trace."""
+) -> tuple[EigenResult, Tensor]:
+    """Return the largest eigenpair of an operator and its trace."""
     num_outputs = fisher.logits.shape[1]
     estimator = estimator or automatic_trace_estimator(num_outputs)
     solver = solver or (Exact() if isinstance(estimator, Exact) else automatic_solver(num_outputs))
-    for chunk in _chunks(fisher, estimator if isinstance(estimator, Exact) else solver):
-        result = solver.solve(chunk, generator)
-        trace = _trace_beside(estimator, chunk, result, generator)
-        yield chunk, result, torch.maximum(trace, result.eigenvalue)
+    result = solver.solve(fisher, generator)
+    return result, torch.maximum(_trace_beside(estimator, fisher, result, generator), result.eigenvalue)
+
+
+def method_with_trace(num_outputs: int, *, solver: Solver | None, estimator: TraceEstimator | None) -> object:
+    """Return what keeps the most vectors in :func:`solved_with_trace`."""
+    estimator = estimator or automatic_trace_estimator(num_outputs)
+    return estimator if isinstance(estimator, Exact) else solver or automatic_solver(num_outputs)
 
 
 def fisher_trace(
@@ -260,6 +294,7 @@ def fisher_trace(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> Tensor:
     r"""Estimate the trace of the input-space Fisher matrix, per example: the sum of its eigenvalues.
 
@@ -276,6 +311,7 @@ def fisher_trace(
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
         generator: Source of the random probes; by default a fixed one.
+        memory_budget: Bytes of graph and solver at once.
 
     Returns:
         ``(B,)``, in nats per squared input unit, without gradient.
@@ -289,9 +325,16 @@ def fisher_trace(
         tensor([1.0000])
     """
     TRACE_ESTIMATOR.check(estimator, "fisher_trace")
-    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
-        estimator = estimator or automatic_trace_estimator(fisher.logits.shape[1])
-        return torch.cat([estimator.trace(chunk, generator) for chunk in _chunks(fisher, estimator)])
+    check_memory_budget(memory_budget, "fisher_trace")
+
+    def method(num_outputs: int) -> TraceEstimator:
+        return estimator or automatic_trace_estimator(num_outputs)
+
+    def estimated(fisher: InputFisher) -> Tensor:
+        return method(fisher.logits.shape[1]).trace(fisher, generator)
+
+    batch = Batch(evaluation_operator, model, inputs, likelihood, input_std, side_inputs)
+    return torch.cat(batch.in_chunks(estimated, method, memory_budget, generator))
 
 
 def automatic_solver(num_outputs: int) -> Solver:
@@ -332,13 +375,6 @@ def evaluation_operator(
         fisher = InputFisher(function, point, likelihood, input_std, quotients=True, logits=logits)
         refuse_random(evaluated, fisher.logits, lambda: whole(safe_inputs))
         yield fisher
-
-
-def _chunks(fisher: InputFisher, method: object) -> Iterator[InputFisher]:
-    if not isinstance(method, Exact):
-        return iter([fisher])
-    numbers_per_example = fisher.logits.shape[1] * fisher.inputs[0].numel()
-    return fisher.split(max(1, _MAX_DENSE_NUMBERS // numbers_per_example))
 
 
 def _trace_beside(

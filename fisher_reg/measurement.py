@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fisher_reg.estimate import automatic_solver, evaluation_operator, solved_with_trace
+from fisher_reg.arguments import check_memory_budget
+from fisher_reg.chunks import Batch
+from fisher_reg.estimate import automatic_solver, evaluation_operator, method_with_trace, solved_with_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs
 from fisher_reg.geometry import EUCLIDEAN, Geometry, LInf
 from fisher_reg.likelihood import Categorical, Likelihood
+from fisher_reg.operator import InputFisher
 from fisher_reg.printing import examples, spread
 from fisher_reg.quadratic import kl_ratio
 from fisher_reg.solvers import EigenResult, SignIteration, Solver, TraceEstimator, concatenate
@@ -50,21 +54,32 @@ def measure(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
     geometry: Geometry = EUCLIDEAN,
+    memory_budget: int | None = None,
 ) -> Measurement:
     """Return the numbers of a batch; arguments as of :func:`fisher_reg.fisher_spectral_norm_and_trace`.
 
     Cost: as there, and one forward; with :class:`fisher_reg.LInf` also that of :func:`fisher_reg.fisher_linf_norm`.
     """
-    results, traces, ratios, largest = [], [], [], []
-    with evaluation_operator(model, inputs, likelihood, input_std, side_inputs) as fisher:
-        for chunk, result, trace in solved_with_trace(fisher, solver, estimator):
-            results.append(result)
-            traces.append(trace)
-            ratios.append(kl_ratio(chunk, result.eigenvalue, result.eigenvector, result.left_singular_vector))
-            if isinstance(geometry, LInf):
-                largest.append(SignIteration().maximize(chunk).value)
-    linf = torch.cat(largest) if largest else None
-    return Measurement(concatenate(results), torch.cat(traces), torch.cat(ratios), linf)
+    check_memory_budget(memory_budget, "measure")
+
+    def measured(fisher: InputFisher) -> Measurement:
+        result, trace = solved_with_trace(fisher, solver, estimator)
+        ratio = kl_ratio(fisher, result.eigenvalue, result.eigenvector, result.left_singular_vector)
+        linf = SignIteration().maximize(fisher).value if isinstance(geometry, LInf) else None
+        return Measurement(result, trace, ratio, linf)
+
+    batch = Batch(evaluation_operator, model, inputs, likelihood, input_std, side_inputs)
+    method = partial(method_with_trace, solver=solver, estimator=estimator)
+    return _joined(batch.in_chunks(measured, method, memory_budget))
+
+
+def _joined(parts: list[Measurement]) -> Measurement:
+    return Measurement(
+        concatenate([part.result for part in parts]),
+        torch.cat([part.trace for part in parts]),
+        torch.cat([part.kl_ratio for part in parts]),
+        None if parts[0].linf is None else torch.cat([part.linf for part in parts if part.linf is not None]),
+    )
 
 
 def fisher_kl_ratio(

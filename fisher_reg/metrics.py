@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from fisher_reg.arguments import LIKELIHOOD, METRIC_REDUCTION, SOLVER, TRACE_ESTIMATOR
+from fisher_reg.arguments import LIKELIHOOD, METRIC_REDUCTION, SOLVER, TRACE_ESTIMATOR, check_memory_budget
 from fisher_reg.estimate import fisher_spectral_norm, fisher_trace
 from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_input_std
 from fisher_reg.likelihood import Categorical, Likelihood
@@ -153,6 +153,7 @@ class FisherSpectralNorm(_PerExampleMetric):
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
+        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; no result depends on it.
         kwargs: For :class:`torchmetrics.Metric`.
 
     Attributes:
@@ -193,11 +194,14 @@ class FisherSpectralNorm(_PerExampleMetric):
         solver: Solver | None = None,
         likelihood: Likelihood = Categorical(),
         input_std: InputStd | None = None,
+        memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
         SOLVER.check(solver, self)
         self.solver = solver
+        check_memory_budget(memory_budget, self)
+        self.memory_budget = memory_budget
         self.add_state("num_wide", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("num_examples", default=torch.tensor(0), dist_reduce_fx="sum")
 
@@ -210,6 +214,7 @@ class FisherSpectralNorm(_PerExampleMetric):
             likelihood=self.likelihood,
             input_std=self.input_std,
             side_inputs=side_inputs,
+            memory_budget=self.memory_budget,
         )
         self._append(result.eigenvalue)
         with torch.inference_mode(False):
@@ -236,6 +241,7 @@ class FisherTrace(_PerExampleMetric):
         estimator: As in :func:`fisher_reg.fisher_trace`.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
+        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; no result depends on it.
         kwargs: For :class:`torchmetrics.Metric`.
 
     Example:
@@ -253,11 +259,14 @@ class FisherTrace(_PerExampleMetric):
         estimator: TraceEstimator | None = None,
         likelihood: Likelihood = Categorical(),
         input_std: InputStd | None = None,
+        memory_budget: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(reduction, likelihood, input_std, **kwargs)
         TRACE_ESTIMATOR.check(estimator, self)
         self.estimator = estimator
+        check_memory_budget(memory_budget, self)
+        self.memory_budget = memory_budget
 
     def update(self, model: LogitsFunction, inputs: Tensor, side_inputs: SideInputs = None) -> None:
         """Add the examples of ``inputs`` ``(B, *S)``, with the side inputs of the model."""
@@ -268,6 +277,7 @@ class FisherTrace(_PerExampleMetric):
             likelihood=self.likelihood,
             input_std=self.input_std,
             side_inputs=side_inputs,
+            memory_budget=self.memory_budget,
         )
         self._append(values)
 

@@ -21,7 +21,6 @@ from fisher_reg import (
     fisher_spectral_norm,
     fisher_trace,
 )
-from fisher_reg import estimate as estimate_module
 from tests import cases, oracles
 
 
@@ -147,17 +146,6 @@ def test_the_cost_of_lanczos_does_not_depend_on_the_number_of_classes():
     solver = Lanczos(num_steps=2, rtol=0.0)
     counts = {fisher_spectral_norm(nn.Linear(6, k), x, solver=solver).num_matvecs for k in (10, 1000)}
     assert counts == {1 + 2 * 2 + 1}
-
-
-def test_chunks_change_nothing(monkeypatch):
-    model, x = cases.tiny_network(), torch.randn(7, 6)
-    whole, trace = fisher_spectral_norm(model, x, solver=Exact()), fisher_trace(model, x)
-    monkeypatch.setattr(estimate_module, "_MAX_DENSE_NUMBERS", 2 * 4 * 6)  # two examples
-    chunked = fisher_spectral_norm(model, x, solver=Exact())
-    assert_close(chunked.eigenvalue, whole.eigenvalue)
-    assert chunked.eigenvector.shape == x.shape
-    assert chunked.num_matvecs == 4 * whole.num_matvecs
-    assert_close(fisher_trace(model, x), trace)
 
 
 def test_a_constant_direction_and_a_saturated_softmax_give_zero_and_not_nan():

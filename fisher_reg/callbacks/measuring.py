@@ -49,6 +49,7 @@ class Subject:
         input_std: As there.
         geometry: As there.
         penalty: The penalty of one step that the network is trained with, if it is.
+        memory_budget: As of :class:`fisher_reg.FisherMonitor`.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Subject:
     input_std: InputStd | None
     geometry: Geometry
     penalty: KLPenalty | None = None
+    memory_budget: int | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -157,6 +159,7 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
         input_std=subject.input_std,
         side_inputs=part.side_inputs,
         geometry=subject.geometry,
+        memory_budget=subject.memory_budget,
     )
     result = measured.result
     columns = [result.eigenvalue, measured.trace, ~result.converged, measured.kl_ratio]
@@ -180,7 +183,8 @@ def _pictures(part: Part, eigenvalue: Tensor, eigenvector: Tensor) -> list[tuple
     here = chosen.to(part.inputs.device)
     shown = torch.stack([part.inputs.detach()[here], eigenvector.view_as(part.inputs)[here]]).float().cpu()
     numbers, places = eigenvalue[chosen].tolist(), part.places[chosen].tolist()
-    return list(zip(numbers, places, *shown, strict=True))
+    # clones, since a view would keep, and send to the other processes, the pictures of the whole part
+    return [(*found, image.clone(), v.clone()) for *found, image, v in zip(numbers, places, *shown, strict=True)]
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:

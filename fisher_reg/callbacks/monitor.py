@@ -16,7 +16,15 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from fisher_reg.arguments import INPUTS_FN, LIKELIHOOD, LOGITS_FN, SIDE_INPUTS_FN, SOLVER, check_bounds
+from fisher_reg.arguments import (
+    INPUTS_FN,
+    LIKELIHOOD,
+    LOGITS_FN,
+    SIDE_INPUTS_FN,
+    SOLVER,
+    check_bounds,
+    check_memory_budget,
+)
 from fisher_reg.bounds import fisher_bound
 from fisher_reg.callbacks.base import Callback
 from fisher_reg.callbacks.batch import (
@@ -113,7 +121,8 @@ class FisherMonitor(Callback):
     Args:
         every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
             one n epochs or more after the last that was measured.
-        num_samples: Size of the probe; it comes from the first validation loader. None for all of it.
+        num_samples: Size of the probe; it comes from the first validation loader. None for all of it. Its inputs are
+            kept on the CPU; what is measured of them are a few numbers per example.
         every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
             the first one at the first validation, or before it with ``probe``. Without ``probe`` a training that is
             resumed measures again from its first validation on, which takes the probe.
@@ -130,6 +139,8 @@ class FisherMonitor(Callback):
         geometry: :class:`LInf` also measures the largest value of the Fisher form over perturbations with entries up to
             1, an estimate from below, for the passes of :func:`fisher_reg.fisher_linf_norm`: up to ten classes ``K``
             backward and one forward-mode pass, else about a dozen and three.
+        memory_budget: Bytes of graph and solver at once, as in :func:`fisher_reg.fisher_spectral_norm`. The bounds and
+            ``fisher/single_step_ratio`` do not count.
         inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
             tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping. It
             sees the batch alone, once: of token ids return zeros of the shape of the embeddings, give the ids by
@@ -169,6 +180,7 @@ class FisherMonitor(Callback):
         detailed: bool = False,
         prog_bar: bool = False,
         geometry: Geometry = L2(),
+        memory_budget: int | None = None,
     ) -> None:
         check_at_least_one(self, bound_every_n_epochs=bound_every_n_epochs)
         if num_samples is not None:
@@ -177,6 +189,7 @@ class FisherMonitor(Callback):
         LIKELIHOOD.check(likelihood, self)
         check_input_std(input_std)
         _check_geometry(geometry)
+        check_memory_budget(memory_budget, self)
         bounds = tuple(bounds) if isinstance(bounds, Iterator) else bounds
         check_bounds(bounds, self)
         INPUTS_FN.check(inputs_fn, self)
@@ -190,6 +203,7 @@ class FisherMonitor(Callback):
         self.likelihood = likelihood
         self.input_std = input_std
         self.geometry = geometry
+        self.memory_budget = memory_budget
         self.inputs_fn = inputs_fn or find_inputs
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
@@ -424,6 +438,7 @@ class FisherMonitor(Callback):
             self.input_std,
             self.geometry,
             single_step_penalty(trainer.callbacks),  # type: ignore[attr-defined]
+            self.memory_budget,
         )
         values = measure_probe(subject)
         if not self.bounds or not self._bounds_are_due(trainer):
