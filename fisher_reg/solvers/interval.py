@@ -7,8 +7,11 @@ The search takes Lanczos steps of :math:`G = A A^\top`, which has the eigenvalue
 with a guess :math:`c` and a uniformly random unit vector :math:`w \perp c`. Let :math:`p_m` be the Lanczos polynomial,
 so that :math:`u_{m+1} = p_m(G) u_1` has unit length, and :math:`\gamma` the component of :math:`u_1` along the top
 eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. The density of a component of :math:`w` is at most a number
-:math:`f`, so that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is. Beyond its largest root :math:`p_m`
-increases. Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a probability of :math:`2 h f`.
+:math:`f`, so that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is, if :math:`w` has four dimensions or
+more: a guess with the component :math:`a` leaves :math:`\sqrt{1 - a^2}` to :math:`w`, and the density of their sum at
+zero, :math:`f (1 - 2 a^2)^{(n-3)/2} (1 - a^2)^{-(n-2)/2}`, grows with :math:`a` in three dimensions alone. Beyond its
+largest root :math:`p_m` increases. Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a
+probability of :math:`2 h f`.
 
 For the top Ritz vector with coordinates :math:`s` and residual :math:`\rho`, and Ritz values :math:`\theta_i`, this is
 
@@ -86,7 +89,7 @@ class RandomStart:
         open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_m` where the last step was not finished; else NaN.
         open_offset: ``(B,)``, :math:`\|H_m\|^2 / \alpha_m` there, at most the largest root: :math:`\beta_m^2 \le
             \alpha_m (\lambda - \text{offset})`.
-        dimension: Of the sphere from which :math:`w` was drawn, at least 3.
+        dimension: Of the space from which :math:`w` was drawn, at least 4.
         share: :math:`\sigma`, the length of the random part.
     """
 
@@ -103,14 +106,14 @@ class RandomStart:
     def none(cls, count: int) -> RandomStart:
         """Return that of ``count`` starts of which nothing is known: the bound is infinite."""
         nothing = torch.zeros(count, 0, dtype=torch.float64)
-        return cls(nothing, nothing.sum(1), nothing.sum(1) * torch.nan, nothing.sum(1), 3)
+        return cls(nothing, nothing.sum(1), nothing.sum(1) * torch.nan, nothing.sum(1), 4)
 
     @classmethod
     def nothing_left(cls, roots: Tensor) -> RandomStart:
         """Return that of a search through all outputs, with the eigenvalues ``(B, K)``: the largest is the bound."""
         known = roots.detach().cpu().double()
         ended = torch.full_like(known[:, 0], -torch.inf)
-        return cls(known, ended, torch.full_like(ended, torch.nan), torch.zeros_like(ended), 3)
+        return cls(known, ended, torch.full_like(ended, torch.nan), torch.zeros_like(ended), 4)
 
     @property
     def is_certain(self) -> bool:

@@ -12,7 +12,7 @@ from fisher_reg.solvers.interval import RandomStart, check_probability
 from fisher_reg.solvers.linalg import check_positive, inner_products, outside, unit
 from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, Solver
-from fisher_reg.solvers.search import Plan, search
+from fisher_reg.solvers.search import Plan, random_source, search
 from fisher_reg.solvers.space import Space
 
 
@@ -76,6 +76,8 @@ class Lanczos(Solver):
         One after the other, each outside those before it, so that a repeated eigenvalue comes as often as it is. Each
         costs as much as :meth:`solve`. A pair counts as converged if all before it have converged too.
         """
+        # the vectors that were found depend on the random ones before, to which those that follow owe nothing
+        generator = random_source(generator)
         starts = operator.starts(num_eigenpairs)
         found, results = starts[:, :0], list[EigenResult]()
         for i in range(num_eigenpairs):

@@ -66,13 +66,16 @@ def search(
     return _Search(operator, _start(guess, generator), plan).run()
 
 
+def random_source(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator, or a fixed one. Searches that follow each other need the same one, not the same numbers."""
+    return fixed_generator(_SEED) if generator is None else generator
+
+
 def _start(guess: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the sum of the guess and a random vector orthogonal to it, as unit vectors ``(B, K)``."""
-    if generator is None:
-        generator = fixed_generator(_SEED)
     c = unit(guess)
     # the same random vector for all examples, so that none depends on the others in the batch
-    w = normal(guess[0], generator).expand_as(c)
+    w = normal(guess[0], random_source(generator)).expand_as(c)
     return unit(c + unit(outside(w, c[:, None])))
 
 
@@ -287,7 +290,7 @@ class _Search:
 _FACTORS = (3, 5, 7, 11)
 _SEED = 7919_2026_0001  # a network that was seeded with a small number has other random numbers
 _SHARE = 0.5**0.5  # sigma: of a sum of two orthogonal unit vectors
-_LEAST_OUTPUTS = 4  # the density of a component is bounded from three dimensions on, those outside the guess
+_LEAST_OUTPUTS = 5  # from four dimensions outside the guess on, no guess makes a small component likelier
 
 _WORTH_A_FORWARD = 2 / 3
 """Share of the batch up to which a new forward on it costs less than passing the rest through one more step."""

@@ -105,6 +105,32 @@ def test_whatever_the_guess_adds_the_component_is_no_likelier_to_be_small(dimens
             assert _probability_within(c, center, dimension) <= probability * (1 + 1e-6)  # differences of the cdf
 
 
+@pytest.mark.parametrize("dimension", DIMENSIONS[1:])
+def test_a_guess_that_has_a_part_of_the_eigenvector_makes_a_small_component_no_likelier(dimension):
+    # γ / σ = a + sqrt(1 - a²) g; in three dimensions a = 0.7 would make it likelier by 1.4
+    for probability in (1e-3, 0.02, 0.1, 0.5):
+        h = float(least_component(probability, dimension))
+        for a in (0.0, 0.1, 0.3, 0.5, 0.6, 0.68, 0.7, 0.75, 0.9, 0.99):
+            b = math.sqrt(1 - a * a)
+            assert _probability_within(h / b, a / b, dimension) <= probability * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("num_outputs", [4, 5, 6])
+def test_an_interval_from_few_outputs_fails_as_seldom_as_promised(num_outputs):
+    # two steps exhaust all but the top, which is met by its component of the start alone
+    promised, count = 0.1, 20_000
+    normal = torch.randn(count, num_outputs, num_outputs, dtype=DOUBLE, generator=_seeded(40))
+    q = torch.linalg.qr(normal).Q
+    q = q * (torch.randn(count, 1, num_outputs, dtype=DOUBLE, generator=_seeded(41))).sign()
+    values = torch.tensor([1.2, 1.0] + [0.0] * (num_outputs - 2), dtype=DOUBLE)
+    guess = 0.6 * q[:, :, 0] + 0.8 * q[:, :, 1]
+    operator = MatrixOperator(q @ values.sqrt().diag(), guess)
+    solver = Lanczos(num_steps=1, is_exact=True, failure_probability=promised)
+    upper = solver.solve(operator, _seeded(42)).interval().upper
+    share = float((upper < 1.2 * (1 - 1e-9)).double().mean())
+    assert share <= promised + 4 * math.sqrt(promised / count)
+
+
 # --- the majorant
 
 

@@ -17,6 +17,7 @@ from fisher_reg import (
     fisher_spectral_norm,
 )
 from fisher_reg.solvers import EigenResult, unit
+from tests.oracles import MatrixOperator
 
 
 class _FirstOutputs(Gaussian):
@@ -119,3 +120,14 @@ def test_few_queries_do_not_give_zero_with_certainty():
     result = blackbox_spectral_norm(lambda x: (x @ weight.T).softmax(1), torch.randn(200, 12), estimator=BlackBox(4))
     assert (result.eigenvalue > 0).all()
     assert (result.standard_error > 0).all()
+
+
+@pytest.mark.parametrize("solver", [Lanczos(), Lanczos(is_exact=True)])
+@pytest.mark.parametrize("num_outputs", [8, 10])
+def test_an_eigenvalue_that_is_repeated_outside_the_starts_is_found_twice(solver, num_outputs):
+    # the first vector found is the random one's shadow in the eigenspace; the second is orthogonal to that shadow
+    values = torch.linspace(1, 0.5, num_outputs, dtype=torch.float64)
+    values[-2:] = 10.0
+    result = solver.eigenpairs(MatrixOperator(values.sqrt().diag()[None], torch.eye(num_outputs)[:1].double()), 2)
+    assert result.converged.all()
+    assert_close(result.eigenvalue, torch.full((1, 2), 10.0, dtype=torch.float64), rtol=0.05, atol=0)
