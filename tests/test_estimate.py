@@ -175,7 +175,7 @@ def test_an_operation_without_forward_mode_is_differentiated_twice_instead():
 
 
 def test_a_part_under_no_grad_is_refused_and_a_detached_one_is_right():
-    weight, x = torch.randn(6, 4), torch.randn(3, 6)
+    weight, x = torch.randn(6, 5), torch.randn(3, 6)
 
     def partly_without_gradient(x):
         with torch.no_grad():
