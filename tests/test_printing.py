@@ -107,7 +107,7 @@ def test_an_estimate_says_median_largest_and_what_has_not_converged():
     shown = ["8 examples", f"median {median:.4g}", f"largest {largest:.4g}", "8 not converged", "by Lanczos"]
     _checked(result, *shown, f"{result.num_matvecs} matvecs")
     _checked(result.interval(), "8 examples", f"{result.interval().lower.max():.4g}", "failure_probability=0.02")
-    _checked(result.probe, "roots=tensor of shape (8, ")
+    _checked(result.random_start, "roots=tensor of shape (8, ")
 
 
 def test_an_upper_end_that_is_infinite_is_printed_as_such():
