@@ -102,7 +102,8 @@ def test_settings_are_one_short_line(value, parts):
 
 
 def test_an_estimate_says_median_largest_and_what_has_not_converged():
-    result = fisher_spectral_norm(_network(), _inputs(), solver=Lanczos(num_steps=1, rtol=0.0, is_exact=True))
+    network = torch.nn.Sequential(_network(), torch.nn.Linear(4, 7))
+    result = fisher_spectral_norm(network, _inputs(), solver=Lanczos(num_steps=1, rtol=0.0, is_exact=True))
     median, largest = result.eigenvalue.median(), result.eigenvalue.max()
     shown = ["8 examples", f"median {median:.4g}", f"largest {largest:.4g}", "8 not converged", "by Lanczos"]
     _checked(result, *shown, f"{result.num_matvecs} matvecs")
