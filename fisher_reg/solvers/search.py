@@ -187,11 +187,13 @@ class _Search:
         if not bool(suspicious.any()):
             return
         once, twice = (self.operator.apply(c * v, exact=True) / c for c in (1, 2))
-        noise = torch.zeros_like(once[:, 0])
+        # rows from before a part of the batch was dropped: a unit at its kink may round to the other side since
+        again = torch.stack([self.operator.adjoint(one) for one in self.left.unbind(1)], 1)
+        noise = (again - self.rows).flatten(1).norm(dim=1)
         for c in _FACTORS:
             by_adjoint = (self.operator.adjoint(c * u) / c - row).norm(dim=1)
             noise = torch.maximum(noise, by_adjoint + (self.operator.apply(c * v, exact=True) / c - once).norm(dim=1))
-        self.num_matvecs += 2 + 2 * len(_FACTORS)
+        self.num_matvecs += 2 + self.left.shape[1] + 2 * len(_FACTORS)
         is_linear = ((twice - once).norm(dim=1) <= 1e-3 * once.norm(dim=1)).cpu()
         error = self._compared(once, inside)[2]
         if bool((suspicious & ~(is_linear & (error <= 100 * noise.cpu()))).any()):

@@ -131,3 +131,19 @@ def test_an_eigenvalue_that_is_repeated_outside_the_starts_is_found_twice(solver
     result = solver.eigenpairs(MatrixOperator(values.sqrt().diag()[None], torch.eye(num_outputs)[:1].double()), 2)
     assert result.converged.all()
     assert_close(result.eigenvalue, torch.full((1, 2), 10.0, dtype=torch.float64), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("solver", [Lanczos(rtol=1e-3), Lanczos(is_exact=True), PowerIteration()])
+def test_a_unit_that_rounds_to_the_other_side_in_a_smaller_batch_refuses_nothing(solver):
+    weight = torch.randn(9, 30, generator=torch.Generator().manual_seed(1))
+    x = torch.zeros(6, 30)
+    x[1:, 0] = 0.1  # the first example is at the kink
+
+    def model(x):
+        side = 1e-9 if len(x) == 6 else -1e-9  # as the rounding errors of a product of matrices
+        return torch.cat([x @ weight.T, 30 * (x[:, :1] + side).relu()], 1)
+
+    result = fisher_spectral_norm(model, x, solver=solver)
+    assert_close(
+        result.eigenvalue[1:], fisher_spectral_norm(model, x, solver=Exact()).eigenvalue[1:], rtol=0.05, atol=0
+    )
