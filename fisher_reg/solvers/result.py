@@ -105,9 +105,8 @@ class EigenResult:
 
         *Rounding* is added on both sides as an estimate, not a proof: from the disagreement of forward and backward
         derivatives in the search space (``rounding``). The numbers of a network in float32 are those of the function
-        that is computed in float32. What a product rounds away is not seen: an eigenvalue that exceeds the others by a
-        few per cent is missed with a probability of about 1e-3 in float32, 1e-12 in float64, whatever is asked for. A
-        *sampled* trace makes ``upper`` as uncertain as that trace; it is never below ``lower``.
+        that is computed in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below
+        ``lower``.
 
         Args:
             failure_probability: Strictly between 0 and 1; that of the solver if nothing is given. A smaller one than

@@ -95,6 +95,7 @@ class _Search:
         self.gram = torch.zeros(count, 0, 0, dtype=torch.float64)  # H
         self.log_norms = torch.zeros(count, dtype=torch.float64)  # sum_j log beta_j
         self.beta = torch.zeros_like(self.log_norms)  # beta_m
+        self.is_exhausted = torch.zeros_like(self.is_done)
         self.rounding = torch.zeros_like(self.log_norms)  # of exact derivatives
         self.disagreement = torch.zeros_like(self.log_norms)  # of all products with A
         self.num_matvecs = 0
@@ -152,7 +153,8 @@ class _Search:
         self.rounding = torch.where(is_exact, torch.maximum(self.rounding, norm), self.rounding)
         distance = distance + error
         # beta_m = |r_m| |(1 - W W') A v|
-        self.beta = torch.where(distance <= 100 * torch.finfo(row.dtype).eps * length, 0.0, length * distance)
+        self.beta = length * distance
+        self.is_exhausted = distance <= 100 * torch.finfo(row.dtype).eps * length  # nothing but rounding is left
         self.log_norms = self.log_norms + self.beta.log()
         self.following = rest
 
@@ -204,7 +206,7 @@ class _Search:
         # |G y - theta y| = beta_m |s_m| for a Ritz vector y
         residual = self._last_norm(is_open) * self.s[:, -1, 0].abs()
         value = self.theta[:, 0]
-        small = residual <= self.plan.rtol * value
+        small = (residual <= self.plan.rtol * value) | (self.is_exhausted & (not is_open))
         start = self._random_start(is_open)
         # of the largest upper end, (sqrt(t) + eta)^2 is at most 1 + tolerance times the lower end
         eta = self._eta()
@@ -282,7 +284,18 @@ class _Search:
         self.operator = smaller
         for name in ("left", "rows", "following"):
             setattr(self, name, getattr(self, name)[there])
-        for name in ("index", "is_done", "gram", "log_norms", "beta", "rounding", "disagreement", "theta", "s"):
+        for name in (
+            "index",
+            "is_done",
+            "gram",
+            "log_norms",
+            "beta",
+            "is_exhausted",
+            "rounding",
+            "disagreement",
+            "theta",
+            "s",
+        ):
             setattr(self, name, getattr(self, name)[keep])
 
     def _all_done(self) -> bool:

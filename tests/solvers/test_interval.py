@@ -131,6 +131,19 @@ def test_an_interval_from_few_outputs_fails_as_seldom_as_promised(num_outputs):
     assert share <= promised + 4 * math.sqrt(promised / count)
 
 
+def test_a_small_failure_probability_is_kept_in_single_precision():
+    # I + (√λ - 1) x xᵀ with a guess orthogonal to x: after two steps nothing but rounding seems left, which is no proof
+    count, hidden = 20_000, 1.06
+    x = torch.randn(count, 8, dtype=DOUBLE, generator=_seeded(50))
+    x = x / x.norm(dim=1, keepdim=True)
+    matrix = torch.eye(8, dtype=DOUBLE) + (hidden**0.5 - 1) * x[:, :, None] * x[:, None]
+    guess = torch.randn(count, 8, dtype=DOUBLE, generator=_seeded(51))
+    guess = guess - (guess * x).sum(1, keepdim=True) * x
+    solver = Lanczos(is_exact=True, failure_probability=1e-6)
+    result = solver.solve(MatrixOperator(matrix.float(), guess.float()), _seeded(52))
+    assert (result.interval().upper >= hidden * (1 - 1e-4)).all()
+
+
 # --- the majorant
 
 
