@@ -122,14 +122,40 @@ class _Call:
         lowest, highest = (mean - radius).view(shape), (mean + radius).view(shape)
         return torch.clamp(self.hidden, lowest.to(self.hidden.dtype), highest.to(self.hidden.dtype))
 
-    def as_affine(self) -> Tensor:
+    def as_affine(self, known: dict[tuple[int, ...], _Affine]) -> Tensor:
         # One pass over the activations, not three. A scale that needs a gradient would keep its argument in memory.
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        with torch.no_grad():
-            scale, shift = scale_and_shift(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        given = tuple(x for x in (self.running_mean, self.running_var, self.weight, self.bias) if x is not None)
+        key = tuple(map(id, given))
+        if key not in known or not known[key].holds_for(given, self.eps):
+            known[key] = _Affine.of(self, given)
         shape = (1, -1) + (1,) * (self.hidden.ndim - 2)
-        return torch.addcmul(shift.view(shape), self.hidden, scale.view(shape))
+        return torch.addcmul(known[key].shift.view(shape), self.hidden, known[key].scale.view(shape))
+
+
+class _Affine(NamedTuple):
+    """The scale and shift ``(C,)`` of a batch norm, kept while the tensors that they were computed of are unchanged."""
+
+    scale: Tensor
+    shift: Tensor
+    given: tuple[Tensor, ...]  # held, so that their identities stay theirs
+    versions: tuple[int, ...]
+    eps: float
+
+    @classmethod
+    def of(cls, call: _Call, given: tuple[Tensor, ...]) -> _Affine:
+        assert call.running_mean is not None
+        assert call.running_var is not None
+        with torch.no_grad():
+            scale, shift = scale_and_shift(call.running_mean, call.running_var, call.weight, call.bias, call.eps)
+        return cls(scale, shift, given, _versions(given), call.eps)
+
+    def holds_for(self, given: tuple[Tensor, ...], eps: float) -> bool:
+        return self.eps == eps and len(self.versions) > 0 and self.versions == _versions(given)
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Return how often tensors were changed; nothing where one does not count that, as in inference mode."""
+    return () if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
 
 
 def scale_and_shift(
@@ -143,7 +169,14 @@ def scale_and_shift(
 
 
 def running_rules() -> dict[Any, Rule]:
-    """Rules for the deployed function: batch norm is the scale and shift of its running statistics."""
+    """Rules for the deployed function: batch norm is the scale and shift of its running statistics.
+
+    They remember both of each batch norm, for the calls of one function.
+
+    Returns:
+        The rules.
+    """
+    known: dict[tuple[int, ...], _Affine] = {}
 
     def answer(call: _Call, proceed: Callable[[], Tensor]) -> Tensor:
         if call.training or call.running_mean is None or call.running_var is None:
@@ -152,7 +185,7 @@ def running_rules() -> dict[Any, Rule]:
                 "mode, so that each prediction depends on the whole batch and no per-example Fisher matrix exists. Use "
                 "track_running_stats=True and evaluation mode."
             )
-        return call.as_affine()
+        return call.as_affine(known)
 
     return _rules(answer)
 

@@ -96,6 +96,7 @@ class EvaluatedModel(nn.Module):
         self.saw_half_precision = False
         self._noise = noise
         self._is_deployed = is_deployed
+        self._deployed_rules = running_rules() | packed_attention_rules() if is_deployed else {}
         self._with_gradient = with_gradient
 
     def _run_on(self, source: Source) -> None:
@@ -142,13 +143,13 @@ class EvaluatedModel(nn.Module):
 
     def _deploy(self, inputs: Tensor, side_inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         try:
-            return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named)
+            return self._run(self._deployed_rules, True, inputs, side_inputs, named)
         except RuntimeError as error:
             if self._with_gradient is None or _NO_GRADIENT not in str(error):
                 raise
         self._run_on(self._with_gradient())
         self._with_gradient = None
-        return self._run(running_rules() | packed_attention_rules(), True, inputs, side_inputs, named)
+        return self._run(self._deployed_rules, True, inputs, side_inputs, named)
 
     def _replay(self, inputs: Tensor, side_inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         rules = replaying_rules(self.recording, self.source.identity_of)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fisher_reg import BoundPenalty, KLPenalty, SpectralPenalty, fisher_bound, fisher_spectral_norm
 from fisher_reg.evaluation import trained
+from fisher_reg.evaluation.batch_norm import running_rules
+from fisher_reg.evaluation.rules import Rules
 from tests import cases
 
 
@@ -207,3 +210,38 @@ def test_a_batch_norm_that_always_couples_the_batch_is_refused_by_estimates():
 
     with pytest.raises(ValueError, match="A batch norm over 6 channels.*whole batch"):
         fisher_spectral_norm(Coupled().eval(), torch.randn(8, 6))
+
+
+def test_the_scale_of_a_deployed_batch_norm_follows_its_statistics_and_weights():
+    norm, x = nn.BatchNorm1d(5).eval(), torch.randn(4, 5)
+    with Rules(running_rules()):
+        for change in (lambda: norm.running_mean.add_(1), lambda: norm.running_var.mul_(3), lambda: norm.eval()):
+            change()
+            with torch.no_grad():
+                norm.weight.mul_(1.5)
+            assert_close(norm(x), torch.nn.functional.batch_norm(x.double(), *_statistics(norm)).float())
+        norm.running_var = norm.running_var * 2  # another tensor
+        assert_close(norm(x), torch.nn.functional.batch_norm(x.double(), *_statistics(norm)).float())
+
+
+def _statistics(norm):
+    return (t.detach().double() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+
+
+def test_the_scale_of_a_deployed_batch_norm_is_computed_once_for_all_calls():
+    norm, x = nn.BatchNorm1d(5).eval(), torch.randn(4, 5)
+    rules = running_rules()
+    counts = []
+    for _ in range(2):
+        with _Roots() as roots, Rules(rules):
+            norm(x)
+        counts.append(roots.count)
+    assert counts == [1, 0]
+
+
+class _Roots(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.rsqrt.default
+        return function(*args, **(kwargs or {}))
