@@ -48,6 +48,7 @@ from fisher_reg import (
 )
 from recipes import peers
 from recipes.networks import chosen_device, prepared_data, trained_network
+from recipes.records import without_folders
 
 T = TypeVar("T")
 Estimate = Callable[[nn.Module, Tensor], Tensor]
@@ -131,7 +132,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
             rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
     result = {
         "environment": environment(device),
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": without_folders(OmegaConf.to_container(config, resolve=True)),
         "rows": json.loads(rows.to_json(orient="records")),
     }
     (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -1,8 +1,8 @@
 """Where the time of an estimate goes: ``python -m recipes.estimate_profile``.
 
 The networks of ``recipes.benchmark`` are trained, and the default estimate of their first test images is taken apart
-twice. ``passes.csv``: what the solver asks for, in which share of the batch (``shares``) and in which time, in forwards
-of the whole batch without gradient (``forwards``), each the median over the rounds. ``operations.csv``: what torch's
+twice. ``estimate_passes.csv``: what the solver asks for, in which share of the batch (``shares``) and in which time, in forwards
+of the whole batch without gradient (``forwards``), each the median over the rounds. ``estimate_operations.csv``: what torch's
 profiler says of one estimate, by kind of operation, as shares of the time in operations.
 
 Leaves both, ``estimate_profile.md`` (the tables) and ``estimate_profile.json`` (versions, settings) in Hydra's run
@@ -62,7 +62,7 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
         operations += [{"case": case.name} | row for row in operations_of(network, images)]
     tables = {"passes": pd.DataFrame(passes), "operations": pd.DataFrame(operations)}
     for name, table in tables.items():
-        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4g")
+        table.to_csv(folder / f"estimate_{name}.csv", index=False, float_format="%.4g")
     (folder / "estimate_profile.md").write_text(as_markdown(**tables))
     settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(torch.device("cpu")), "config": settings}

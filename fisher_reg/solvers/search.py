@@ -307,7 +307,7 @@ _SEED = 7919_2026_0001  # a network that was seeded with a small number has othe
 _SHARE = 0.5**0.5  # sigma: of a sum of two orthogonal unit vectors
 _LEAST_OUTPUTS = 5  # from four dimensions outside the guess on, no guess makes a small component likelier
 
-_WORTH_A_FORWARD = 2 / 3
+_WORTH_A_FORWARD = 1 / 2
 """Share of the batch up to which a new forward on it costs less than passing the rest through one more step."""
 
 _TRUSTED = 0.05

@@ -14,11 +14,11 @@ def test_passes_and_operations_of_an_estimate_are_taken_apart(tmp_path):
         [*command, "num_images=4", "num_rounds=1"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    passes = pd.read_csv(tmp_path / "passes.csv").set_index("pass")
+    passes = pd.read_csv(tmp_path / "estimate_passes.csv").set_index("pass")
     steps = passes.loc[["backward pass", "difference quotient"], "calls"]
     assert (steps >= 2).all()
     assert passes.loc["everything", "forwards"] > 1
-    operations = pd.read_csv(tmp_path / "operations.csv").set_index("operation")
+    operations = pd.read_csv(tmp_path / "estimate_operations.csv").set_index("operation")
     assert operations.share.sum() == pytest.approx(1, abs=0.01)
     assert (operations.loc[["convolution", "convolution, backward", "pooling"], "share"] > 0).all()
     assert "| everything |" in (tmp_path / "estimate_profile.md").read_text()
