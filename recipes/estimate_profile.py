@@ -1,9 +1,10 @@
 """Where the time of an estimate goes: ``python -m recipes.estimate_profile``.
 
 The networks of ``recipes.benchmark`` are trained, and the default estimate of their first test images is taken apart
-twice. ``estimate_passes.csv``: what the solver asks for, in which share of the batch (``shares``) and in which time, in forwards
-of the whole batch without gradient (``forwards``), each the median over the rounds. ``estimate_operations.csv``: what torch's
-profiler says of one estimate, by kind of operation, as shares of the time in operations.
+twice. ``estimate_passes.csv``: what the solver asks for, over which share of the batch (``shares``) and in which time,
+in forwards of the whole batch without gradient (``forwards``), each the median over the rounds.
+``estimate_operations.csv``: what torch's profiler says of one estimate, by kind of operation, as shares of the time in
+operations.
 
 Leaves both, ``estimate_profile.md`` (the tables) and ``estimate_profile.json`` (versions, settings) in Hydra's run
 folder.
