@@ -390,7 +390,7 @@ def _trace_beside(
 def warn_of_range(values: Tensor, vectors: Tensor, name: str) -> None:
     """Say how many values ``(B, ...)`` of vectors ``(B, ..., *S)`` that are not zero the precision cannot hold."""
     has_vector = vectors.flatten(values.ndim).abs().amax(-1) > 0
-    too_small, too_large = torch.stack([((values == 0) & has_vector).sum(), values.isinf().sum()]).tolist()
+    too_small, too_large = torch.stack([((values == 0) & has_vector).sum(), values.isinf().sum()]).cpu().tolist()
     if too_small or too_large:
         warnings.warn(
             f"{too_small} {name} are too small and {too_large} too large for {values.dtype}: they come out as zero and "

@@ -290,7 +290,7 @@ def _farthest_pair(rows: Tensor) -> tuple[int, int]:
         distances = squares[start : start + size, None] + squares[start:] - 2 * block @ rows[start:].mT
         place = distances.argmax()
         # read together, so that the host waits for the device once; a double holds the place exactly
-        found, number = torch.stack([distances.take(place), place.double()]).tolist()
+        found, number = torch.stack([distances.take(place), place.double()]).cpu().tolist()
         if found > largest:
             row, column = divmod(int(number), distances.shape[1])
             largest, pair = found, (start + row, start + column)

@@ -114,7 +114,7 @@ _DIGEST_SIZE = 32
 
 def _digest(*settings: Any) -> list[int]:
     """Return bytes that differ where settings differ; equal settings nearly always have equal ones."""
-    texts = [f"{tuple(part.shape)} {part.tolist()}" if isinstance(part, Tensor) else part for part in settings]
+    texts = [f"{tuple(part.shape)} {part.cpu().tolist()}" if isinstance(part, Tensor) else part for part in settings]
     return list(hashlib.sha256(b"".join(_bytes(part) for part in texts)).digest())
 
 

@@ -118,7 +118,7 @@ def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
     The three are read together, so that the host waits for the device once.
     """
     of_rows = _broken(logits, likelihood).any(), _sum_to_one(logits), _lie_between(logits)
-    is_broken, sums_to_one, is_between = torch.stack(of_rows).tolist()
+    is_broken, sums_to_one, is_between = torch.stack(of_rows).cpu().tolist()
     return is_broken, sums_to_one, is_between
 
 

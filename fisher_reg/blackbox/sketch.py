@@ -163,7 +163,7 @@ def _reasons(sketch: Tensor, spread: Tensor, found: Resolution | None) -> tuple[
         is_constant &= found.error.isinf()
         is_unresolved |= found.error > _MAX_ERROR
         is_clipped = found.ignores_outward
-    cases = zip(is_constant.tolist(), is_unresolved.tolist(), is_clipped.tolist(), strict=True)
+    cases = zip(is_constant.cpu().tolist(), is_unresolved.cpu().tolist(), is_clipped.cpu().tolist(), strict=True)
     return tuple(
         CONSTANT if constant else UNRESOLVED if unresolved else CLIPPED if clipped else ""
         for constant, unresolved, clipped in cases

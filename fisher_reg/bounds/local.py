@@ -279,7 +279,7 @@ def _smallest(level: str, candidates: Mapping[str, Tensor], terms: tuple[BoundTe
     best = torch.where(values.isnan(), math.inf, values).min(0)
     if bool(best.values.isposinf().any()):
         raise NoBoundError("No finite bound was found: the numbers of this network overflow float64.")
-    evidence = tuple(names[index] for index in best.indices.tolist())
+    evidence = tuple(names[index] for index in best.indices.cpu().tolist())
     found = {name: value / math.log(10) for name, value in zip(names, values, strict=True)}
     return UpperBound(level, best.values / math.log(10), True, terms, domain, evidence, candidates=found)
 

@@ -84,7 +84,7 @@ class LambdaControl:
             own["side_inputs"] = select(side_inputs, slice(_NUM_PROBES), len(inputs))
             values = fisher_spectral_norm(model, inputs[:_NUM_PROBES], **own).eigenvalue.float()
             sums = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
-        total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        total, count = module.trainer.strategy.reduce(sums, reduce_op="sum").cpu().tolist()
         measured = total / count if count else math.nan
         self.update(measured)
         module.log("fisher/lambda_control", measured, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)

@@ -76,9 +76,9 @@ def send_histogram(logger: Any, name: str, values: Tensor, step: int) -> None:
     elif kind == "WandbLogger":
         import wandb
 
-        logger.log_metrics({name: wandb.Histogram(values.tolist())}, step=step)
+        logger.log_metrics({name: wandb.Histogram(values.cpu().tolist())}, step=step)
     elif kind == "CometLogger":
-        logger.experiment.log_histogram_3d(values.tolist(), name=name, step=step)
+        logger.experiment.log_histogram_3d(values.cpu().tolist(), name=name, step=step)
 
 
 def send_charts(logger: Any, category: str, charts: Mapping[str, Sequence[str]]) -> None:

@@ -25,7 +25,7 @@ def checked_labels(labels: Tensor | None, logits: Tensor, owner: object) -> Tens
         raise ValueError(f"{type(owner).__name__} needs labels=, class indices (B,).")
     fits = labels.shape == (batch_size,) and not (labels.is_floating_point() or labels.is_complex())
     # read together, so that the host waits for the device once
-    smallest, largest, num_left_out = _seen(labels.long(), logits).tolist() if fits else (0, 0, 0)
+    smallest, largest, num_left_out = _seen(labels.long(), logits).cpu().tolist() if fits else (0, 0, 0)
     if not fits or smallest < 0 or largest >= num_classes:
         raise ValueError(
             f"labels must be {batch_size} class indices below {num_classes}; got {labels.dtype} {tuple(labels.shape)} "

@@ -131,7 +131,7 @@ class NuclearNormPenalty(PointPenalty):
         if self.bounds is None:
             return
         low, high = self.bounds
-        smallest, largest = torch.stack(inputs.aminmax()).tolist()
+        smallest, largest = torch.stack(inputs.aminmax()).cpu().tolist()
         if min(smallest - low, high - largest) < -_ROUND_OFF * (high - low):
             raise ValueError(
                 f"NuclearNormPenalty keeps attacked inputs within bounds=({low:g}, {high:g}); these are from "

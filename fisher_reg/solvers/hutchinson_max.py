@@ -46,5 +46,5 @@ class HutchinsonMax(Solver):
             quotient = operator.adjoint(direction).square().sum(1, keepdim=True)
             best = torch.where(quotient > value, direction, best)
             value = torch.maximum(quotient, value)
-        result = eigenpair_along(operator, best, self)
+        result = eigenpair_along(operator, best, self, is_exact=True)
         return replace(result, num_matvecs=result.num_matvecs + self.num_samples)

@@ -10,14 +10,23 @@ from fisher_reg.solvers.protocols import FactoredOperator
 from fisher_reg.solvers.result import EigenResult, Solver
 
 
-def eigenpair_along(operator: FactoredOperator, u: Tensor, solver: Solver) -> EigenResult:
-    r"""Return :math:`\theta = \|A^\top u\|^2` of unit vectors ``u`` ``(B, K)``: one backward and one forward-mode pass.
+def eigenpair_along(operator: FactoredOperator, u: Tensor, solver: Solver, *, is_exact: bool) -> EigenResult:
+    r"""Return :math:`\theta = \|A^\top u\|^2` of unit vectors ``u``: one backward pass and one product with A.
 
     Nothing is known of larger eigenvalues, so that no example counts as converged.
+
+    Args:
+        operator: A.
+        u: ``(B, K)``.
+        solver: Whose result it is.
+        is_exact: Whether the residual must be right to round-off; else it may come from a difference quotient.
+
+    Returns:
+        The fields that a solver fills in.
     """
     row = operator.adjoint(u)
     check_finite(row)
-    image = operator.apply(unit(row), exact=True)
+    image = operator.apply(unit(row), exact=is_exact, slope=operator.slope_along(u, row))
     check_finite(image)
     root = row.double().norm(dim=1)
     theta = root.square()
@@ -35,5 +44,5 @@ def eigenpair_along(operator: FactoredOperator, u: Tensor, solver: Solver) -> Ei
         num_steps=torch.zeros_like(value, dtype=torch.long),
         num_matvecs=2,
         solver=solver,
-        residual_is_exact=True,
+        residual_is_exact=is_exact,
     )
