@@ -122,7 +122,7 @@ def _penalised(
     options: dict[str, Any] = {"labels": labels} if getattr(penalty, "needs_labels", False) else {}
     network = copy.deepcopy(network).train()
     if is_strict:
-        with strictly():
+        with strictly(images.device):
             return _value_or_slope(penalty(network, images, generator=drawn(), **options), network, wants_gradient)
     return _value_or_slope(penalty(network, images, generator=drawn(), **options), network, wants_gradient)
 

@@ -43,7 +43,7 @@ def forward(network: nn.Module, images: Tensor) -> None:
 
 def strict_forward(network: nn.Module, images: Tensor) -> None:
     """Run the network as an estimate does: what strict float32 costs."""
-    with strictly():
+    with strictly(images.device):
         forward(network, images)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fisher_reg import FisherMonitor, FisherRegularizer, KLPenalty, Lanczos, SpectralPenalty
+from fisher_reg import FisherMonitor, FisherRegularizer, HutchinsonMax, KLPenalty, SpectralPenalty
 from tests import cases
 
 
@@ -17,7 +17,7 @@ def run(folder, name, devices, penalty, batch_norm=False, epochs=3, precision="3
     torch.manual_seed(1)
     module = cases.Plain(cases.tiny_network(batch_norm))
     batches = cases.tiny_batches(count=8, batch_size=8 // devices)
-    monitor = FisherMonitor(num_samples=8, solver=Lanczos(num_steps=1, rtol=0.0))
+    monitor = FisherMonitor(num_samples=8, solver=HutchinsonMax(2))
     callbacks = [FisherRegularizer(0.7, penalty, every_n_steps=1, batch_fraction=1.0, **options), monitor]
     strategy = {"strategy": "ddp_spawn"} if devices > 1 else {}
     trainer = cases.trainer(
