@@ -27,8 +27,8 @@ class Lanczos(Solver):
     then an example counts as converged. One that has not converged within ``num_steps`` says so.
 
     Costs ``num_starts + num_steps`` backward and ``num_steps + 1`` forward-mode passes at most, whatever ``K``; on
-    trained networks with ten classes four to five backward passes and three to four forwards, with a thousand classes
-    one of each more. An example that has converged drops out of the batch.
+    trained networks with ten classes about four backward passes and four forwards. Examples that have converged drop
+    out once they are half of the batch.
 
     References: Golub, Kahan (1965), "Calculating the singular values and pseudo-inverse of a matrix"; for the random
     part those of :mod:`fisher_reg.solvers.interval`.
