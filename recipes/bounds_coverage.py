@@ -25,7 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 import torch
 from hydra.utils import instantiate
@@ -36,15 +35,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_reg import Exact, LogitsOf, NoBoundError, UpperBound, fisher_bound, fisher_spectral_norm, local_fisher_bound
-from recipes.benchmark import environment
-from recipes.networks import chosen_device
-from recipes.peers import installed
+from recipes.runtime.command import command
+from recipes.runtime.environment import chosen_device, environment, installed
 
 LEVELS = ("global", "domain", "local")
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="bounds_coverage")
+@command("bounds_coverage")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     coverage(config)

@@ -13,7 +13,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import hydra
 import pandas as pd
 import torch
 from hydra.utils import instantiate
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 
 from fisher_reg import fisher_spectral_norm
 from fisher_reg.evaluation import deployed
-from recipes.benchmark import environment, timed
-from recipes.networks import chosen_device
-from recipes.records import without_folders
+from recipes.reporting.records import without_folders
+from recipes.runtime.command import command
+from recipes.runtime.environment import chosen_device, environment
+from recipes.runtime.timing import timed
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="copy_cost")
+@command("copy_cost")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     copy_cost(config)

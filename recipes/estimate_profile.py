@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -24,10 +23,13 @@ from torch import Tensor, nn
 
 from fisher_reg import Categorical, Lanczos, fisher_spectral_norm
 from fisher_reg.estimate import evaluation_operator
-from recipes.benchmark import environment, silent_stderr, timed
-from recipes.counted import Counted, Passes
-from recipes.networks import prepared_data, trained_network
-from recipes.records import without_folders
+from recipes.data.chosen import prepared_data
+from recipes.models.training import trained_network
+from recipes.reporting.records import without_folders
+from recipes.runtime.command import command
+from recipes.runtime.counted import Counted, Passes
+from recipes.runtime.environment import environment
+from recipes.runtime.timing import silent_stderr, timed
 
 KINDS = {
     "convolution, backward": ("convolution_backward", "conv2d_backward"),
@@ -42,7 +44,7 @@ KINDS = {
 """From a kind to parts of names of operations; the first that fits counts."""
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="estimate_profile")
+@command("estimate_profile")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     estimate_profile(config)

@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hydra
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -32,9 +31,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from recipes.benchmark import environment, peak_memory
-from recipes.classifier import Classifier
-from recipes.networks import prepared_data
+from recipes.data.chosen import prepared_data
+from recipes.models.classifier import Classifier
+from recipes.runtime.command import command
+from recipes.runtime.environment import environment
+from recipes.runtime.timing import peak_memory
 
 PLAIN = "none"
 
@@ -58,7 +59,7 @@ class StepTimer(pl.Callback):
         self.seconds.append(time.perf_counter() - self.begin)
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="penalty_cost")
+@command("penalty_cost")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     for name in ("pytorch_lightning", "lightning_fabric"):

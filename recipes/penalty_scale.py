@@ -14,22 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fisher_reg import KLPenalty
-from recipes.compare_penalties import train_and_measure
-from recipes.jobs import Settings, execute
-from recipes.networks import prepared_data
-from recipes.penalties_report import attack_name
-from recipes.records import without_folders
+from recipes.data.chosen import prepared_data
+from recipes.penalties.report import attack_name
+from recipes.penalties.study import train_and_measure
+from recipes.reporting.records import without_folders
+from recipes.runtime.command import command
+from recipes.runtime.jobs import Settings, execute
 
 _KEYS = ["data", "model", "method"]
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="penalty_scale")
+@command("penalty_scale")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     penalty_scale(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from recipes.benchmark import DEFAULT
+from recipes.benchmark.study import DEFAULT
 
 PEERS = ("paper, white box", "curvlinops, eigsh", "plenoptic, power", "plenoptic, SVD")
 _PLACE = re.compile(r"(?<=<!-- performance -->\n).*?(?=<!-- /performance -->)", re.DOTALL)

@@ -21,7 +21,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pandas as pd
 import torch
@@ -36,13 +35,15 @@ from torch.distributions import kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_reg import EigenResult, Hutchinson, Rademacher, StandardNormal, fisher_eigenpairs, fisher_trace
-from recipes.networks import prepared_data, trained_network
+from recipes.data.chosen import check_noise, fixed_images, prepared_data
+from recipes.models.training import trained_network
+from recipes.runtime.command import command
 
 BREAKS = 0.1
 """Relative deviation of the divergence from the quadratic form at which the expansion counts as broken."""
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="theory")
+@command("theory")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     check(config)
@@ -50,12 +51,12 @@ def main(config: DictConfig) -> None:
 
 def check(config: DictConfig) -> dict[str, float]:
     """Check the statements, write the files, and return what ``theory.json`` holds."""
+    check_noise(config.noise)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     data = prepared_data(config)
     network = trained_network(config, data).double()
-    images = next(iter(data.test_dataloader()))[0][: config.num_images].double()
-    images = images + config.noise * torch.randn_like(images)
+    images = fixed_images(data, config.num_images, config.noise)
     pairs = fisher_eigenpairs(network, images, data.spec.num_classes)
     curves = pd.concat(
         [

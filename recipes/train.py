@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -22,11 +21,12 @@ from torch import nn
 
 from fisher_reg import FisherMonitor, FisherRegularizer, FisherSpectralNorm, bound_versus_empirical, fisher_bound
 from fisher_reg.metrics import summarize
-from recipes.classifier import Classifier
-from recipes.data import ImageData
+from recipes.data.base import ImageData
+from recipes.models.classifier import Classifier
+from recipes.runtime.command import command
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+@command("train")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     train(config)

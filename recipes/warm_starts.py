@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -32,14 +31,15 @@ from torch import Tensor
 from fisher_reg import Categorical, Exact, Lanczos, fisher_spectral_norm
 from fisher_reg.estimate import evaluation_operator
 from fisher_reg.operator import InputFisher
-from recipes.benchmark import environment
-from recipes.classifier import Classifier
-from recipes.counted import Counted, Passes
-from recipes.data import ImageData
-from recipes.records import without_folders
+from recipes.data.base import ImageData
+from recipes.models.classifier import Classifier
+from recipes.reporting.records import without_folders
+from recipes.runtime.command import command
+from recipes.runtime.counted import Counted, Passes
+from recipes.runtime.environment import environment
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="warm_starts")
+@command("warm_starts")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     warm_starts(config)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes import models
-from recipes.array_sources import Digits
+from recipes.data.sources import Digits
+from recipes.models import zoo as models
 
 FAMILIES = ("vgg", "resnet", "densenet", "vit")
 

@@ -25,7 +25,7 @@ from fisher_reg import (
 from fisher_reg.bounds.operator_norms import conv
 from fisher_reg.bounds.rules import activations, pooling
 from fisher_reg.bounds.tighten import averaging
-from recipes import models
+from recipes.models import zoo as models
 
 CLASSES = 4
 

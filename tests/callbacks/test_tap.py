@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fisher_reg import BoundPenalty, FisherRegularizer, KLPenalty, SpectralPenalty, TracePenalty
 from fisher_reg.callbacks.tap import Tap
 from fisher_reg.evaluation import SharedCopy
-from recipes import models
+from recipes.models import zoo as models
 from tests import cases
 
 _KL = KLPenalty(step=0.3)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from recipes.agreement import (
+from recipes.statistics.agreement import (
     agreement,
     every_network,
     grid,

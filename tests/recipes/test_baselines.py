@@ -5,8 +5,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from recipes import baselines
-from recipes.baselines import class_gradients, input_gradient_norm, linearised_distance, local_lipschitz, margin
+from recipes.competitors import measures as baselines
+from recipes.competitors.measures import (
+    class_gradients,
+    input_gradient_norm,
+    linearised_distance,
+    local_lipschitz,
+    margin,
+)
 from tests import cases
 
 MEASURES = {

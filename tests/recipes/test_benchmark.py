@@ -14,9 +14,11 @@ from PIL import Image
 from torch import nn
 
 from fisher_reg import Exact, fisher_spectral_norm
-from recipes import peers
-from recipes.benchmark import METHODS, available_methods, environment, peak_memory
+from recipes.benchmark.study import METHODS, available_methods
+from recipes.competitors import estimators as peers
 from recipes.performance_table import inserted
+from recipes.runtime.environment import environment
+from recipes.runtime.timing import peak_memory
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["num_images=8", "num_peer_images=1", "num_rounds=2", "max_seconds=0.5", "trainer.max_epochs=1"]

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 from fisher_reg import Lanczos, Tightening
-from recipes import bounds, bounds_speed
-from recipes.bounds_speed import reference_norm, without_zero_layers
-from recipes.bounds_tightness import cumulative, gaps, tightness
+from recipes.bounds import speed as bounds_speed
+from recipes.bounds import study as bounds
+from recipes.bounds.speed import reference_norm, without_zero_layers
+from recipes.bounds.tightness import cumulative, gaps, tightness
 
 CONF = Path(__file__).parents[2] / "conf"
 CONV = "{_target_: torch.nn.Conv2d, in_channels: 2, out_channels: 3, kernel_size: 3, padding: 1, bias: false}"

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.checkpoints import built_network, check_network, load_weights
-from recipes.models import ImageSpec
+from recipes.data.spec import ImageSpec
+from recipes.models.checkpoints import built_network, check_network, load_weights
 
 SPEC = ImageSpec(num_classes=3, num_channels=1, image_size=8, mean=(0.5,), std=(0.25,))
 
@@ -160,7 +160,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_only_a_factory_that_asks_for_the_spec_gets_it(tmp_path):
-    ours = built_network(_config("recipes.models.vgg", layers=[4]), SPEC)
+    ours = built_network(_config("recipes.models.zoo.vgg", layers=[4]), SPEC)
     assert ours(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
     assert not ours.training
     linear = built_network(_config("torch.nn.Linear", in_features=2, out_features=5), SPEC)

@@ -11,7 +11,7 @@ from art.metrics import metrics as toolbox
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.clever import Clever, PublishedFit, ToolboxFit, batch_maxima, nelder_mead
+from recipes.competitors.clever import Clever, PublishedFit, ToolboxFit, batch_maxima, nelder_mead
 from tests import cases
 
 
@@ -125,7 +125,7 @@ def test_equal_maxima_are_their_own_end(fit):
 def test_samples_are_fitted_the_same_in_parts(monkeypatch):
     maxima = _maxima(7, 20, 16)
     whole = ToolboxFit().endpoint(maxima), PublishedFit().endpoint(maxima)
-    monkeypatch.setattr("recipes.clever._MAX_NUMBERS", 2 * 20)
+    monkeypatch.setattr("recipes.competitors.clever._MAX_NUMBERS", 2 * 20)
     np.testing.assert_array_equal((ToolboxFit().endpoint(maxima), PublishedFit().endpoint(maxima)), whole)
 
 
@@ -209,7 +209,7 @@ def test_a_generator_settles_the_scores(monkeypatch):
     assert_close(clever(network, images), clever(network, images), rtol=0, atol=0)
     assert not clever(network, images, _generator(1)).equal(clever(network, images, _generator(2)))
     sizes = []
-    monkeypatch.setattr("recipes.clever._MAX_POINTS", 32)
+    monkeypatch.setattr("recipes.competitors.clever._MAX_POINTS", 32)
     monkeypatch.setattr(Clever, "points", lambda _, image, size, __: sizes.append(size) or image.expand(size, 6))
     clever(network, images[:1])
     assert sizes == [32, 32, 16]

@@ -23,22 +23,22 @@ from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
-from recipes.attacks import ProjectedGradient
-from recipes.cache import cache_path
-from recipes.classifier import Classifier
-from recipes.compare import compare, plan, stage_settings
-from recipes.compare_analysis import (
+from recipes.attacks.libraries import ProjectedGradient
+from recipes.compare.analysis import (
     analyse,
     confident_table,
     corrected,
     saturation_table,
 )
-from recipes.compare_findings import findings
-from recipes.compare_powers import areas, example_table, rank_correlations
-from recipes.compare_report import markdown, metric_table
-from recipes.compare_stages import STAGES, weights_path
-from recipes.measure import METRICS
-from recipes.networks import chosen_examples
+from recipes.compare.findings import findings
+from recipes.compare.powers import areas, example_table, rank_correlations
+from recipes.compare.report import markdown, metric_table
+from recipes.compare.stages import STAGES, weights_path
+from recipes.compare.study import compare, plan, stage_settings
+from recipes.competitors.measurement import METRICS
+from recipes.data.chosen import chosen_examples
+from recipes.models.classifier import Classifier
+from recipes.runtime.cache import cache_path
 from tests import cases
 
 ROOT = Path(__file__).parents[2]

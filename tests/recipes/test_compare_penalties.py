@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from fisher_reg import GradientNormPenalty, KLPenalty, LInf, NuclearNormPenalty
-from recipes.cache import cached
-from recipes.compare_penalties import callbacks, compare_penalties, plan
-from recipes.models import ImageSpec
-from recipes.penalties_report import attack_name, draw, finalists, markdown, short, summarize
-from recipes.rivals import TradesPenalty
+from recipes.competitors.penalties import TradesPenalty
+from recipes.data.spec import ImageSpec
+from recipes.penalties.report import attack_name, draw, finalists, markdown, short, summarize
+from recipes.penalties.study import callbacks, compare_penalties, plan
+from recipes.runtime.cache import cached
 
 ROOT = Path(__file__).parents[2]
 SMALL = [

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import TensorDataset
 
-from recipes.array_sources import Digits, Npz, Numbers, TorchvisionArrays
+from recipes.data.sources import Digits, Npz, Numbers, TorchvisionArrays
 
 
 def test_digits_are_pixels_with_disjoint_stratified_splits(digits):

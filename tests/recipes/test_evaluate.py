@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.audit import correlation, ranking, share
-from recipes.audit_reading import verdict
-from recipes.evaluate import evaluate
-from recipes.records import plain, without_folders
+from recipes.evaluate.audit import correlation, ranking, share
+from recipes.evaluate.reading import verdict
+from recipes.evaluate.study import evaluate
+from recipes.reporting.records import plain, without_folders
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -187,7 +187,7 @@ def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
 def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
     arrays = _npz(tmp_path / "grey.npz", num_channels=1)
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
-    monkeypatch.setattr("recipes.evaluate.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("recipes.evaluate.study.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="K=10 outputs, the data 3 classes"):
         _audit(tmp_path, *data, "~model", "+model._target_=tests.recipes.test_evaluate.Ten")
     with pytest.raises(ValueError, match=r"num_shown=2 <= num_images=13 <= 12 \(the test images"):
@@ -218,7 +218,9 @@ class Ten(Brightness):
 
 def test_pixels_that_slip_past_the_data_are_refused(tmp_path, monkeypatch):
     _npz(tmp_path / "grey.npz", num_channels=1)
-    monkeypatch.setattr("recipes.evaluate.chosen_examples", lambda *_: (2 * torch.ones(9, 1, 8, 8), torch.zeros(9)))
+    monkeypatch.setattr(
+        "recipes.evaluate.study.chosen_examples", lambda *_: (2 * torch.ones(9, 1, 8, 8), torch.zeros(9))
+    )
     with pytest.raises(ValueError, match=r"must be pixels in \[0, 1\].*they are in \[2, 2\]"):
         _audit(tmp_path, "data=npz", f"data.path={tmp_path / 'grey.npz'}")
 

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from recipes import gpu_check
-from recipes.gpu_numbers import CPU, compared, difference, numbers, reference
-from recipes.gpu_timings import Timed, alternately
+from recipes.gpu_check import study as gpu_check
+from recipes.gpu_check.numbers import CPU, compared, difference, numbers, reference
+from recipes.gpu_check.timings import Timed, alternately
 
 CONF = Path(__file__).parents[2] / "conf"
 TINY = ["num_rounds=1", "~networks.ViT", "~networks.DenseNet", "~networks.ResNet", "timed.num_images=2"]

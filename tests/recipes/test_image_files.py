@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from recipes.image_files import RADIOGRAPHS, CovidRadiography, ImageFolder, ImageNet, TinyImageNet
+from recipes.data.files import RADIOGRAPHS, CovidRadiography, ImageFolder, ImageNet, TinyImageNet
 
 
 def _image(path, red=0):

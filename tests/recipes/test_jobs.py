@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.jobs import execute
+from recipes.runtime.jobs import execute
 
 ROOT = Path(__file__).parents[2]
 

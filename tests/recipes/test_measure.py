@@ -6,8 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from fisher_reg import Exact, MarginTempered, fisher_bound, fisher_spectral_norm, fisher_trace
-from recipes.clever import Clever
-from recipes.measure import METRICS, Effort, measure, predict
+from recipes.competitors.clever import Clever
+from recipes.competitors.measurement import METRICS, Effort, measure, predict
 
 EFFORT = Effort(Clever(num_batches=5, batch_size=4, pool_factor=2), num_clever=3, num_blockwise=2)
 

@@ -6,8 +6,9 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from recipes import models
-from recipes.models import ACTIVATIONS, ImageSpec, Normalize
+from recipes.data.spec import ImageSpec
+from recipes.models import zoo as models
+from recipes.models.zoo import ACTIVATIONS, Normalize
 from tests import cases
 
 CLASSES = {

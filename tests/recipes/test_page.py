@@ -4,7 +4,7 @@ import re
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recipes.page import Section, render
+from recipes.reporting.page import Section, render
 
 
 def test_the_page_holds_everything_and_refers_to_nothing():

@@ -11,8 +11,8 @@ from hydra.utils import get_method
 from omegaconf import OmegaConf
 
 from fisher_reg import Bernoulli, Categorical, Exact, Gaussian, fisher_spectral_norm
-from recipes import public_modules
-from recipes.public import Public
+from recipes.public_modules import Public
+from recipes.public_modules import study as public_modules
 
 ROOT = Path(__file__).parents[2]
 CHOSEN = ("BoringModel", "LitAutoEncoder of the quick start", "resnet10t in a LightningModule",

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
-from recipes import rank
-from recipes.rank_agreement import (
+from recipes.rank import study as rank
+from recipes.rank.agreement import (
     COMPARISONS,
     compare,
     correlations,

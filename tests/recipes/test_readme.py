@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from recipes import penalty_cost, penalty_scale
-from recipes.compare_report import short_markdown
-from recipes.penalties_report import markdown
-from recipes.penalties_report import summarize as over_seeds
+from recipes.compare.report import short_markdown
+from recipes.penalties.report import markdown
+from recipes.penalties.report import summarize as over_seeds
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "recipes" / "results"

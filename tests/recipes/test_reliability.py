@@ -6,8 +6,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from fisher_reg import Exact
-from recipes.reliability import as_markdown, reliability
-from recipes.reliability_spectra import KINDS, Diagonal, interval_rows, ritz_rows
+from recipes.reliability.spectra import KINDS, Diagonal, interval_rows, ritz_rows
+from recipes.reliability.study import as_markdown, reliability
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -23,8 +23,8 @@ SMALL = [
 
 
 def test_the_campaign_leaves_its_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.reliability_solvers._NUM_STEPS", 1)
-    monkeypatch.setattr("recipes.reliability_blackbox._NUM_STEPS", 1)
+    monkeypatch.setattr("recipes.reliability.solvers._NUM_STEPS", 1)
+    monkeypatch.setattr("recipes.reliability.blackbox._NUM_STEPS", 1)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tables = reliability(compose("reliability", [*SMALL, f"output_dir={tmp_path}"]))
     assert set(tables) == {"interval", "ritz", "solvers", "black_box"}

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.rivals import (
+from recipes.competitors.penalties import (
     AdversarialTraining,
     FastAdversarialTraining,
     InputGradientPenalty,

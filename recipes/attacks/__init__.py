@@ -1,0 +1,1 @@
+"""Attacks of kept libraries on classifiers of pixels in [0, 1]."""

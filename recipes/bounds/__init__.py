@@ -1,0 +1,1 @@
+"""How tight the upper bounds are, and how fast: ``python -m recipes.bounds``."""

@@ -1,0 +1,126 @@
+"""What the numbers of ``recipes.compare`` say, in sentences that claim no more than they do."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from recipes.compare.analysis import NEAREST, Analysis
+from recipes.compare.powers import NETWORK
+from recipes.competitors.measurement import METRICS, SATURATED
+from recipes.statistics.agreement import SIGNIFICANCE
+
+
+def findings(found: Analysis) -> list[str]:
+    """Return the sentences, in the order in which one would ask."""
+    over_models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    return [
+        *_accuracy(found),
+        *_masked(found.examples),
+        *_powers("Which images of a network fall", found.per_example),
+        *_powers("Which networks of a data set fall", over_models),
+        *_distances(found.distances),
+        *_confident(found),
+        *_scale(found.per_example),
+    ]
+
+
+def _accuracy(found: Analysis) -> list[str]:
+    cells = found.networks.groupby("dataset", sort=False).accuracy
+    ranges = "; ".join(f"{name} {part.min():.2f} to {part.max():.2f}" for name, part in cells)
+    texts = [f"{len(found.networks)} networks; accuracy on all test images: {ranges}."]
+    missed = int((found.examples.correct & ~found.examples[f"fooled_{NEAREST}"]).sum())
+    if missed:
+        texts.append(f"No fooling image was found for {missed} images; they count as the farthest ones.")
+    return texts
+
+
+def _masked(examples: pd.DataFrame) -> list[str]:
+    texts = []
+    for column in examples.columns[examples.columns.str.startswith("masked_")]:
+        masked = examples[examples[column]]
+        if len(masked):
+            texts.append(
+                f"{column.removeprefix('masked_')} could do nothing to {len(masked)} images that survived it, of "
+                f"{masked.groupby(NETWORK).ngroups} networks: the gradient is exactly zero there. Masked gradients are "
+                "not robustness."
+            )
+    return texts
+
+
+def _powers(question: str, table: pd.DataFrame) -> list[str]:
+    texts = []
+    for target, part in table.groupby("target", sort=False):
+        complete = part[part.num_networks == part.num_networks.max()].set_index("metric")
+        complete = complete.drop(["clever", "log10_blockwise"], errors="ignore")  # which see fewer images
+        ranked = complete.value.sort_values(ascending=False)
+        said = [_said(part, name) for name in ("lambda", "lambda_tempered")]
+        if ranked.index[0] not in ("lambda", "lambda_tempered"):
+            said.append(f"the largest of {len(ranked)}, chosen afterwards: {_said(part, ranked.index[0])}")
+        goal = "nearness of the nearest fooling image" if target == "distance" else f"to {target}"
+        texts.append(f"{question} ({goal}, {part.statistic.iloc[0]}): {'; '.join(text for text in said if text)}.")
+    return texts
+
+
+def _said(part: pd.DataFrame, metric: str) -> str:
+    rows = part[part.metric == metric]
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    doubt = "" if row.p_corrected <= SIGNIFICANCE else ", not to be told from chance"
+    return f"{METRICS[metric].title} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{doubt}"
+
+
+def _distances(distances: pd.DataFrame) -> list[str]:
+    texts = []
+    for _, row in distances.iterrows():
+        constant = row.get("c", math.nan)
+        law = "" if math.isnan(constant) else f" (c has median {row.c:.2g}, {row.c_low:.2g} to {row.c_high:.2g})"
+        texts.append(
+            f"Distance to the nearest fooling image over {row.title}{law}: median {row.median_ratio:.2f}, and 90 % of "
+            f"the images of a network lie within {row.spread:.2f} decades."
+        )
+    return texts
+
+
+def _confident(found: Analysis) -> list[str]:
+    table = found.confident
+    if table.empty:
+        return [f"No network has enough images of confidence above {SATURATED} beside others to compare them."]
+    attacks = [name.removeprefix("confident_fooled_") for name in table if name.startswith("confident_fooled_")]
+    middle = table.drop(columns=NETWORK).median()
+    falls = ", ".join(
+        f"{middle[f'confident_fooled_{name}']:.0%} to {name} (others {middle[f'other_fooled_{name}']:.0%})"
+        for name in attacks
+    )
+    by_lambda = math.sqrt(middle.other_lambda / middle.confident_lambda)
+    by_tempered = math.sqrt(middle.other_lambda_tempered / middle.confident_lambda_tempered)
+    return [
+        f"Saturation: {len(table)} networks have images of confidence above {SATURATED} and others. Medians over these "
+        f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
+        f"others, as if the fooling images of the confident ones lay {by_lambda:.2g} times as far; they lie "
+        f"{middle.confident_distance / middle.other_distance:.2g} times as far, and λ at equal margins says "
+        f"{by_tempered:.2g}. Of the confident ones fall {falls}.",
+        _pooled(found.saturation, attacks),
+    ]
+
+
+def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
+    first, last = saturation.iloc[0], saturation.iloc[-1]
+    falls = ", ".join(f"{last[f'fooled_{name}']:.0%} to {name}" for name in attacks)
+    return (
+        f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
+        f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; {falls} fall all the "
+        "same."
+    )
+
+
+def _scale(per_example: pd.DataFrame) -> list[str]:
+    by_distance = per_example[per_example.target == "distance"].set_index("metric")
+    names = [name for name in ("lambda", "lambda_confident", "lambda_tempered") if name in by_distance.index]
+    values = ", ".join(f"{METRICS[name].title} {by_distance.value[name]:.2f}" for name in names)
+    return [
+        "Multiplying all logits changes no decision, but λ by orders of magnitude; λ at equal margins stays. Mean rank "
+        f"correlation with nearness: {values}."
+    ]

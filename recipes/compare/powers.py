@@ -1,0 +1,148 @@
+"""How well each metric tells which images of a network fall, with an uncertainty that knows what is shared.
+
+All networks of a data set see the same images, and the same model and training occurs on every data set. So one draw of
+the bootstrap takes images (the same for all networks of a data set), models with their training (the same for all data
+sets), and seeds within them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recipes.competitors.measurement import METRICS
+from recipes.statistics.agreement import Array, quantiles
+
+NETWORK = ["dataset", "model", "training", "seed"]
+
+
+def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples: int) -> pd.DataFrame:
+    """Return a row per metric and target: mean, 95 % interval and two-sided p-value of the bootstrap.
+
+    Args:
+        examples: A row per network and image, in the same order of images for all networks of a data set, with
+            ``correct``, ``fooled_<attack>``, the metrics, and ``distance``, infinite where nothing fooled the network.
+        attacks: Whose falls are to be told: by the area under the ROC curve (chance is 1/2), among the images that the
+            network classifies correctly. The target ``distance`` is Spearman's correlation with nearness.
+        num_resamples: Draws.
+
+    Returns:
+        Also ``num_networks``, where the value is defined (an attack that fells all or nothing tells nothing), of
+        ``num_all``. A metric that is defined for no network has no row.
+    """
+    networks = [part for _, part in examples.groupby(NETWORK, sort=False)]
+    draws = _image_draws(networks, num_resamples)
+    places = _places(networks)
+    models = _model_draws(places.max(0) + 1, num_resamples)
+    rows = []
+    for name, metric in METRICS.items():
+        scores = [metric.sign * part[name].to_numpy() for part in networks]
+        for target in [*attacks, "distance"]:
+            values = np.full((*(places.max(0) + 1), num_resamples + 1), np.nan)
+            for place, part, score, draw in zip(places, networks, scores, draws, strict=True):
+                known = part.correct.to_numpy() & ~np.isnan(score)
+                if target == "distance":
+                    values[tuple(place)] = rank_correlations(score, -part.distance.to_numpy(), known, draw)
+                else:
+                    values[tuple(place)] = areas(score, part[f"fooled_{target}"].to_numpy(), known, draw)
+            defined = int(np.isfinite(values[..., 0]).sum())
+            if defined:
+                chance = 0.0 if target == "distance" else 0.5
+                row = {"metric": name, "target": target, "statistic": "rho" if target == "distance" else "auc"}
+                row |= {"num_networks": defined, "num_all": len(networks)}
+                rows.append(row | _summary(values, models, chance))
+    return defined_rows(rows)
+
+
+def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return the rows as a frame.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not rows:
+        raise ValueError(
+            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack fells all "
+            "of them or none. Train longer, take more images or other attacks; what has been done is kept."
+        )
+    return pd.DataFrame(rows)
+
+
+def areas(score: Array, fooled: Array, known: Array, draws: Array) -> Array:
+    """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
+    counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)
+    fell, stood = known & fooled, known & ~fooled
+    if len(np.unique(score[known])) < 2:
+        return np.full(len(draws), np.nan)
+    one, other = score[fell][:, None], score[stood]
+    wins = (one > other) + 0.5 * (one == other)
+    number = counts[:, fell].sum(1) * counts[:, stood].sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.einsum("ra,ab,rb->r", counts[:, fell], wins, counts[:, stood], optimize=True) / number)
+
+
+def rank_correlations(score: Array, nearness: Array, known: Array, draws: Array) -> Array:
+    """Return Spearman's correlation for each draw of images ``(R, n)``, over those that are known."""
+    drawn = known[draws]
+    centred = []
+    for values in (score, nearness):
+        ranks = pd.DataFrame(np.where(known, values, np.nan)[draws]).rank(axis=1).to_numpy()
+        mean = np.where(drawn, ranks, 0).sum(1, keepdims=True) / drawn.sum(1, keepdims=True).clip(1)
+        centred.append(np.where(drawn, ranks - mean, 0))
+    one, other = centred
+    lengths = np.sqrt((one**2).sum(1) * (other**2).sum(1))
+    return np.asarray((one * other).sum(1) / np.where(lengths == 0, np.nan, lengths))
+
+
+def _image_draws(networks: Sequence[pd.DataFrame], num_resamples: int) -> list[Array]:
+    """Return the images ``(R + 1, n)`` of each draw, the first being all as they are; alike in a data set."""
+    draws: dict[str, Array] = {}
+    for part in networks:
+        dataset = part.dataset.iloc[0]
+        if dataset not in draws:
+            drawn = np.random.default_rng(len(draws)).integers(len(part), size=(num_resamples, len(part)))
+            draws[dataset] = np.concatenate([np.arange(len(part))[None], drawn])
+    return [draws[part.dataset.iloc[0]] for part in networks]
+
+
+def _places(networks: Sequence[pd.DataFrame]) -> Array:
+    """Return data set, model with training, and seed of each network as numbers ``(N, 3)``."""
+    names = [part[NETWORK].iloc[0] for part in networks]
+    keys = [(name.dataset, (name.model, name.training), name.seed) for name in names]
+    return np.stack([pd.factorize(pd.Series(column))[0] for column in zip(*keys, strict=True)], 1)
+
+
+def _model_draws(sizes: Array, num_resamples: int) -> list[tuple[Array, Array]]:
+    generator = np.random.default_rng(0)
+    _, num_models, num_seeds = sizes
+    return [
+        (generator.integers(num_models, size=num_models), generator.integers(num_seeds, size=(num_models, num_seeds)))
+        for _ in range(num_resamples)
+    ]
+
+
+def _summary(values: Array, models: Sequence[tuple[Array, Array]], chance: float) -> dict[str, float]:
+    drawn = np.array(
+        [
+            _mean(np.take_along_axis(values[..., draw], seeds[None], 2)[:, chosen])
+            for draw, (chosen, seeds) in enumerate(models, 1)
+        ]
+    )
+    low, high = quantiles(drawn)
+    drawn = drawn[~np.isnan(drawn)]
+    beyond = min((drawn <= chance).sum(), (drawn >= chance).sum())
+    return {
+        "value": _mean(values[..., 0]),
+        "low": low,
+        "high": high,
+        "p": min(1.0, 2 * (1 + beyond) / (1 + len(drawn))),
+    }
+
+
+def _mean(values: Array) -> float:
+    """Return the mean of what is defined."""
+    defined = values[np.isfinite(values)]
+    return float(defined.mean()) if len(defined) else np.nan

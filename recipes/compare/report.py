@@ -1,0 +1,255 @@
+"""Files of ``recipes.compare``: tables, figures, and the page that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from recipes.compare.analysis import PREDICTORS, Analysis, in_decades, predicted, reached
+from recipes.competitors.measurement import METRICS
+from recipes.reporting.page import Section, markdown_table, render
+from recipes.reporting.records import without_folders
+from recipes.statistics.agreement import SIGNIFICANCE
+
+_MARKERS = "osD^v<>P"
+_MAX_POINTS = 4000  # of a scatter plot
+
+
+def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folder: Path) -> None:
+    """Write the files of a run into its folder."""
+    found.networks.to_csv(folder / "networks.csv", index=False, float_format="%.6g")
+    found.examples.to_csv(folder / "examples.csv.gz", index=False, float_format="%.6g")
+    found.per_example.to_csv(folder / "per_example.csv", index=False, float_format="%.4g")
+    found.per_model.to_csv(folder / "per_model.csv", index=False, float_format="%.4g")
+    drawn = figures(found)
+    for name, (figure, _) in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=120)
+    (folder / "compare.json").write_text(
+        json.dumps({"findings": list(texts), "settings": without_folders(settings)}, indent=2) + "\n"
+    )
+    (folder / "compare.md").write_text(markdown(found, texts), encoding="utf-8")
+    (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
+
+
+def tables(found: Analysis) -> dict[str, pd.DataFrame]:
+    """Return what is shown: which metrics tell what falls, the networks, the distances, and saturation."""
+    return {
+        "What tells which examples and which networks fall": metric_table(
+            found.per_example, found.per_model, found.networks
+        ),
+        "The networks: means over seeds": network_table(found),
+        "Predicted distance to the nearest fooling image": found.distances.drop(columns="predictor"),
+        "Confidence, and what falls all the same (over all networks and data sets)": found.saturation,
+    }
+
+
+def metric_table(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per metric; every cell with its 95 % interval, ``*`` where the corrected p is at most 0.05."""
+    table = pd.DataFrame({"metric": [metric.title for metric in METRICS.values()]}, index=list(METRICS))
+    over_models = per_model[(per_model.scope == "all") & (per_model.statistic == "rho")]
+    for over, part in {"images": per_example, "networks": over_models}.items():
+        for target, rows in part.groupby("target", sort=False):
+            goal = "nearness" if target == "distance" else target
+            column = f"{over}: {goal}, {rows.statistic.iloc[0]}"
+            table[column] = pd.Series({row.metric: _cell(row) for _, row in rows.iterrows()})
+    table["seconds"] = [f"{networks[f'seconds_{name}'].median():.2g}" for name in METRICS]
+    return table.fillna("–")
+
+
+def short_markdown(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> str:
+    """Return the columns of :func:`metric_table` that fit on a page."""
+    shown = ["metric", "images: auto_pgd, auc", "images: nearness, rho", "networks: nearness, rho", "seconds"]
+    return markdown_table(metric_table(per_example, per_model, networks)[shown])
+
+
+def _cell(row: pd.Series) -> str:
+    few = f" ({row.num_networks} of {row.num_all})" if row.get("num_all", row.num_networks) > row.num_networks else ""
+    star = "*" if row.p_corrected <= SIGNIFICANCE else ""
+    return f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{star}{few}"
+
+
+def network_table(found: Analysis) -> pd.DataFrame:
+    """Return the means over the seeds of each cell, geometric ones of what is positive."""
+    shown = ["accuracy", *(name for name in found.networks if name.startswith("success_")), "distance"]
+    shown += ["lambda", "lambda_blackbox", "lambda_tempered", "clever"]
+    shown += ["log10_blockwise", "log10_local", "log10_global"]
+    decades = in_decades(found.networks)
+    means = decades.groupby(["dataset", "model", "training"], sort=False)[shown].mean()
+    changed = [name for name in shown if not decades[name].equals(found.networks[name])]
+    return means.assign(**{name: 10 ** means[name] for name in changed}).reset_index()
+
+
+def markdown(found: Analysis, texts: Sequence[str]) -> str:
+    """Return findings and tables as a Markdown page."""
+    parts = ["# Metric against attack", *(f"- {text}" for text in texts), ""]
+    for title, frame in tables(found).items():
+        parts += [f"## {title}", "", markdown_table(frame), ""]
+    return "\n".join(parts)
+
+
+def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, str]]) -> str:
+    """Return findings, tables and figures as a self-contained HTML page."""
+    sections = [Section("Findings", texts)]
+    sections += [Section(title, table=frame) for title, frame in tables(found).items()]
+    sections += [
+        Section(name.replace("_", " ").capitalize(), figure=figure, caption=caption)
+        for name, (figure, caption) in drawn.items()
+    ]
+    lead = [
+        "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
+        "attack, tell which images and which networks are fooled? Positive correlations and areas above one half: the "
+        "more sensitive is easier to fool. Intervals are 95 % bootstrap intervals: over images, models and seeds "
+        "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
+        "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
+        "CLEVER and the blockwise bound see fewer images than the others."
+    ]
+    return render("Metric against attack", lead, sections)
+
+
+def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
+    """Draw the figures, each with its caption."""
+    return {
+        "metric_against_attack": (
+            draw_success(found.networks),
+            "Each point is a network. Above: median λ over the images; below: at equal margins, which the confidence "
+            "of a network does not change. Upwards: median distance to the nearest fooling image, in pixel units.",
+        ),
+        "ranking": (
+            draw_ranking(found.networks),
+            "Order of the models and trainings of each data set by median λ, by λ at equal margins, and by the median "
+            "distance to the nearest fooling image; the most sensitive on top.",
+        ),
+        "white_box_against_black_box": (
+            draw_black_box(found.examples),
+            "Each point is an image of a network: estimates against the largest eigenvalue.",
+        ),
+        "distance": (
+            draw_distances(found.examples),
+            "Distance to the nearest fooling image over what each predictor says; a point per image that the network "
+            "classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
+        ),
+        "power": (
+            draw_power(found),
+            "Rank correlation with the nearness of the nearest fooling image, over the examples of a network (mean "
+            "over networks) and over the networks of a data set (mean over data sets), with 95 % intervals.",
+        ),
+    }
+
+
+def draw_success(networks: pd.DataFrame) -> Figure:
+    """Draw the distance to the nearest fooling image over λ: a column of panels per data set."""
+    datasets, models, trainings = (list(networks[name].unique()) for name in ("dataset", "model", "training"))
+    figure = Figure(figsize=(3.6 * len(datasets) + 0.6, 7.4), layout="constrained")
+    panels = figure.subplots(2, len(datasets), squeeze=False)
+    for line, metric in zip(panels, ("lambda", "lambda_tempered"), strict=True):
+        for axes, dataset in zip(line, datasets, strict=True):
+            some = networks[networks.dataset == dataset]
+            for (model, training), part in some.groupby(["model", "training"]):
+                style = {
+                    "color": f"C{models.index(model)}",
+                    "marker": _MARKERS[trainings.index(training) % len(_MARKERS)],
+                }
+                axes.plot(part[metric], part.distance, linestyle="none", alpha=0.8, **style)
+            axes.set(xscale="log", yscale="log", xlabel=f"median of {METRICS[metric].title}", title=dataset)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel("distance to the nearest fooling image")
+    handles = [Line2D([], [], color=f"C{index}", linewidth=4, label=name) for index, name in enumerate(models)]
+    for index, name in enumerate(trainings):
+        handles.append(Line2D([], [], color="k", marker=_MARKERS[index % len(_MARKERS)], linestyle="none", label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return figure
+
+
+def draw_ranking(networks: pd.DataFrame) -> Figure:
+    """Draw the order of the cells of each data set by metric and by attack, side by side."""
+    datasets, models = list(networks.dataset.unique()), list(networks.model.unique())
+    columns = {"lambda": 1, "lambda_tempered": 1, "distance": -1}
+    figure = Figure(figsize=(4.4 * len(datasets), 5.4), layout="constrained")
+    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
+        some = in_decades(networks[networks.dataset == dataset])
+        cells = some.groupby(["model", "training"], sort=False)[list(columns)].mean()
+        places = pd.DataFrame({name: (sign * cells[name]).rank(method="first") for name, sign in columns.items()})
+        for (model, _), line in places.iterrows():
+            axes.plot(range(len(columns)), line, "o-", color=f"C{models.index(model)}", markersize=5)
+        order = places["lambda"].sort_values()
+        axes.set_yticks(order, [f"{model}, {training}" for model, training in order.index], fontsize=8)
+        axes.set_xticks(range(len(columns)), ["λ", "λ, equal\nmargins", "attack"])
+        axes.set(title=dataset, ylim=(0.5, len(places) + 0.5))
+    return figure
+
+
+def draw_black_box(examples: pd.DataFrame) -> Figure:
+    """Draw the black-box estimate and the paper's two estimators over λ."""
+    shown = {"lambda_blackbox": "C0", "paper_white_box": "C1", "paper_black_box": "C3"}
+    some = examples.sample(min(_MAX_POINTS, len(examples)), random_state=0)
+    some = some[some["lambda"] > 0]
+    figure = Figure(figsize=(6.4, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, colour in shown.items():
+        drawn = some[some[name] > 0]
+        off = np.abs(np.log10(drawn[name] / drawn["lambda"])).median()
+        left_out = f"zero or none at {len(some) - len(drawn)} of {len(some)}"
+        label = f"{METRICS[name].title}: median factor {10**off:.3g}, {left_out}"
+        axes.plot(drawn["lambda"], drawn[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
+    ends = [some["lambda"].min(), some["lambda"].max()]
+    axes.plot(ends, ends, color="k", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel=METRICS["lambda"].title, ylabel="estimate")
+    axes.grid(alpha=0.3)
+    _strong_legend(axes)
+    return figure
+
+
+def draw_distances(examples: pd.DataFrame) -> Figure:
+    """Draw the distances to the nearest fooling images over their predictions, a panel per predictor."""
+    found = reached(examples[examples.correct])
+    figure = Figure(figsize=(4.2 * len(PREDICTORS), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(PREDICTORS), sharex=True, sharey=True)
+    for axes, (name, title) in zip(panels, PREDICTORS.items(), strict=True):
+        pairs = predicted(found, name)
+        for number, (dataset, part) in enumerate(pairs.groupby("dataset", sort=False)):
+            some = part.sample(min(_MAX_POINTS // 4, len(part)), random_state=0)
+            axes.plot(some.prediction, some.distance, ".", color=f"C{number}", alpha=0.3, markersize=3, label=dataset)
+        ends = [pairs.distance.min(), pairs.distance.max()]
+        axes.plot(ends, ends, color="k", linewidth=1)
+        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.set(xlim=(ends[0] / 10, ends[1] * 10), ylim=(ends[0] / 1.5, ends[1] * 1.5))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("distance to the nearest fooling image")
+    _strong_legend(panels[0])
+    return figure
+
+
+def _strong_legend(axes: Axes) -> None:
+    for handle in axes.legend(frameon=False, markerscale=4).legend_handles:
+        handle.set_alpha(1)
+
+
+def draw_power(found: Analysis) -> Figure:
+    """Draw how well each metric orders examples and networks by distance."""
+    over_models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"examples of a network": found.per_example, "networks of a data set": over_models}
+    for axes, (title, part) in zip(panels, titles.items(), strict=True):
+        _draw_intervals(axes, part[part.target == "distance"].set_index("metric"))
+        axes.set(title=title, xlabel="rank correlation with nearness")
+    panels[0].set_yticks([-place for place in range(len(METRICS))], [metric.title for metric in METRICS.values()])
+    return figure
+
+
+def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
+    for place, name in enumerate(METRICS):
+        if name in rows.index:
+            row = rows.loc[name]
+            axes.plot([row.low, row.high], [-place] * 2, color="C0", linewidth=2)
+            axes.plot(row.value, -place, "o", color="C3" if name.startswith("lambda") else "C0")
+    axes.axvline(0, color="gray", linestyle=":")
+    axes.grid(alpha=0.3, axis="x")

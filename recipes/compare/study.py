@@ -1,0 +1,184 @@
+"""Redo the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
+
+Every network (data set x model x training x seed) is trained, attacked, and measured on the same test images: λ white
+box and black box, the paper's two estimators, and the other measures of
+:data:`recipes.competitors.measurement.METRICS`. Then it is asked how well each number tells which examples and which
+networks fall. A little uniform noise keeps the test images off the kinks of max pooling on flat backgrounds.
+
+Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
+``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
+five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
+``cache_dir`` under a digest of its settings and of the versions of torch and fisher-reg: a run that was killed goes on
+where it was, a training at its last epoch. Delete the folder after a change of the code or of the files of a data set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from recipes.compare.analysis import NEAREST, Analysis, analyse
+from recipes.compare.findings import findings
+from recipes.compare.powers import NETWORK
+from recipes.compare.report import write
+from recipes.compare.stages import STAGES
+from recipes.competitors.measurement import METRICS, predict
+from recipes.data.base import ImageData
+from recipes.data.chosen import check_noise, prepared_data
+from recipes.runtime.cache import cache_path
+from recipes.runtime.command import command
+from recipes.runtime.jobs import Settings, execute, quiet
+from recipes.statistics.agreement import MIN_MODELS
+
+_TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
+_MEASURED_BY = ("num_images", "noise", "effort", "num_resamples")
+_SHOWN = ("datasets", "models", "trainings", "attacks", "seeds", *_TRAINED_BY, *_MEASURED_BY)
+
+
+@command("compare")
+def main(config: DictConfig) -> None:
+    """Hydra's entry point."""
+    compare(config)
+
+
+def compare(config: DictConfig) -> Analysis:
+    """Train, attack and measure what is not in the cache, analyse it, and write the files.
+
+    Returns:
+        What the files say.
+
+    Raises:
+        ValueError: For settings that :func:`check` refuses; before any training.
+    """
+    begin = time.perf_counter()
+    runs = plan(config)
+    check(config, runs)
+    folder, cache = Path(config.output_dir), Path(config.cache_dir)
+    for path in (folder, cache):
+        path.mkdir(parents=True, exist_ok=True)
+    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
+    results: dict[str, dict[str, Any]] = {cache_path(run, cache).stem: {"run": run} for run in runs}
+    for stage, work in STAGES.items():
+        todo = [stage_settings(config, stage, run) for run in runs]
+        for settings, result in execute(stage, todo, partial(work, cache=cache), **shared):
+            results[cache_path(settings["run"], cache).stem][stage] = result
+    ordered = [results[cache_path(run, cache).stem] for run in runs]
+    found = analyse(networks_frame(ordered), examples_frame(ordered), list(config.attacks), config.num_resamples)
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(_SHOWN)), resolve=True)
+    texts = findings(found)
+    write(found, texts, settings, folder)
+    console = Console()
+    for text in texts:
+        console.print(f"- {text}", highlight=False)
+    console.print(f"{len(runs)} networks in {time.perf_counter() - begin:.0f} s. Files: {folder}", soft_wrap=True)
+    return found
+
+
+def plan(config: DictConfig) -> list[Settings]:
+    """Return everything that the weights of each network depend on, the first seed of all first."""
+    everything = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
+    return [
+        {key: everything[key] for key in _TRAINED_BY}
+        | {"dataset": dataset, "model": model, "training": training, "seed": seed}
+        | {"data": data, "network": network, "attack": options["attack"]}
+        for seed in everything["seeds"]
+        for dataset, data in everything["datasets"].items()
+        for model, network in everything["models"].items()
+        for training, options in everything["trainings"].items()
+    ]
+
+
+def check(config: DictConfig, runs: list[Settings]) -> None:
+    """Refuse what would fail or mislead after hours of training.
+
+    Raises:
+        ValueError: If nothing is to be done, the nearest fooling images are not searched, a seed occurs twice, there
+            are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
+            its constructor says.
+    """
+    if not runs or not config.attacks:
+        raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")
+    if NEAREST not in config.attacks:
+        raise ValueError(
+            f"The comparison needs the attack {NEAREST}, whose distances it is about; got {list(config.attacks)}."
+        )
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
+    if len(config.models) * len(config.trainings) < MIN_MODELS:
+        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; give more of either.")
+    if config.num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1; got {config.num_resamples}.")
+    check_noise(config.noise)
+    for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
+        instantiate(attack)
+    instantiate(config.effort)
+    quiet()
+    for name, data_config in config.datasets.items():
+        data = prepared_data(OmegaConf.create({"data": data_config, "seed": 0}))
+        num_test = len(data.splits["test"])
+        if not 1 <= config.num_images <= num_test:
+            raise ValueError(
+                f"num_images={config.num_images} must be between 1 and the {num_test} test images of {name}."
+            )
+        for model, network in config.models.items():
+            _check_forward(f"{model} on {name}", instantiate(network, spec=data.spec), data)
+
+
+def _check_forward(title: str, network: nn.Module, data: ImageData) -> None:
+    shape = (2, data.spec.num_channels, data.spec.image_size, data.spec.image_size)
+    try:
+        outputs = predict(network, torch.zeros(shape))
+    except RuntimeError as error:
+        raise ValueError(f"{title} does not take images {shape[1:]}: {error}") from error
+    if outputs.shape != (2, data.spec.num_classes):
+        raise ValueError(f"{title} returns {tuple(outputs.shape[1:])} numbers for {data.spec.num_classes} classes.")
+
+
+def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
+    """Return what the numbers of one stage of a network depend on."""
+    needed = {
+        "training": [],
+        "attacks": ["attacks", "num_images", "noise"],
+        "metrics": ["effort", "num_images", "noise"],
+    }
+    part = OmegaConf.to_container(OmegaConf.masked_copy(config, needed[stage]), resolve=True)
+    return {"run": run, "stage": stage} | part
+
+
+def _described(settings: Settings) -> str:
+    return " ".join(str(settings["run"][name]) for name in NETWORK)
+
+
+def networks_frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return accuracy and seconds: a row per network."""
+    return pd.DataFrame(
+        {name: entry["run"][name] for name in NETWORK}
+        | {"accuracy": entry["training"]["accuracy"], "seconds_training": entry["training"]["seconds"]}
+        | {f"seconds_{name}": entry["metrics"]["seconds"][name] for name in METRICS}
+        for entry in results
+    )
+
+
+def examples_frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return metrics and attacks: a row per network and image."""
+    return pd.concat([pd.DataFrame(dict(_columns(entry))) for entry in results], ignore_index=True)
+
+
+def _columns(entry: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in NETWORK:
+        yield name, entry["run"][name]
+    for name in ("correct", "confidence", "blackbox_error", *METRICS):
+        yield name, entry["metrics"][name]
+    for name, result in entry["attacks"].items():
+        for key, values in result.items():
+            yield f"{key}_{name}", values

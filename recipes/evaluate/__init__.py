@@ -1,0 +1,1 @@
+"""An audit of one classifier: ``python -m recipes.evaluate``."""

@@ -1,0 +1,214 @@
+"""An audit from its numbers: a plain-language reading, one page, a record. No network is run here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, mannwhitneyu, spearmanr
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from fisher_reg import Lanczos
+from fisher_reg.metrics import summarize
+from recipes.attacks.libraries import Attack, AttackResult
+from recipes.competitors.measurement import SATURATED, Measurement
+from recipes.reporting.records import plain, without_folders
+
+_NUM_RESAMPLES = 500
+WIDE = Lanczos().tolerance
+"""Width of an interval of λ, relative to its lower end, from which on it counts as wide."""
+FAILURE_PROBABILITY = Lanczos().failure_probability
+"""Of the intervals of λ."""
+BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What became of the images under an attack.
+
+    Attributes:
+        attack: With its settings.
+        result: Fields with leading axis ``B``.
+        warnings: Of masked gradients.
+        seconds: Wall clock.
+    """
+
+    attack: Attack
+    result: AttackResult
+    warnings: tuple[str, ...]
+    seconds: float
+
+    @property
+    def ball(self) -> str | None:
+        """In which the attack stays; none if it goes as far as it must."""
+        if not hasattr(self.attack, "epsilon"):
+            return None
+        norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(self.attack.norm, self.attack.norm)
+        return f"{norm} ≤ {self.attack.epsilon:.3g}"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The most sensitive images, the most sensitive one first.
+
+    Attributes:
+        index: ``(S,)``, into the images of the audit.
+        eigenvalues: The largest ones ``(S, k)``, descending.
+        eigenvectors: The first of each, ``(S, C, H, W)``, of unit length.
+        moved: The images against and along it, clamped to [0, 1], ``(2, S, C, H, W)``.
+        predicted: Classes of the images and of both moved ones, ``(3, S)``.
+        confidence: Their probabilities, ``(3, S)``.
+    """
+
+    index: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+    moved: Tensor
+    predicted: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything that was measured, on the CPU.
+
+    Attributes:
+        network: What was audited, in words.
+        data: On which images, in words.
+        settings: As configured.
+        images: ``(B, C, H, W)`` in [0, 1].
+        labels: ``(B,)``.
+        class_names: One per class, or none.
+        measurement: Numbers per image.
+        effective_rank: ``(B,)``.
+        interval_width: Of λ at :data:`FAILURE_PROBABILITY`, relative to its lower end, ``(B,)``.
+        attacks: By name.
+        shown: The most sensitive images.
+    """
+
+    network: str
+    data: str
+    settings: dict[str, Any]
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    measurement: Measurement
+    effective_rank: Tensor
+    interval_width: Tensor
+    attacks: dict[str, Attacked]
+    shown: Shown
+
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return f"Audit of {self.network}"
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the network is right, ``(B,)``."""
+        return self.measurement.extra["correct"]
+
+    @property
+    def saturated(self) -> Tensor:
+        """Whether the confidence leaves λ little room, ``(B,)``."""
+        return self.measurement.extra["confidence"] > SATURATED
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class, or its number."""
+        return str(self.class_names[label]) if self.class_names else str(label)
+
+
+def share(hits: Tensor) -> dict[str, Any]:
+    """Return the share of true values with its 95 % interval (Wilson's)."""
+    test = binomtest(int(hits.sum()), len(hits))
+    low, high = test.proportion_ci(method="wilson")
+    return {"value": test.statistic, "low": low, "high": high, "count": len(hits)}
+
+
+def ranking(values: Tensor, fooled: Tensor) -> dict[str, float] | None:
+    """Return the ROC-AUC of ``values`` for telling the fooled images, with a 95 % bootstrap interval.
+
+    Returns:
+        Nothing if all images were fooled, or none. ``p`` is that of Mann and Whitney's test: unlike the interval, it
+        knows that two images can be in order by chance.
+    """
+    if bool(fooled.all()) or not bool(fooled.any()):
+        return None
+    wins = (values[fooled][:, None] - values[~fooled]).sign().numpy() / 2 + 0.5
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.integers(size, size=(_NUM_RESAMPLES, size)) for size in wins.shape)
+    areas = [wins[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
+    low, high = np.quantile(areas, [0.025, 0.975])
+    p = float(mannwhitneyu(values[fooled], values[~fooled]).pvalue)
+    return {"value": float(roc_auc_score(fooled, values)), "low": float(low), "high": float(high), "p": p}
+
+
+def correlation(values: Tensor, distances: Tensor) -> dict[str, float] | None:
+    """Return Spearman's correlation, with a 95 % bootstrap interval.
+
+    Returns:
+        Nothing for fewer than ten pairs, or if one side is constant.
+    """
+    pairs = np.stack([values.numpy(), distances.numpy()], 1)
+    if len(pairs) < 10 or (np.ptp(pairs, axis=0) == 0).any():
+        return None
+    draws = np.random.default_rng(0).integers(len(pairs), size=(_NUM_RESAMPLES, len(pairs)))
+    low, high = np.quantile([spearmanr(pairs[draw]).statistic for draw in draws], [0.025, 0.975])
+    whole = spearmanr(pairs)
+    return {"value": float(whole.statistic), "low": float(low), "high": float(high), "p": float(whole.pvalue)}
+
+
+def outcome(audit: Audit, name: str) -> dict[str, Any]:
+    """Return what an attack did, as plain numbers.
+
+    Among them how λ orders the images that were right: those that an attack within a radius fooled before those that it
+    did not, as ROC-AUC; or, without a radius, by the distance to the fooling image, as Spearman's correlation.
+    """
+    attacked, correct = audit.attacks[name], audit.correct
+    result, values = attacked.result, audit.measurement.values["lambda"]
+    broken = correct & result.fooled
+    distances = result.euclidean[broken]
+    return {
+        "accuracy": share(~result.fooled),
+        "num_correct": int(correct.sum()),
+        "num_fooled": int(broken.sum()),
+        "median_distance": float(distances.quantile(0.5)) if len(distances) else math.nan,
+        "num_masked": int(attacked.result.masked.sum()),
+        "auc_of_lambda": None if attacked.ball is None else ranking(values[correct], result.fooled[correct]),
+        "correlation_of_lambda": None if attacked.ball else correlation(values[broken], distances),
+    }
+
+
+def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
+    """Return everything but the pictures, ready for JSON: NaN is null, infinity a string."""
+    shown = audit.shown
+    return plain(
+        {
+            "network": audit.network,
+            "data": audit.data,
+            "settings": without_folders(audit.settings),
+            "reading": reading,
+            "accuracy": share(audit.correct),
+            "lambda": summarize(audit.measurement.values["lambda"]),
+            "num_saturated": int(audit.saturated.sum()),
+            "num_lambda_zero": int((audit.measurement.values["lambda"] == 0).sum()),
+            "attacks": {
+                name: {
+                    "attack": str(attacked.attack),
+                    "masked": attacked.result.masked,
+                    "warnings": attacked.warnings,
+                    "seconds": attacked.seconds,
+                }
+                | outcome(audit, name)
+                | {key: getattr(attacked.result, key) for key in ("fooled", "euclidean")}
+                for name, attacked in audit.attacks.items()
+            },
+            "wide_interval_share": float((audit.interval_width > WIDE).double().mean()),
+            "images": audit.measurement.lists()
+            | {"label": audit.labels, "effective_rank": audit.effective_rank, "interval_width": audit.interval_width},
+            "most_sensitive": {key: getattr(shown, key) for key in ("index", "eigenvalues", "predicted", "confidence")},
+        }
+    )

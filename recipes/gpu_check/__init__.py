@@ -1,0 +1,1 @@
+"""Numbers and times of a GPU: ``python -m recipes.gpu_check``."""

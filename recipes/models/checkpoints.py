@@ -1,0 +1,231 @@
+"""The network of an audit: built by any factory, with the weights of any file that holds nothing but weights."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from fisher_reg import Categorical
+from fisher_reg.estimate import evaluation_operator
+from fisher_reg.evaluation import deployed
+from recipes.data.spec import ImageSpec
+from recipes.models.zoo import Normalize
+
+Weights = Mapping[str, Any]
+
+_ENTRIES = ("state_dict", "model_state_dict", "model", "network", "net", "weights", "module")
+_REMEDY = "Choose the factory that made it, with its arguments: model=… or ~model +model._target_=…"
+
+
+def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
+    """Build ``config.model``, load ``config.checkpoint`` and put ``config.normalize`` in front.
+
+    A factory that has a parameter ``spec`` gets that of the data; any other one gets its own arguments alone.
+
+    Returns:
+        The network, in evaluation mode.
+
+    Raises:
+        ValueError: If the factory refuses its arguments or makes no module; and as in :func:`load_weights`.
+    """
+    target = config.model._target_
+    extra = {"spec": spec} if _takes_spec(get_object(target)) else {}
+    try:
+        network = instantiate(config.model, **extra)
+    except InstantiationException as error:
+        given = [name for name in config.model if name != "_target_"]
+        raise ValueError(
+            f"{target} refused the arguments {given}: {error.__cause__ or error}. Give its own with +model.name=…, "
+            "after ~model, which drops those of the group (resnet, if none was chosen)."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{target} must make a torch.nn.Module; it made {type(network).__name__}.")
+    if config.checkpoint is not None:
+        load_weights(network, config.checkpoint, prefix=config.prefix)
+    if config.normalize is not None:
+        network = nn.Sequential(OrderedDict(normalize=Normalize(**config.normalize), network=network))
+    return network.eval()
+
+
+def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
+    """Try a network on one image ``(1, C, H, W)``.
+
+    Raises:
+        ValueError: If the image does not fit, or the output is not one finite logit for each class.
+    """
+    try:
+        with torch.no_grad():
+            deployed(network, image)(image)
+    except Exception as error:  # whatever the user's forward raises
+        raise ValueError(
+            f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
+            f"{error} Give images of its size (+data.image_size=…, +data.num_channels=3) or build it for these."
+        ) from error
+    with evaluation_operator(network, image, Categorical()) as fisher:
+        num_outputs = fisher.logits.shape[1]
+    if num_outputs != num_classes:
+        raise ValueError(
+            f"The network has K={num_outputs} outputs, the data {num_classes} classes; build the network for them "
+            f"(for most factories +model.num_classes={num_classes}) or choose the data that it was trained on."
+        )
+
+
+def load_weights(network: nn.Module, path: str | Path, *, prefix: str | None = None) -> None:
+    """Load every weight of a network from a file that holds tensors only: nothing in it is executed.
+
+    The file is that of ``torch.save`` or safetensors: a state dict, or a dict with one, as Lightning, timm and
+    torchvision write it. Where a module held the network, as a LightningModule or DistributedDataParallel does, the
+    keys have a prefix; it is found from the network's own keys, and whatever lies beside it is left alone.
+
+    Args:
+        network: Changed in place; as it was if the file is refused.
+        path: The file.
+        prefix: Of the network's keys in the file, needed only if several networks in it fit.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, needs more than tensors or belongs to another network (the message names the
+            first key that does not match).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path.resolve()}; say where it is with checkpoint=…")
+    expected = network.state_dict()
+    given = _state_dict(path, _read(path))
+    if prefix is None:
+        prefix = _prefix(given, expected, path)
+    chosen = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    for key, value in expected.items():  # of batch norms older than 2018: it counts training steps
+        if key.endswith("num_batches_tracked"):
+            chosen.setdefault(key, value)
+    _check(chosen, expected, path)
+    network.load_state_dict(chosen)
+
+
+def _takes_spec(factory: Any) -> bool:
+    try:
+        return "spec" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise ValueError(_damaged(path, error)) from error
+        raise ValueError(
+            f"{path} holds more than tensors: {refused[1]} was refused, since loading it could run any code. Load it "
+            "where it was made and save the weights alone: torch.save(model.state_dict(), path)."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path} needs the package safetensors: pip install safetensors.") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    # the first sentence alone: torch goes on to advise weights_only=False
+    first = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0]
+    return f"{path} is damaged or no file of weights by torch.save or safetensors ({first}). Copy or save it again."
+
+
+def _state_dict(path: Path, content: Any) -> Weights:
+    """Find the mapping from names to tensors."""
+    if isinstance(content, Mapping):
+        entries = [content.get(name) for name in _ENTRIES]
+        for found in (*entries, content):
+            if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
+                return {str(key): value for key, value in found.items()}
+    found = f"a dict of {list(content)[:10]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    raise ValueError(
+        f"{path} must hold a state dict, or a dict with one under {', '.join(_ENTRIES[:3])}; it holds {found}. Save it "
+        "with torch.save(model.state_dict(), path)."
+    )
+
+
+def _prefix(given: Weights, expected: Weights, path: Path) -> str:
+    """Return what stands before most of the network's keys in the file; of equals, the shortest."""
+    counts: Counter[str] = Counter({"": 0})
+    for key in given:
+        ends = [0, *(match.end() for match in re.finditer(r"\.", key))]
+        counts.update(key[:end] for end in ends if key[end:] in expected)
+    fitting = [
+        prefix for prefix in counts if all(_shape(given, prefix + key) == _shape(expected, key) for key in expected)
+    ]
+    if "" in fitting:
+        return ""
+    different = [prefix for prefix in fitting if not _equal(given, prefix, fitting[0], expected)]
+    if different:
+        raise ValueError(
+            f"{path} holds several networks that fit, under {[fitting[0], *different]}; choose one with prefix=…"
+        )
+    return min(fitting or counts, key=lambda prefix: (-counts[prefix], len(prefix)))
+
+
+def _equal(given: Weights, one: str, other: str, keys: Weights) -> bool:
+    pairs = ((given[one + key], given[other + key]) for key in keys)
+    return all(first.equal(second) if isinstance(first, Tensor) else first == second for first, second in pairs)
+
+
+def _shape(weights: Weights, key: str) -> str:
+    if key not in weights:
+        return "missing"
+    value = weights[key]
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check(given: Weights, expected: Weights, path: Path) -> None:
+    """Refuse weights of another network."""
+    wrong = [key for key in {**expected, **given} if _shape(given, key) != _shape(expected, key)]
+    if not wrong:
+        return
+    rows = {_rows(given.get(key), expected.get(key)) for key in wrong}
+    first = wrong[0]
+    if len(rows) == 1 and None not in rows:
+        ((in_file, in_network),) = rows
+        raise ValueError(
+            f"{path} has {in_file} classes, the network was built for {in_network}: only the last layer differs, from "
+            f"{first!r} on, {_shape(given, first)} in the file and {_shape(expected, first)} in the network. Choose "
+            "the data that it was trained on, or build the network for as many classes."
+        )
+    if first in expected:
+        said = f"{_shape(given, first)} in the file, {_shape(expected, first)} in the network"
+    else:
+        said = f"unexpected, {_shape(given, first)} in the file and not in the network"
+    raise ValueError(
+        f"{path} is of another network: {len(wrong)} keys do not match, and the network has {len(expected)}. The first "
+        f"is {first!r}: {said}. {_REMEDY}"
+    )
+
+
+def _rows(given: Any, expected: Any) -> tuple[int, int] | None:
+    """Return the numbers of rows of two weights that differ in nothing else."""
+    if not (isinstance(given, Tensor) and isinstance(expected, Tensor) and given.ndim and expected.ndim):
+        return None
+    return (len(given), len(expected)) if given.shape[1:] == expected.shape[1:] else None

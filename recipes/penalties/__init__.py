@@ -1,0 +1,1 @@
+"""Which regulariser buys robustness, and at what price: ``python -m recipes.penalties``."""

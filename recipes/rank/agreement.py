@@ -1,0 +1,268 @@
+"""How far the bounds' orders of networks agree with lambda's: numbers, sentences, tables and the figure.
+
+Rows are those of ``rank.csv``: one per network, with columns ``model, family, seed``, the summaries of lambda and the
+log10 of the bounds. Every model has the same seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+from recipes.reporting.page import markdown_table
+from recipes.statistics.agreement import (
+    MIN_MODELS,
+    SIGNIFICANCE,
+    agreement,
+    every_network,
+    grid,
+    interval,
+    mean_over_seeds,
+    p_value,
+    rho,
+    tau,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A bound and what it should rank networks by.
+
+    Attributes:
+        level: Where the bound looks.
+        bound: Column of its log10.
+        target: Column of a summary of lambda over the images.
+    """
+
+    level: str
+    bound: str
+    target: str
+
+
+COMPARISONS = (
+    Comparison("global", "log10_global", "lambda_median"),
+    Comparison("local", "log10_local_mean", "lambda_median"),
+    Comparison("blockwise", "log10_blockwise_mean", "lambda_median_few"),
+    Comparison("global", "log10_global", "lambda_max"),
+    Comparison("local", "log10_local_max", "lambda_max"),
+    Comparison("blockwise", "log10_blockwise_max", "lambda_max_few"),
+)
+
+
+def correlations(rows: pd.DataFrame, num_resamples: int) -> pd.DataFrame:
+    """Compare every bound's order with lambda's.
+
+    Returns:
+        One row per group of networks (``over``) and comparison, with ``tau, tau_low, tau_high, tau_p``, the same of
+        ``rho``, and a ``verdict``.
+    """
+    groups = {"models": rows, "networks": rows}
+    if rows.family.nunique() > 1:
+        families = {f"models of {family}": part for family, part in rows.groupby("family", sort=False)}
+        groups |= {over: part for over, part in families.items() if part.model.nunique() >= MIN_MODELS}
+    return pd.DataFrame(
+        [compare(part, comparison, over, num_resamples) for over, part in groups.items() for comparison in COMPARISONS]
+    )
+
+
+def compare(rows: pd.DataFrame, comparison: Comparison, over: str, num_resamples: int) -> dict[str, Any]:
+    """Return one row of :func:`correlations`."""
+    bound, target = grid(rows, comparison.bound), np.log10(grid(rows, comparison.target))
+    merge = every_network if over == "networks" else mean_over_seeds
+    result: dict[str, Any] = {"over": over, "level": comparison.level, "bound": comparison.bound}
+    result |= {"target": comparison.target, "num_models": len(bound), "num_seeds": bound.shape[1]}
+    for name, statistic in (("tau", tau), ("rho", rho)):
+        result[name] = float(agreement([(bound, target)], statistic, merge))
+        low, high = interval([(bound, target)], statistic, merge, num_resamples)
+        p = p_value([(bound, target)], statistic, merge, num_resamples)
+        result |= {f"{name}_low": low, f"{name}_high": high, f"{name}_p": p}
+    return result | {"verdict": verdict(result)}
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Say what a row of :func:`correlations` allows to say of tau, and no more.
+
+    Returns:
+        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05; for ``num_models`` whose
+        smallest possible p, ``2 / num_models!``, is larger it says that they are too few.
+    """
+    tau, low, high, p = (result[key] for key in ("tau", "tau_low", "tau_high", "tau_p"))
+    bound, things = f"the {result['level']} bound", result["over"]
+    if math.isnan(tau):
+        return (
+            f"tau is undefined: {bound} or {result['target']} is the same for all {things}, so that there is no order."
+        )
+    if 2 / math.factorial(result["num_models"]) > SIGNIFICANCE:
+        return f"{result['num_models']} models are too few: no order of the {things} can be told from chance."
+    said = f"tau = {tau:.2f} [{low:.2f}, {high:.2f}], p = {p:.2g}: "
+    if low <= 0 <= high:
+        return f"{said}{bound} does not rank these {things} by {result['target']}."
+    if p > SIGNIFICANCE:
+        return f"{said}{result['num_models']} models are too few to tell the order of {bound} from chance."
+    if high < 0:
+        return f"{said}{bound} ranks these {things} backwards by {result['target']}."
+    if tau > 1 - 1e-9:
+        return f"{said}{bound} ranks these {things} by {result['target']}, every pair in order."
+    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs stand in the same order"
+    return f"{said}{bound} ranks these {things} in part by {result['target']}: {agreeing}."
+
+
+def reproducibility(rows: pd.DataFrame, target: str) -> float:
+    """Return the mean tau between the orders of the models by ``target`` in two seeds: about what a bound can reach."""
+    pairs = combinations(grid(rows, target).T, 2)
+    return float(np.mean([tau(*pair) for pair in pairs])) if rows.seed.nunique() > 1 else math.nan
+
+
+def notes(rows: pd.DataFrame) -> list[str]:
+    """Return what a reader of the numbers must know."""
+    found = [
+        "lambda_median_few and lambda_max_few: over the images of the blockwise bound alone.",
+        "Intervals: bootstrap over models, and seeds within them. p: permutations of models. Neither is corrected for "
+        f"the number of comparisons ({len(COMPARISONS)} in each group).",
+    ]
+    if rows.seed.nunique() == 1:
+        found.append("One seed per model: the intervals hold the choice of the models, not the chance of training.")
+    else:
+        taus = [f"{reproducibility(rows, target):.2f} ({target})" for target in ("lambda_median", "lambda_max")]
+        found.append(f"Two seeds agree in the order of the models by lambda to tau = {' and '.join(taus)} on average.")
+    if violations := int(rows.num_violations.sum()):
+        found.append(f"{violations} times a bound was below the eigenvalue that it bounds: this is a bug, report it.")
+    return found
+
+
+def model_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over seeds as text, with ranks; rank 1 has the smallest value, the least sensitive network."""
+    models = rows.groupby("model", sort=False)
+    table = pd.DataFrame({"accuracy": models.accuracy.mean().map("{:.3f}".format)})
+    for target in ("lambda_median", "lambda_max"):
+        means = np.log10(rows[target]).groupby(rows.model, sort=False).mean()
+        table[target] = _ranked(10**means, "{:.3g}")
+    for bound in dict.fromkeys(comparison.bound for comparison in COMPARISONS):
+        table[bound] = _ranked(models[bound].mean(), "{:.2f}")
+    return table.reset_index()
+
+
+def comparison_table(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the correlations as text."""
+    table = found[["over", "level", "target"]].copy()
+    for name in ("tau", "rho"):
+        columns = (found[f"{name}{end}"] for end in ("", "_low", "_high", "_p"))
+        table[f"{name} [95 %]"], table[f"p {name}"] = zip(
+            *(
+                (f"{value:.2f} [{low:.2f}, {high:.2f}]", f"{p:.2g}")
+                for value, low, high, p in zip(*columns, strict=True)
+            ),
+            strict=True,
+        )
+    return table
+
+
+def markdown(rows: pd.DataFrame, found: pd.DataFrame) -> str:
+    """Return the tables, verdicts and notes as a Markdown page."""
+    verdicts = [f"- {text}" for text in dict.fromkeys(found.verdict)]
+    parts = [
+        "# Do the bounds rank the networks?",
+        "Means over seeds (of the log10 of lambda and of the bounds); in brackets the rank, 1 for the smallest value.",
+        markdown_table(model_table(rows)),
+        markdown_table(comparison_table(found)),
+        "\n".join(verdicts),
+        *notes(rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(rows: pd.DataFrame, found: pd.DataFrame) -> Figure:
+    """Draw the bounds over lambda, the ranks side by side, and tau with its intervals."""
+    colours = {family: f"C{index % 10}" for index, family in enumerate(rows.family.unique())}
+    figure = Figure(figsize=(17, 5.4), layout="constrained")
+    scatter, ranks, taus = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
+    _draw_bounds(scatter, rows, colours)
+    _draw_ranks(ranks, rows, colours)
+    _draw_taus(taus, found)
+    return figure
+
+
+def _draw_bounds(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
+    for family, part in rows.groupby("family", sort=False):
+        for level, (bound, target) in _LARGEST.items():
+            style = {"color": colours[family], "marker": _MARKERS[level], "alpha": 0.7, "linestyle": "none"}
+            axes.plot(np.log10(part[target]), part[bound], markersize=5, **style)
+    ends = np.array(axes.get_xlim())
+    axes.plot(ends, ends, color="gray", linestyle=":")
+    handles = [Line2D([], [], color=colour, linewidth=4, label=family) for family, colour in colours.items()]
+    handles += [Line2D([], [], color="k", marker=mark, linestyle="none", label=name) for name, mark in _MARKERS.items()]
+    handles.append(Line2D([], [], color="gray", linestyle=":", label="bound = lambda"))
+    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.33))
+    axes.set_yscale("symlog", linthresh=8, linscale=3)  # of log10: the global bound may be 80 decades above the others
+    axes.set_ylim(min(0, rows[[bound for bound, _ in _LARGEST.values()]].min(axis=None)) - 0.5)
+    axes.yaxis.set_major_locator(FixedLocator([*range(-16, 8, 2), 8, 16, 32, 64, 128, 256]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: rf"$10^{{{value:g}}}$")
+    axes.set(
+        xlabel=r"$\max_x \lambda_{\max}(F(x))$",
+        ylabel="largest bound (axis compressed above $10^8$)",
+        title="each network",
+    )
+    axes.grid(alpha=0.3)
+
+
+def _draw_ranks(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
+    columns = {"lambda": "lambda_max", **{level: bound for level, (bound, _) in _LARGEST.items()}}
+    values = rows.assign(lambda_max=np.log10(rows.lambda_max)).groupby("model", sort=False)
+    places = pd.DataFrame({name: values[column].mean().rank(method="first") for name, column in columns.items()})
+    families = values.family.first()
+    for model, line in places.iterrows():
+        axes.plot(range(len(columns)), line, "o-", color=colours[families[model]], markersize=5)
+    right = axes.twinx()
+    for side, name in ((axes, "lambda"), (right, "blockwise")):
+        order = places[name].sort_values()
+        side.set_yticks(order, order.index, fontsize=8)
+        side.set_ylim(0.5, len(places) + 0.5)
+    axes.set_xticks(range(len(columns)), ["lambda, largest", "global", "local", "blockwise,\nfewer images"])
+    axes.set(title="order of the models, largest on top")
+
+
+def _draw_taus(axes: Axes, found: pd.DataFrame) -> None:
+    groups = {"models": ("k", "full", 0.15), "networks": ("gray", "none", -0.15)}
+    for over, (colour, fill, shift) in groups.items():
+        part = found[found.over == over].reset_index(drop=True)
+        for place, row in part.iterrows():
+            axes.plot([row.tau_low, row.tau_high], [shift - place] * 2, color=colour, linewidth=1.5)
+            axes.plot(row.tau, shift - place, _MARKERS[row.level], color=colour, fillstyle=fill, markersize=7)
+    labels = [f"{comparison.level},\n{comparison.target}" for comparison in COMPARISONS]
+    axes.set_yticks([-place for place in range(len(labels))], labels, fontsize=8)
+    axes.axvline(0, color="gray", linestyle=":")
+    handles = [
+        Line2D([], [], color=colour, marker="o", fillstyle=fill, label=f"over {over}")
+        for over, (colour, fill, _) in groups.items()
+    ]
+    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.24))
+    axes.set(xlim=(-1.05, 1.05), ylim=(-len(labels) + 0.5, 0.5), xlabel="Kendall's tau, 95 % interval")
+    axes.set_title("agreement of the orders")
+    axes.grid(alpha=0.3, axis="x")
+
+
+_MARKERS = {"global": "o", "local": "s", "blockwise": "^"}
+_LARGEST = {  # and lambda on the images of that bound
+    "global": ("log10_global", "lambda_max"),
+    "local": ("log10_local_max", "lambda_max"),
+    "blockwise": ("log10_blockwise_max", "lambda_max_few"),
+}
+
+
+def _ranked(values: pd.Series, pattern: str) -> pd.Series:
+    ranks = values.rank(method="min").astype(int)
+    return pd.Series(
+        [f"{pattern.format(value)} ({rank})" for value, rank in zip(values, ranks, strict=True)], values.index
+    )

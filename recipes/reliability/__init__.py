@@ -1,0 +1,1 @@
+"""Whether the numbers can be trusted: ``python -m recipes.reliability``."""

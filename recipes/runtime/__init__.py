@@ -1,0 +1,1 @@
+"""How a recipe runs: its command line, its work in several processes, what it keeps, its clock."""

@@ -1,0 +1,1 @@
+"""Orders, correlations and their uncertainty."""
