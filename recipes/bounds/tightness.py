@@ -123,7 +123,7 @@ def ladder(
         rows = []
         for name, tightening in steps[level].items():
             call = partial(bound, network, images, tightening=tightening)
-            found, seconds = timed(call, num_rounds, images.device)
+            found, seconds = timed(call, images.device, num_rounds)
             rows.append({"level": level, "step": name} | gaps(found.log10_value, lambdas) | {"seconds": seconds})
         part = pd.DataFrame(rows)
         part["gained"] = -part.log10_bound.diff()
@@ -138,7 +138,7 @@ def segments(network: nn.Module, images: Tensor, lambdas: Tensor) -> pd.DataFram
     rows = []
     for count in range(available, 0, -1):
         call = partial(blockwise_fisher_bound, network, images, num_segments=count)
-        found, seconds = timed(call, 1, images.device)
+        found, seconds = timed(call, images.device)
         rows.append({"num_segments": count} | gaps(found.log10_value, lambdas) | {"seconds": seconds})
     return pd.DataFrame(rows)
 

@@ -64,7 +64,7 @@ def test_attacks_are_built_and_that_of_the_paper_is_the_papers(tmp_path, choice)
 def test_data_are_built_or_say_where_their_files_belong(tmp_path, choice):
     extra = [f"data.path={tmp_path / 'x.npz'}"] if choice == "data=npz" else []
     config = _compose(tmp_path, choice, f"data_dir={tmp_path}", "+data.num_workers=1", *extra).data
-    if "image_files" in config._target_ or choice == "data=npz":
+    if "recipes.data.files" in config._target_ or choice == "data=npz":
         with pytest.raises(
             InstantiationException,
             match=f"FileNotFoundError.*There is no .* {tmp_path.resolve()}(.|\n)*data.(root|path)=…",
