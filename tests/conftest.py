@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import cases
+from tests import trained as stored
 
 
 @pytest.fixture(autouse=True)
@@ -27,4 +28,4 @@ def family(request):
 @pytest.fixture(scope="session")
 def trained(family, digits):
     """A trained network of each family; copied where a test changes it."""
-    return cases.train(cases.network(family, digits), digits)
+    return stored.load(family, digits)
