@@ -1,5 +1,7 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
+from typing import TYPE_CHECKING
+
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
 from fisher_reg.blockwise import blockwise_fisher_bound
 from fisher_reg.bounds import (
@@ -16,13 +18,6 @@ from fisher_reg.bounds import (
     lipschitz_bound,
     local_fisher_bound,
     register_bound_rule,
-)
-from fisher_reg.callbacks import (
-    ConstantSchedule,
-    CosineSchedule,
-    FisherMonitor,
-    FisherRegularizer,
-    LinearSchedule,
 )
 from fisher_reg.check import Finding, ModelCheck, check_model
 from fisher_reg.errors import (
@@ -43,10 +38,10 @@ from fisher_reg.estimate import (
 from fisher_reg.evaluation import LogitsOf
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.geometry import L2, LInf
+from fisher_reg.lazy import lazy_names
 from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
 from fisher_reg.linf import fisher_linf_norm
 from fisher_reg.measurement import fisher_kl_ratio
-from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
 from fisher_reg.penalty import (
     BoundPenalty,
     GradientNormPenalty,
@@ -69,9 +64,30 @@ from fisher_reg.solvers import (
     SignIteration,
     SignResult,
 )
+from fisher_reg.summary import summarize
 from fisher_reg.tempered import MarginTempered
 from fisher_reg.trace import Hutchinson
 from fisher_reg.universal import universal_spectral_norm
+
+if TYPE_CHECKING:
+    from fisher_reg.callbacks import (
+        ConstantSchedule,
+        CosineSchedule,
+        FisherMonitor,
+        FisherRegularizer,
+        LinearSchedule,
+    )
+    from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
+    from fisher_reg.version import __version__
+else:  # what needs Lightning or torchmetrics, whose imports take longer than that of torch
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "callbacks": ("ConstantSchedule", "CosineSchedule", "FisherMonitor", "FisherRegularizer", "LinearSchedule"),
+            "metrics": ("FisherSpectralNorm", "FisherTrace"),
+            "version": ("__version__",),
+        },
+    )
 
 __all__ = [
     "Bernoulli",
@@ -125,6 +141,7 @@ __all__ = [
     "Tightening",
     "TracePenalty",
     "UpperBound",
+    "__version__",
     "blackbox_spectral_norm",
     "blockwise_fisher_bound",
     "bound_versus_empirical",
@@ -145,5 +162,6 @@ __all__ = [
     "register_bound_rule",
     "sensitive_examples",
     "single_step_ratio",
+    "summarize",
     "universal_spectral_norm",
 ]
