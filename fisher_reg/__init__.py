@@ -29,19 +29,21 @@ from fisher_reg.errors import (
     NonFiniteWeightsError,
 )
 from fisher_reg.estimate import (
+    evaluation_operator,
     fisher_effective_rank,
     fisher_eigenpairs,
     fisher_spectral_norm,
     fisher_spectral_norm_and_trace,
     fisher_trace,
 )
-from fisher_reg.evaluation import LogitsOf
+from fisher_reg.evaluation import LogitsOf, deployed
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.geometry import L2, LInf
 from fisher_reg.lazy import lazy_names
-from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
+from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_reg.linf import fisher_linf_norm
 from fisher_reg.measurement import fisher_kl_ratio
+from fisher_reg.operator import InputFisher
 from fisher_reg.penalty import (
     BoundPenalty,
     GradientNormPenalty,
@@ -112,6 +114,7 @@ __all__ = [
     "GradientNormPenalty",
     "Hutchinson",
     "HutchinsonMax",
+    "InputFisher",
     "Interval",
     "KLPenalty",
     "L2",
@@ -120,6 +123,7 @@ __all__ = [
     "LabelContrastPenalty",
     "Lanczos",
     "Layer",
+    "Likelihood",
     "LinearSchedule",
     "LogitsOf",
     "MarginTempered",
@@ -148,6 +152,8 @@ __all__ = [
     "certified_divergence",
     "certified_radius",
     "check_model",
+    "deployed",
+    "evaluation_operator",
     "fisher_bound",
     "fisher_effective_rank",
     "fisher_eigenpairs",

@@ -1,4 +1,7 @@
-"""The estimates as torchmetrics, for anybody's loop."""
+"""The estimates as torchmetrics, for anybody's loop.
+
+Public: all of ``__all__``.
+"""
 
 from __future__ import annotations
 
