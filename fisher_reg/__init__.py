@@ -1,5 +1,7 @@
 """Input-space Fisher information of a classifier: estimate it, bound it, penalise it while training."""
 
+from typing import TYPE_CHECKING
+
 from fisher_reg.blackbox import BlackBox, BlackBoxMax, BlackBoxResult, blackbox_spectral_norm
 from fisher_reg.blockwise import blockwise_fisher_bound
 from fisher_reg.bounds import (
@@ -17,13 +19,6 @@ from fisher_reg.bounds import (
     local_fisher_bound,
     register_bound_rule,
 )
-from fisher_reg.callbacks import (
-    ConstantSchedule,
-    CosineSchedule,
-    FisherMonitor,
-    FisherRegularizer,
-    LinearSchedule,
-)
 from fisher_reg.check import Finding, ModelCheck, check_model
 from fisher_reg.errors import (
     ForwardError,
@@ -34,19 +29,21 @@ from fisher_reg.errors import (
     NonFiniteWeightsError,
 )
 from fisher_reg.estimate import (
+    evaluation_operator,
     fisher_effective_rank,
     fisher_eigenpairs,
     fisher_spectral_norm,
     fisher_spectral_norm_and_trace,
     fisher_trace,
 )
-from fisher_reg.evaluation import LogitsOf
+from fisher_reg.evaluation import LogitsOf, deployed
 from fisher_reg.figures import bound_versus_empirical, sensitive_examples
 from fisher_reg.geometry import L2, LInf
-from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian
+from fisher_reg.lazy import lazy_names
+from fisher_reg.likelihood import Bernoulli, Categorical, Gaussian, Likelihood
 from fisher_reg.linf import fisher_linf_norm
 from fisher_reg.measurement import fisher_kl_ratio
-from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
+from fisher_reg.operator import InputFisher
 from fisher_reg.penalty import (
     BoundPenalty,
     GradientNormPenalty,
@@ -69,9 +66,30 @@ from fisher_reg.solvers import (
     SignIteration,
     SignResult,
 )
+from fisher_reg.summary import summarize
 from fisher_reg.tempered import MarginTempered
 from fisher_reg.trace import Hutchinson
 from fisher_reg.universal import universal_spectral_norm
+
+if TYPE_CHECKING:
+    from fisher_reg.callbacks import (
+        ConstantSchedule,
+        CosineSchedule,
+        FisherMonitor,
+        FisherRegularizer,
+        LinearSchedule,
+    )
+    from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
+    from fisher_reg.version import __version__
+else:  # what needs Lightning or torchmetrics, whose imports take longer than that of torch
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "callbacks": ("ConstantSchedule", "CosineSchedule", "FisherMonitor", "FisherRegularizer", "LinearSchedule"),
+            "metrics": ("FisherSpectralNorm", "FisherTrace"),
+            "version": ("__version__",),
+        },
+    )
 
 __all__ = [
     "Bernoulli",
@@ -96,6 +114,7 @@ __all__ = [
     "GradientNormPenalty",
     "Hutchinson",
     "HutchinsonMax",
+    "InputFisher",
     "Interval",
     "KLPenalty",
     "L2",
@@ -104,6 +123,7 @@ __all__ = [
     "LabelContrastPenalty",
     "Lanczos",
     "Layer",
+    "Likelihood",
     "LinearSchedule",
     "LogitsOf",
     "MarginTempered",
@@ -125,12 +145,15 @@ __all__ = [
     "Tightening",
     "TracePenalty",
     "UpperBound",
+    "__version__",
     "blackbox_spectral_norm",
     "blockwise_fisher_bound",
     "bound_versus_empirical",
     "certified_divergence",
     "certified_radius",
     "check_model",
+    "deployed",
+    "evaluation_operator",
     "fisher_bound",
     "fisher_effective_rank",
     "fisher_eigenpairs",
@@ -145,5 +168,6 @@ __all__ = [
     "register_bound_rule",
     "sensitive_examples",
     "single_step_ratio",
+    "summarize",
     "universal_spectral_norm",
 ]

@@ -355,14 +355,33 @@ def automatic_trace_estimator(num_outputs: int) -> TraceEstimator:
 def evaluation_operator(
     model: LogitsFunction,
     inputs: Tensor,
-    likelihood: Likelihood,
+    likelihood: Likelihood = Categorical(),
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Generator[InputFisher, None, None]:
     """Build the operator of the deployed function in full precision, without TensorFloat-32.
 
+    It is what every estimate is made from: for a solver of one's own, or for products with F. Autograd is on inside
+    the block, whatever surrounds it. Cost: one forward, whose graph lives as long as the operator.
+
+    Args:
+        model: As in :func:`fisher_spectral_norm`, like all arguments.
+        inputs: ``(B, *S)``.
+        likelihood: The output distribution.
+        input_std: Standard deviation of the input normalisation.
+        side_inputs: More arguments of the model.
+
+    Yields:
+        The operator, whose vectors are flat: inputs ``(B, d)``, outputs ``(B, K)``. Use it inside the block.
+
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # F = [[1, 0], [0, 0]] where both classes are as likely
+        >>> with evaluation_operator(lambda x: x @ weight.T, torch.zeros(1, 2)) as fisher:
+        ...     fisher.mv(torch.tensor([[2.0, 3.0]]))
+        tensor([[2., 0.]])
     """
     check_inputs(inputs)
     LIKELIHOOD.check(likelihood)

@@ -2,6 +2,8 @@ r"""Output distributions: how a change of the logits changes the predicted distr
 
 Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, through the factor :math:`L` alone.
 Adding a distribution is adding one class with the members of :class:`Likelihood`.
+
+Public: all of ``__all__``.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from fisher_reg.divergence import categorical_divergence
 from fisher_reg.sampling import normal, uniform
+
+__all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood"]
 
 
 class Likelihood(Protocol):

@@ -1,4 +1,7 @@
-"""What a monitor measures of a batch: eigenvalue, trace, how far the quadratic picture holds, linf value, at once."""
+"""What a monitor measures of a batch: eigenvalue, trace, how far the quadratic picture holds, linf value, at once.
+
+Public: all of ``__all__``.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ from fisher_reg.operator import InputFisher
 from fisher_reg.printing import examples, spread
 from fisher_reg.quadratic import kl_ratio
 from fisher_reg.solvers import EigenResult, SignIteration, Solver, TraceEstimator, concatenate
+
+__all__ = ["Measurement", "fisher_kl_ratio", "measure"]
 
 
 @dataclass(frozen=True)

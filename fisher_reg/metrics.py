@@ -1,4 +1,7 @@
-"""The estimates as torchmetrics, for anybody's loop."""
+"""The estimates as torchmetrics, for anybody's loop.
+
+Public: all of ``__all__``.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ from fisher_reg.evaluation import InputStd, LogitsFunction, SideInputs, check_in
 from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.printing import examples, short
 from fisher_reg.solvers import Solver, TraceEstimator
+from fisher_reg.summary import summarize
+
+__all__ = ["FisherSpectralNorm", "FisherTrace", "PerExampleValues", "Reduction", "summarize"]
 
 Reduction = Callable[[Tensor], Any]
 
@@ -296,20 +302,3 @@ class PerExampleValues(_PerExampleMetric):
     def update(self, values: Tensor) -> None:
         """Add values ``(B,)``."""
         self._append(values)
-
-
-def summarize(values: Tensor) -> dict[str, Tensor]:
-    """Return mean, median, 95th percentile and maximum of ``(N,)`` values; NaN without any.
-
-    Example:
-        >>> {name: value.item() for name, value in summarize(torch.tensor([0.0, 1.0, 2.0])).items()}
-        {'mean': 1.0, 'median': 1.0, 'p95': 1.899999976158142, 'max': 2.0}
-    """
-    if values.numel() == 0:
-        values = values.new_full((1,), torch.nan)
-    return {
-        "mean": values.mean(),
-        "median": values.quantile(0.5),
-        "p95": values.quantile(0.95),
-        "max": values.max(),
-    }

@@ -1,4 +1,8 @@
-r"""The input-space Fisher matrix as an operator: :math:`F = A^\top A` per example, never formed."""
+r"""The input-space Fisher matrix as an operator: :math:`F = A^\top A` per example, never formed.
+
+Public: :class:`InputFisher`, which :func:`fisher_reg.evaluation_operator` builds for a model, and three ways to
+differentiate that it can be built with.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from fisher_reg.evaluation import InputStd, LogitsFunction, name_of_call, standa
 from fisher_reg.left_out import change, magnitude
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.outputs import check_logits
+
+__all__ = ["InputFisher", "double_backward", "forward_mode", "vjp_only"]
 
 Jvp = Callable[[Tensor], Tensor]
 Linearization = Callable[[LogitsFunction, Tensor, Tensor], Jvp]

@@ -1,4 +1,7 @@
-"""Random numbers with the shape, type and device of a tensor, drawn where the generator lives."""
+"""Random numbers with the shape, type and device of a tensor, drawn where the generator lives.
+
+Public: all of ``__all__``, for penalties and solvers that draw.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+__all__ = ["fixed_generator", "normal", "signs", "uniform"]
 
 
 def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -71,6 +71,8 @@ Example:
     7.0
     >>> [(term.name, round(term.norm, 6)) for term in bound.terms]
     [('0.first', 3.0), ('0.relu', 1.0), ('0.second', 2.0), ('1', 1.0)]
+
+Public: all of ``__all__``, and that of ``operator_norms``.
 """
 
 from fisher_reg.bounds import rules  # noqa: F401  (registers the rules of torch's layers)

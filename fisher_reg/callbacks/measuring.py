@@ -23,9 +23,9 @@ from fisher_reg.evaluation import InputStd, is_sharded
 from fisher_reg.geometry import Geometry, LInf
 from fisher_reg.likelihood import Likelihood
 from fisher_reg.measurement import measure
-from fisher_reg.metrics import summarize
 from fisher_reg.penalty import KLPenalty
 from fisher_reg.solvers import Solver
+from fisher_reg.summary import summarize
 from fisher_reg.trace import Hutchinson
 
 _TRACE = Hutchinson(num_samples=2)

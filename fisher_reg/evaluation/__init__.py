@@ -1,4 +1,10 @@
-"""Which function of a model is meant: a copy that shares the parameters, and is the same function in every call."""
+"""Which function of a model is meant: a copy that shares the parameters, and is the same function in every call.
+
+Public: :func:`deployed` and :func:`trained`, the functions of a model that are measured and penalised;
+:func:`differentiable`, a block in which they can be differentiated; :func:`strictly`, one in which float32 is float32;
+:func:`in_fast_layout`; :class:`LogitsOf`; and the types of arguments :data:`InputStd`, :data:`LogitsFunction` and
+:data:`SideInputs`. The other names serve the rest of the package, and can change.
+"""
 
 from fisher_reg.evaluation.batch_norm import Recording, Statistics, UnrecordedError, recording_rules
 from fisher_reg.evaluation.calls import called, name_of_call

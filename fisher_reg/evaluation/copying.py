@@ -313,8 +313,13 @@ def _wrapped_name(module: nn.Module) -> str | None:
 
 def is_sharded(model: object) -> bool:
     """Whether the weights of a part are divided among processes by FSDP, whose hooks work on that very module."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(isinstance(part, _SHARDED_BY) for part in modules)
+    # Nothing is sharded before somebody imports FSDP. We do not: it takes as long as half of torch.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(model, nn.Module):
+        return False
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    sharded_by = tuple(getattr(fsdp, name) for name in names if hasattr(fsdp, name))
+    return any(isinstance(part, sharded_by) for part in model.modules())
 
 
 def _method_for(kind: Any) -> Callable[[Copier, Any], Any] | None:
@@ -380,14 +385,6 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     )
     return tuple(dict.fromkeys((*code.co_names, *inner)))
 
-
-_SHARDED_BY: tuple[type, ...] = ()
-if torch.distributed.is_available():
-    from torch.distributed import fsdp
-
-    _SHARDED_BY = tuple(
-        getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name)
-    )
 
 _NEW: Any = object().__reduce_ex__(4)[0]
 """What a plain object says that it is made anew by; one with means of its own says something else."""

@@ -196,8 +196,29 @@ _HALF_INSIDE = (
 def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the deployed function of a model: running statistics of batch norm, no dropout.
 
+    It is the function that every estimate is about: what is measured beside an estimate, as an attack is, should be
+    measured of it. The model is only read, and stays in its mode.
+
     A callable that is no module is taken as it is found. The weights get no gradient from it, so that its graph saves
     nothing for them; see :func:`deployed_with_gradient`.
+
+    Args:
+        model: Maps ``(B, *S)`` to logits ``(B, K)``.
+        inputs: ``(B, *S)``, of which the device alone matters.
+
+    Returns:
+        A module that maps ``(B, *S)`` to logits ``(B, K)``, with a gradient to its inputs, the same in each call.
+        What else ``model`` takes is passed on. Its structure is copied here, at the cost of no forward; parameters
+        are shared, so that later steps of an optimiser show in it.
+
+    Raises:
+        ValueError: For lazy layers whose weights do not exist yet.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.Dropout())
+        >>> inputs = torch.ones(4, 2)
+        >>> torch.equal(deployed(network, inputs)(inputs), network[0](inputs)), network.training
+        (True, True)
     """
     source = source_of(model, is_deployed=True, has_constant_weights=True)
     with_gradient = partial(source_of, model, is_deployed=True)

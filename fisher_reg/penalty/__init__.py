@@ -1,11 +1,16 @@
-"""Differentiable penalties: the gradient of the sensitivity with respect to the parameters."""
+"""Differentiable penalties: the gradient of the sensitivity with respect to the parameters.
+
+Public: all of ``__all__``. A penalty of your own is any function with the signature of :class:`Penalty`. One that needs
+the model only around the point of the training step derives from :class:`PointPenalty`, whose ``at`` is given a
+:class:`TrainingPoint`: the regularizer then takes it from the forward that the step does anyway.
+"""
 
 from fisher_reg.penalty.bound import BoundPenalty
 from fisher_reg.penalty.contrast import LabelContrastPenalty
 from fisher_reg.penalty.divergence import KLPenalty
 from fisher_reg.penalty.gradient_norm import GradientNormPenalty
 from fisher_reg.penalty.nuclear_norm import NuclearNormPenalty
-from fisher_reg.penalty.point import Penalty, PointPenalty, TrainingPoint
+from fisher_reg.penalty.point import Penalty, PointPenalty, TrainingPoint, squared_length
 from fisher_reg.penalty.spectral import SpectralPenalty, mean_log1p
 from fisher_reg.penalty.trace import TracePenalty
 
@@ -21,4 +26,5 @@ __all__ = [
     "TracePenalty",
     "TrainingPoint",
     "mean_log1p",
+    "squared_length",
 ]

@@ -164,5 +164,14 @@ def kernels(differentiates_twice: bool) -> Generator[None, None, None]:
 
 
 def squared_length(fisher: InputFisher, cotangent: Tensor, geometry: Geometry = EUCLIDEAN) -> Tensor:
-    r"""Return :math:`\|D J^\top w\|_*^2` in the dual norm, per example, ``(B,)``, with its gradient."""
+    r"""Return :math:`\|D J^\top w\|_*^2` in the dual norm, per example, with its gradient.
+
+    Args:
+        fisher: The operator at a point, ``point.fisher(likelihood, input_std)``.
+        cotangent: :math:`w`, ``(B, K)``.
+        geometry: In whose dual norm; by default the Euclidean one.
+
+    Returns:
+        ``(B,)``. Cost: one backward pass, of which the graph is kept.
+    """
     return geometry.dual_norm(fisher.pullback(cotangent)).square()

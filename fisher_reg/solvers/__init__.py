@@ -2,6 +2,8 @@ r"""Largest eigenvalues of :math:`F = A^\top A`, and its largest value over a cu
 
 The solvers know only ``apply`` (A), ``adjoint`` (its transpose) and start vectors, never a network. Each is an
 immutable value that holds its tolerances.
+
+Public: all of ``__all__``.
 """
 
 from fisher_reg.solvers.exact import Exact
