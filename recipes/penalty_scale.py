@@ -10,8 +10,6 @@ Leaves ``penalty_scale.csv`` (a row per network), ``penalty_scale.md`` and ``pen
 from __future__ import annotations
 
 import json
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,11 +18,11 @@ from rich.console import Console
 
 from fisher_reg import KLPenalty
 from recipes.data.chosen import prepared_data
-from recipes.penalties.report import attack_name
-from recipes.penalties.study import train_and_measure
+from recipes.penalties.training import attack_name, train_and_measure
 from recipes.reporting.records import without_folders
+from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Settings, execute
+from recipes.runtime.jobs import Workers, execute, folders
 
 _KEYS = ["data", "model", "method"]
 
@@ -41,15 +39,13 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     Returns:
         One row per network.
     """
-    folder, cache = Path(config.output_dir), Path(config.cache_dir)
-    for path in (folder, cache):
-        path.mkdir(parents=True, exist_ok=True)
+    workers = Workers.of(config)
+    folder, cache = folders(config)
     penalties = {name: chosen_penalty(config, data) for name, data in config.datasets.items()}
-    runs = plan(config, penalties)
-    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
-    rows = execute("training", [run for _, run in runs], partial(train_and_measure, cache=cache), **shared)
-    names = {json.dumps(run, sort_keys=True): name for name, run in runs}
-    frame = pd.DataFrame([_row(names[json.dumps(run, sort_keys=True)], run, row) for run, row in rows])
+    names, plain = zip(*plan(config, penalties), strict=True)
+    runs = [stamped(run, train_and_measure) for run in plain]
+    rows = execute("training", runs, train_and_measure, workers, _described, cache)
+    frame = pd.DataFrame([_row(names[index], runs[index], row) for index, row in rows])
     frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
     frame.to_csv(folder / "penalty_scale.csv", index=False, float_format="%.4g")
     text = markdown(frame)

@@ -26,7 +26,6 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -44,8 +43,10 @@ from recipes.competitors import estimators as peers
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
 from recipes.reporting.records import without_folders
+from recipes.runtime.cache import Result, Settings
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.jobs import Workers, execute
 from recipes.runtime.timing import peak_memory, timed
 
 T = TypeVar("T")
@@ -117,16 +118,18 @@ def main(config: DictConfig) -> None:
 
 def benchmark(config: DictConfig) -> pd.DataFrame:
     """Run every case, write the files, and return the rows of ``benchmark.csv``."""
-    folder = Path(config.output_dir)
+    workers = Workers.of(config)
+    workers.warn_of_timings()
+    names = [method.name for method in available_methods(config.methods)]
+    folder, device = Path(config.output_dir), chosen_device(config.device)
     folder.mkdir(parents=True, exist_ok=True)
-    methods = available_methods(config.methods)
-    device = chosen_device(config.device)
-    rows = pd.DataFrame()
-    with Progress() as progress:
-        task = progress.add_task("", total=len(config.cases) * len(methods) * (config.num_rounds + 1))
-        for case in config.cases:
-            rows = pd.concat([rows, run_case(config, case, methods, device, progress, task)], ignore_index=True)
-            rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
+    plain = OmegaConf.to_container(config, resolve=True)
+    runs = [{"config": plain, "case": case, "methods": names} for case in plain["cases"]]
+    tables: dict[int, pd.DataFrame] = {}
+    for index, table in execute("benchmark", runs, run_case, workers, lambda run: run["case"]["name"]):
+        tables[index] = table["rows"]
+        rows = pd.concat([tables[index] for index in sorted(tables)], ignore_index=True)
+        rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
     result = {
         "environment": environment(device),
         "config": without_folders(OmegaConf.to_container(config, resolve=True)),
@@ -155,20 +158,19 @@ def available_methods(names: list[str] | None) -> list[Method]:
     return [method for method in chosen if method.source not in missing]
 
 
-def run_case(
-    config: DictConfig, case: DictConfig, methods: list[Method], device: torch.device, progress: Progress, task: TaskID
-) -> pd.DataFrame:
+def run_case(settings: Settings, _: Path) -> Result:
     """Train the network of a case and measure all methods on its first test images.
 
     Returns:
-        One row per method.
+        ``rows``, one per method.
 
     Raises:
         ValueError: If a test batch has fewer than ``num_images``.
     """
-    progress.update(task, description=f"{case.name}: training")
-    plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
-    config = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
+    case, methods = settings["case"], [method for method in METHODS if method.name in settings["methods"]]
+    model = settings["config"]["networks"][case["network"]]
+    config = OmegaConf.merge(settings["config"], {"model": model, "data": case["data"]})
+    device = chosen_device(config.device)
     data = prepared_data(config)
     network = trained_network(config, data).to(device)
     images, labels = (part.to(device) for part in next(iter(data.test_dataloader())))
@@ -184,13 +186,11 @@ def run_case(
         for method in methods:
             spent = sum(seconds for _, seconds in times[method.name])
             if spent < config.max_seconds:
-                progress.update(task, description=f"{case.name}: {method.name}")
                 torch.manual_seed(config.seed)
                 forward = timed(lambda: _forward(network, images), device)[1]
                 found[method.name], seconds = timed(partial(method.estimate, network, inputs[method.name]), device)
                 if number > 0 or seconds > config.max_seconds:
                     times[method.name].append((forward, seconds))
-            progress.advance(task)
     truth = found[REFERENCE] if REFERENCE in found else _ours(network, images, solver=Exact())
     at_once = {True: slice(None), False: slice(1)}
     steps = {
@@ -209,7 +209,7 @@ def run_case(
         memory = peak_memory(call, device) if traceable else math.nan
         rows.append(
             {
-                "case": case.name,
+                "case": case["name"],
                 "num_classes": data.spec.num_classes,
                 "image_size": data.spec.image_size,
                 "accuracy": accuracy,
@@ -227,7 +227,7 @@ def run_case(
                 "memory_ratio": memory / steps[method.batched],
             }
         )
-    return pd.DataFrame(rows)
+    return {"rows": pd.DataFrame(rows)}
 
 
 def draw(rows: pd.DataFrame) -> Figure:

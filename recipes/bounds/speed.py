@@ -5,26 +5,27 @@ All weights are random: the times are typical, the values are not those of train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import Progress
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from fisher_reg import fisher_bound
 from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
 from recipes.competitors.measures import product_bound
-from recipes.runtime.environment import installed
+from recipes.runtime.cache import Settings
+from recipes.runtime.environment import chosen_device, installed
 from recipes.runtime.timing import timed
 
 T = TypeVar("T")
@@ -83,40 +84,39 @@ def available_norms() -> list[Norm]:
     return [norm for norm in NORMS if norm.source not in missing]
 
 
-def time_convolutions(
-    config: DictConfig, norms: list[Norm], device: torch.device, progress: Progress
-) -> Generator[tuple[str, pd.DataFrame], None, None]:
-    """Measure the norm of each of ``config.convolutions`` in every way, after a call that warms up.
+def time_convolution(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
+    """Measure the norm of ``settings["piece"]``, one of ``convolutions``, in every way, after a call that warms up.
 
-    Yields:
+    Returns:
         Rows of ``convolutions``, one per way; ``excess`` is relative to the reference, which is described by
         :func:`reference_norm`.
     """
-    for case in progress.track(config.convolutions, description="convolutions"):
-        torch.manual_seed(config.seed)
-        conv = instantiate(case.conv).to(device)
-        reference, kind = reference_norm(conv, case.size, config.max_dense_side)
-        num_iterations = case.get("gram_iterations", config.gram_iterations)
-        rows = []
-        for norm in norms:
-            call = partial(norm.compute, conv, case.size, num_iterations)
-            call()
-            value, seconds = timed(call, device, config.num_rounds)
-            rows.append(
-                {
-                    "convolution": case.name,
-                    "size": case.size,
-                    "method": norm.name,
-                    "source": norm.source,
-                    "gram_iterations": num_iterations if norm.source == PEER else None,
-                    "value": value,
-                    "reference": reference,
-                    "reference_kind": kind,
-                    "excess": value / reference - 1,
-                    "milliseconds": 1000 * seconds,
-                }
-            )
-        yield "convolutions", pd.DataFrame(rows)
+    config, case = OmegaConf.create(settings["config"]), OmegaConf.create(settings["piece"])
+    device = chosen_device(config.device)
+    torch.manual_seed(config.seed)
+    conv = instantiate(case.conv).to(device)
+    reference, kind = reference_norm(conv, case.size, config.max_dense_side)
+    num_iterations = case.get("gram_iterations", config.gram_iterations)
+    rows = []
+    for norm in (norm for norm in NORMS if installed(norm.source)):
+        call = partial(norm.compute, conv, case.size, num_iterations)
+        call()
+        value, seconds = timed(call, device, config.num_rounds)
+        rows.append(
+            {
+                "convolution": case.name,
+                "size": case.size,
+                "method": norm.name,
+                "source": norm.source,
+                "gram_iterations": num_iterations if norm.source == PEER else None,
+                "value": value,
+                "reference": reference,
+                "reference_kind": kind,
+                "excess": value / reference - 1,
+                "milliseconds": 1000 * seconds,
+            }
+        )
+    return {"convolutions": pd.DataFrame(rows)}
 
 
 def reference_norm(conv: nn.Conv2d, size: int, max_dense_side: int) -> tuple[float, str]:
@@ -145,22 +145,23 @@ def reference_norm(conv: nn.Conv2d, size: int, max_dense_side: int) -> tuple[flo
     return float(square) ** 0.5, "from below"
 
 
-def time_networks(
-    config: DictConfig, device: torch.device, progress: Progress
-) -> Generator[tuple[str, pd.DataFrame], None, None]:
-    """Bound each of ``config.speed_models`` at one random image.
+def time_network(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
+    """Bound ``settings["piece"]``, one of ``speed_models``, at one random image.
 
-    Yields:
-        One row of ``networks`` per network and level; ``layers`` is the table of the shares of the layers.
+    Returns:
+        Rows of ``networks``, one per level; ``layers`` is the table of the shares of the layers.
     """
-    for part in progress.track(config.speed_models, description="networks"):
-        torch.manual_seed(config.seed)
-        network = without_zero_layers(instantiate(part)).to(device).eval()
-        image = torch.rand(1, 3, config.speed_image_size, config.speed_image_size, device=device)
-        for level, bound in LEVELS.items():
-            found, seconds = timed(partial(bound, network, image), device, config.num_rounds)
-            row = {
-                "network": part._target_.rpartition(".")[2],
+    config, part = OmegaConf.create(settings["config"]), settings["piece"]
+    device = chosen_device(config.device)
+    torch.manual_seed(config.seed)
+    network = without_zero_layers(instantiate(part)).to(device).eval()
+    image = torch.rand(1, 3, config.speed_image_size, config.speed_image_size, device=device)
+    rows = []
+    for level, bound in LEVELS.items():
+        found, seconds = timed(partial(bound, network, image), device, config.num_rounds)
+        rows.append(
+            {
+                "network": part["_target_"].rpartition(".")[2],
                 "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
                 "level": level,
                 "log10_bound": float(torch.as_tensor(found.log10_value)),
@@ -168,7 +169,8 @@ def time_networks(
                 "num_rounds": config.num_rounds,
                 "layers": str(found),
             }
-            yield "networks", pd.DataFrame([row])
+        )
+    return {"networks": pd.DataFrame(rows)}
 
 
 def without_zero_layers(network: nn.Module) -> nn.Module:

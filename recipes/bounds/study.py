@@ -17,29 +17,25 @@ and ``bounds.png``.
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from recipes.bounds.speed import PEER, available_norms, time_convolutions, time_networks
-from recipes.bounds.tightness import draw, tightness
+from recipes.bounds.speed import PEER, available_norms, time_convolution, time_network
+from recipes.bounds.tightness import check, draw, tightness
+from recipes.runtime.cache import Settings, Work
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.jobs import Workers, execute
 
 
 @command("bounds")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its greetings and hints, once per network
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
     measure(config)
 
 
@@ -48,21 +44,24 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
 
     Returns:
         What the CSV files hold, by their stem; the networks with the shares of their layers.
+
+    Raises:
+        ValueError: For settings that :func:`recipes.bounds.tightness.check` refuses; before any work.
     """
+    workers = Workers.of(config)
+    workers.warn_of_timings()
+    if config.tightness:
+        check(config)
+    if config.speed:
+        available_norms()
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    device = chosen_device(config.device)
     frames: dict[str, pd.DataFrame] = {}
-    with Progress() as progress:
-        parts = [tightness(config, device, progress)] if config.tightness else []
-        if config.speed:
-            parts.append(time_convolutions(config, available_norms(), device, progress))
-            parts.append(time_networks(config, device, progress))
-        for name, rows in chain(*parts):
-            frames[name] = pd.concat([frames[name], rows], ignore_index=True) if name in frames else rows
-            frames[name].drop(columns="layers", errors="ignore").to_csv(
-                folder / f"{name}.csv", index=False, float_format="%.6g"
-            )
+    for title, (pieces, work) in _parts(OmegaConf.to_container(config, resolve=True)).items():
+        tables: dict[int, dict[str, pd.DataFrame]] = {}
+        for index, tables[index] in execute(title, pieces, work, workers, _described):
+            frames |= _written([tables[index] for index in sorted(tables)], folder)
+    device = chosen_device(config.device)
     result = {
         "environment": environment(device) | {PEER: installed(PEER)},
         "config": OmegaConf.to_container(config, resolve=True),
@@ -73,6 +72,34 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     if config.tightness:
         draw(frames["tightness"], frames["segments"]).savefig(folder / "bounds.png", dpi=120)
     report(frames, folder)
+    return frames
+
+
+def _parts(config: Settings) -> dict[str, tuple[list[Settings], Work]]:
+    """Return the pieces of each part that is switched on, and their work."""
+    parts: dict[str, tuple[list[Settings], Work]] = {}
+    if config["tightness"]:
+        parts["tightness"] = config["families"], tightness
+    if config["speed"]:
+        parts |= {"convolutions": (config["convolutions"], time_convolution)}
+        parts |= {"networks": (config["speed_models"], time_network)}
+    return {
+        title: ([{"config": config, "piece": piece} for piece in pieces], work)
+        for title, (pieces, work) in parts.items()
+    }
+
+
+def _described(settings: Settings) -> str:
+    piece = settings["piece"]
+    return piece if isinstance(piece, str) else piece.get("name", piece.get("_target_"))
+
+
+def _written(tables: list[dict[str, pd.DataFrame]], folder: Path) -> dict[str, pd.DataFrame]:
+    """Put the tables of all pieces together, write them, and return them."""
+    frames = {name: pd.concat([table[name] for table in tables], ignore_index=True) for name in tables[0]}
+    for name, frame in frames.items():
+        rows = frame.drop(columns="layers", errors="ignore")
+        rows.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
     return frames
 
 

@@ -8,9 +8,10 @@ little noise, which keeps them off the kinks of max pooling.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -18,7 +19,6 @@ from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from fisher_reg import Tightening, blockwise_fisher_bound, fisher_spectral_norm
@@ -26,53 +26,61 @@ from recipes.bounds.balls import balls
 from recipes.bounds.speed import LEVELS
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import share_correct, trained_network
+from recipes.runtime.cache import Settings
+from recipes.runtime.environment import chosen_device
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
 """Decades by which a bound may seem to lie below what it bounds."""
 
 
-def tightness(
-    config: DictConfig, device: torch.device, progress: Progress
-) -> Generator[tuple[str, pd.DataFrame], None, None]:
-    """Train and measure a network of each of ``config.families``.
-
-    Yields:
-        Rows of ``tightness``, of ``balls`` and of ``segments`` in turn.
+def check(config: DictConfig) -> None:
+    """Refuse what would fail after a training.
 
     Raises:
         ValueError: For settings that :func:`cumulative` or this part cannot use.
     """
-    settings = cumulative(config.ladder)
-    steps = {
-        level: {step.name: settings[step.name] for step in config.ladder if level in step.get("levels", LEVELS)}
-        for level in LEVELS
-    }
-    for level, some in steps.items():
-        if config.baseline not in some:
-            raise ValueError(f"baseline={config.baseline!r} is no step of the {level} bound; there are {list(some)}.")
+    for level, steps in _steps(config).items():
+        if config.baseline not in steps:
+            raise ValueError(f"baseline={config.baseline!r} is no step of the {level} bound; there are {list(steps)}.")
     if not 1 <= config.num_blockwise_images <= config.num_images:
         raise ValueError(
             f"num_blockwise_images={config.num_blockwise_images} must lie in 1..num_images={config.num_images}."
         )
     check_noise(config.noise)
-    for family in progress.track(config.families, description="tightness"):
-        part = OmegaConf.merge(config, {"model": config.networks[family], "checkpoint": config.checkpoints.get(family)})
-        data = prepared_data(part)
-        network = trained_network(part, data).to(device)
-        facts = {"network": family, "accuracy": share_correct(network, data, device)}
-        network = network.double()
-        images = fixed_images(data, config.num_images, config.noise).to(device)
-        lambdas = fisher_spectral_norm(network, images, solver=instantiate(config.solver)).eigenvalue.log10()
-        facts |= {"log10_lambda_max": float(lambdas.max()), "log10_lambda_median": float(lambdas.quantile(0.5))}
-        few = slice(config.num_blockwise_images)
-        yield "segments", _with_facts(facts, segments(network, images[few], lambdas[few]))
-        some = images[: config.num_ball_images]
-        yield "balls", _with_facts(facts, balls(network, some, list(config.radii), config.num_attacks))
-        yield (
-            "tightness",
-            _with_facts(facts, ladder(network, images, lambdas, steps, config.baseline, config.num_rounds)),
-        )
+
+
+def tightness(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
+    """Train and measure a network of ``settings["piece"]``, one of ``families``.
+
+    Returns:
+        Rows of ``segments``, of ``balls`` and of ``tightness``.
+    """
+    config, family = OmegaConf.create(settings["config"]), settings["piece"]
+    part = OmegaConf.merge(config, {"model": config.networks[family], "checkpoint": config.checkpoints.get(family)})
+    data, device = prepared_data(part), chosen_device(config.device)
+    network = trained_network(part, data).to(device)
+    facts = {"network": family, "accuracy": share_correct(network, data, device)}
+    network = network.double()
+    images = fixed_images(data, config.num_images, config.noise).to(device)
+    lambdas = fisher_spectral_norm(network, images, solver=instantiate(config.solver)).eigenvalue.log10()
+    facts |= {"log10_lambda_max": float(lambdas.max()), "log10_lambda_median": float(lambdas.quantile(0.5))}
+    few, some = config.num_blockwise_images, images[: config.num_ball_images]
+    found = {
+        "segments": segments(network, images[:few], lambdas[:few]),
+        "balls": balls(network, some, list(config.radii), config.num_attacks),
+        "tightness": ladder(network, images, lambdas, _steps(config), config.baseline, config.num_rounds),
+    }
+    return {name: pd.concat([pd.DataFrame([facts] * len(rows)), rows], axis=1) for name, rows in found.items()}
+
+
+def _steps(config: DictConfig) -> dict[str, dict[str, Tightening]]:
+    """Return the tightening of each step, for each level that takes it."""
+    settings = cumulative(config.ladder)
+    return {
+        level: {step.name: settings[step.name] for step in config.ladder if level in step.get("levels", LEVELS)}
+        for level in LEVELS
+    }
 
 
 def cumulative(steps: Sequence[Mapping[str, object]]) -> dict[str, Tightening]:
@@ -194,7 +202,3 @@ def draw(rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
     right.legend(frameon=False)
     return figure
-
-
-def _with_facts(facts: dict[str, object], rows: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([pd.DataFrame([facts] * len(rows)), rows], axis=1)

@@ -8,16 +8,14 @@ networks fall. A little uniform noise keeps the test images off the kinks of max
 Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
 ``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
 five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
-``cache_dir`` under a digest of its settings and of the versions of torch and fisher-reg: a run that was killed goes on
-where it was, a training at its last epoch. Delete the folder after a change of the code or of the files of a data set.
+``cache_dir`` under its settings, its data, the source that it uses, and the versions of torch and fisher-reg: a run
+that was killed goes on where it was, a training at its last epoch, and a change does anew only what depends on it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -32,12 +30,13 @@ from recipes.compare.findings import findings
 from recipes.compare.powers import NETWORK
 from recipes.compare.report import write
 from recipes.compare.stages import STAGES
+from recipes.compare.training import train
 from recipes.competitors.measurement import METRICS, predict
 from recipes.data.base import ImageData
 from recipes.data.chosen import check_noise, prepared_data
-from recipes.runtime.cache import cache_path
+from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Settings, execute, quiet
+from recipes.runtime.jobs import Workers, execute, folders, quiet
 from recipes.statistics.agreement import MIN_MODELS
 
 _TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
@@ -61,19 +60,16 @@ def compare(config: DictConfig) -> Analysis:
         ValueError: For settings that :func:`check` refuses; before any training.
     """
     begin = time.perf_counter()
-    runs = plan(config)
-    check(config, runs)
-    folder, cache = Path(config.output_dir), Path(config.cache_dir)
-    for path in (folder, cache):
-        path.mkdir(parents=True, exist_ok=True)
-    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
-    results: dict[str, dict[str, Any]] = {cache_path(run, cache).stem: {"run": run} for run in runs}
+    workers = Workers.of(config)
+    check(config, plan(config))
+    folder, cache = folders(config)
+    runs = [stamped(run, train) for run in plan(config)]
+    results: list[dict[str, Any]] = [{"run": run} for run in runs]
     for stage, work in STAGES.items():
         todo = [stage_settings(config, stage, run) for run in runs]
-        for settings, result in execute(stage, todo, partial(work, cache=cache), **shared):
-            results[cache_path(settings["run"], cache).stem][stage] = result
-    ordered = [results[cache_path(run, cache).stem] for run in runs]
-    found = analyse(networks_frame(ordered), examples_frame(ordered), list(config.attacks), config.num_resamples)
+        for index, result in execute(stage, todo, work, workers, _described, cache):
+            results[index][stage] = result
+    found = analyse(networks_frame(results), examples_frame(results), list(config.attacks), config.num_resamples)
     settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(_SHOWN)), resolve=True)
     texts = findings(found)
     write(found, texts, settings, folder)
@@ -145,18 +141,16 @@ def _check_forward(title: str, network: nn.Module, data: ImageData) -> None:
 
 
 def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
-    """Return what the numbers of one stage of a network depend on."""
-    needed = {
-        "training": [],
-        "attacks": ["attacks", "num_images", "noise"],
-        "metrics": ["effort", "num_images", "noise"],
-    }
-    part = OmegaConf.to_container(OmegaConf.masked_copy(config, needed[stage]), resolve=True)
-    return {"run": run, "stage": stage} | part
+    """Return what the numbers of one stage of a network depend on, with the stamped run of its training."""
+    if stage == "training":
+        return run
+    needed = ["num_images", "noise", {"attacks": "attacks", "metrics": "effort"}[stage]]
+    part = OmegaConf.to_container(OmegaConf.masked_copy(config, needed), resolve=True)
+    return stamped({"run": run} | part, STAGES[stage])
 
 
 def _described(settings: Settings) -> str:
-    return " ".join(str(settings["run"][name]) for name in NETWORK)
+    return " ".join(str(settings.get("run", settings)[name]) for name in NETWORK)
 
 
 def networks_frame(results: list[dict[str, Any]]) -> pd.DataFrame:

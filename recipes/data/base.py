@@ -44,6 +44,10 @@ class ImageData(pl.LightningDataModule):
     def load(self) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
         """Read the data: the splits ``train``, ``val`` and ``test``, and what they look like."""
 
+    def digest(self) -> str | None:
+        """Return what tells these data from others with the same settings; nothing for data that never change."""
+        return None
+
     def setup(self, stage: str | None = None) -> None:
         """Read the data once, and refuse it if a class has no training image or no test image."""
         if not hasattr(self, "splits"):

@@ -193,6 +193,14 @@ class Npz(ArrayData):
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no file {self.path.resolve()}; say where it is with data.path=…")
 
+    def digest(self) -> str:
+        """Return the SHA-256 of the file."""
+        with self.path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Read the file.
 
@@ -203,7 +211,7 @@ class Npz(ArrayData):
             ValueError: If the file is damaged or another one, or an array is missing; the message names those found.
         """
         if self.sha256 is not None:
-            digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+            digest = self.digest()
             if digest != self.sha256.lower():
                 raise ValueError(f"{self.path} has the SHA-256 {digest} instead of {self.sha256}; copy it again.")
         reading = "its index"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
 ROBUST = "l2_0.25"
-"""The attack that finalists are chosen by and figures show, unless another is named; see :func:`attack_name`."""
+"""The attack that finalists are chosen by and figures show, unless another is named; see ``attack_name``."""
 _TITLES = {
     "seeds": "seeds",
     "clean": "clean",
@@ -20,14 +19,6 @@ _TITLES = {
     "calibration_error": "ECE",
     "seconds": "seconds",
 }
-
-
-def attack_name(attack: dict[str, Any]) -> str:
-    """Return the column of an attack: ``l2_0.25``, ``linf_2/255``."""
-    epsilon = float(attack["epsilon"])
-    if math.isinf(float(attack["norm"])):
-        return f"linf_{round(epsilon * 255, 2):g}/255"
-    return f"l2_{epsilon:g}"
 
 
 def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) -> set[tuple[str, str, float]]:

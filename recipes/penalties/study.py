@@ -7,38 +7,27 @@ setting of each method, by the first of ``attacks``, is attacked by AutoAttack t
 instead of buying robustness. A method that is null is left out.
 
 Leaves ``penalties.csv`` (a row per network), ``penalties.md``, ``penalties.json`` and ``penalties.png`` in Hydra's run
-folder. Finished networks are kept in ``cache_dir``, so that a run that was killed goes on where it was.
+folder. Finished networks are kept in ``cache_dir``, so that a run that was killed goes on where it was; a run that was
+interrupted leaves the first two of the networks that it finished.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import pytorch_lightning as pl
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from fisher_reg import fisher_spectral_norm
-from recipes.attacks.libraries import AutoAttack, ProjectedGradient, attack_all
-from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
-from recipes.models.classifier import Classifier
-from recipes.penalties.report import KEYS, attack_name, draw, finalists, markdown, short, summarize
+from recipes.penalties.report import KEYS, draw, finalists, markdown, short, summarize
+from recipes.penalties.training import attack_again, attack_name, callbacks, train_and_measure
 from recipes.reporting.records import without_folders
-from recipes.runtime.cache import cache_path, cached
+from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device
-from recipes.runtime.jobs import Settings, execute, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
 
@@ -58,26 +47,25 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     Raises:
         ValueError: For settings that :func:`check` refuses; before any training.
     """
-    runs = plan(config)
-    check(config, runs)
-    folder, cache = Path(config.output_dir), Path(config.cache_dir)
-    for path in (folder, cache):
-        path.mkdir(parents=True, exist_ok=True)
-    shared = {"num_processes": config.num_processes, "num_threads": config.num_threads, "describe": _described}
-    rows = execute("training", runs, partial(train_and_measure, cache=cache), **shared)
-    frame = pd.DataFrame([_named(run) | row for run, row in rows]).sort_values([*KEYS, "seed"], ignore_index=True)
-    frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
+    workers = Workers.of(config)
+    check(config, plan(config))
+    folder, cache = folders(config)
+    runs = [stamped(run, train_and_measure) for run in plan(config)]
+    rows: list[Settings] = []
+    try:
+        for index, row in execute("training", runs, train_and_measure, workers, _described, cache):
+            rows.append(_named(runs[index]) | row)
+    finally:  # an interrupt leaves what there is
+        frame = _written(pd.DataFrame(rows), folder)
     robust = attack_name(config.attacks[0])
     if config.auto_attacks:
-        best = finalists(frame, config.max_clean_loss, robust)
+        best, auto = finalists(frame, config.max_clean_loss, robust), OmegaConf.to_container(config.auto_attacks)
         chosen = [run for run in runs if (run["model"], run["method"], run["strength"]) in best]
-        chosen = [run | {"auto": OmegaConf.to_container(config.auto_attacks)} for run in chosen]
-        found = execute("AutoAttack on the best", chosen, partial(attack_again, cache=cache), **shared)
-        auto = pd.DataFrame([_named(run) | row for run, row in found])
-        frame = frame.merge(auto, how="left")
-        frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
+        again = [stamped({"run": run, "auto": auto}, attack_again) for run in chosen]
+        found = execute("AutoAttack on the best", again, attack_again, workers, _described, cache)
+        added = pd.DataFrame([_named(chosen[index]) | row for index, row in found])
+        frame = _written(frame.merge(added, how="left"), folder)
     cells = summarize(frame)
-    (folder / "penalties.md").write_text(markdown(cells), encoding="utf-8")
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
     settings = without_folders(OmegaConf.to_container(OmegaConf.create(shown)))
     (folder / "penalties.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -88,7 +76,17 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     return frame
 
 
-def _described(run: Settings) -> str:
+def _written(frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Write the table and its means over seeds, and return it in order."""
+    if len(frame):
+        frame = frame.sort_values([*KEYS, "seed"], ignore_index=True)
+        frame.to_csv(folder / "penalties.csv", index=False, float_format="%.6g")
+        (folder / "penalties.md").write_text(markdown(summarize(frame)), encoding="utf-8")
+    return frame
+
+
+def _described(settings: Settings) -> str:
+    run = settings.get("run", settings)
     return f"{run['model']}, {run['method']}"
 
 
@@ -133,92 +131,3 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
         callbacks(run)
     for network in config.models.values():
         instantiate(network, spec=data.spec)
-
-
-def callbacks(run: Settings) -> list[pl.Callback]:
-    """Build the method of a run at its strength; none for a plain training."""
-    if run["callback"] is None:
-        return []
-    return [instantiate(OmegaConf.create(run["callback"]), **{run["parameter"]: run["strength"]})]
-
-
-def train_and_measure(run: Settings, cache: Path) -> dict[str, Any]:
-    """Train a network, keep its weights, and measure it; or read the results."""
-    return cached(run, cache, partial(_train_and_measure, run, cache_path(run, cache).with_suffix(".pt")))
-
-
-def attack_again(run: Settings, cache: Path) -> dict[str, Any]:
-    """Attack the network of a finished run with AutoAttack; or read the results."""
-    return cached(run, cache, partial(_attack_again, run, cache))
-
-
-def _attack_again(run: Settings, cache: Path) -> dict[str, Any]:
-    trained = {key: value for key, value in run.items() if key != "auto"}
-    data = _quietly_prepared(run)
-    network = instantiate(run["network"], spec=data.spec)
-    path = cache_path(trained, cache).with_suffix(".pt")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    images, labels = _test_images(data, run["auto"]["num_images"])
-    device = chosen_device(run["device"])
-    network = network.eval().to(device)
-    images, labels = images.to(device), labels.to(device)
-    torch.manual_seed(run["seed"])
-    found = {}
-    for attack in run["auto"]["attacks"]:
-        name, ball = attack_name(attack), (float(attack["norm"]), attack["epsilon"])
-        gradient = ProjectedGradient(*ball, run["num_attack_steps"])
-        found[f"same_{name}"] = attack_all(gradient, network, images, labels).accuracy
-        found[f"auto_{name}"] = attack_all(AutoAttack(*ball), network, images, labels).accuracy
-    return found
-
-
-def _train_and_measure(run: Settings, weights: Path) -> dict[str, Any]:
-    data = _quietly_prepared(run)
-    network = instantiate(run["network"], spec=data.spec)
-    module = Classifier(network, data.spec.num_classes, instantiate(run["optimizer"]))
-    trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks(run))
-    clock = time.process_time if chosen_device(run["device"]).type == "cpu" else time.perf_counter
-    begin = clock()
-    trainer.fit(module, train_dataloaders=data.train_dataloader())
-    seconds = clock() - begin
-    torch.save(network.state_dict(), weights)
-    return {"seconds": seconds, **measure(network.eval().to(chosen_device(run["device"])), data, run)}
-
-
-def measure(network: nn.Module, data: ImageData, run: Settings) -> dict[str, float]:
-    """Measure a trained network on the test images."""
-    device = chosen_device(run["device"])
-    torch.manual_seed(run["seed"])
-    with torch.no_grad():
-        parts = [(network(images.to(device)), labels.to(device)) for images, labels in data.test_dataloader()]
-    logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    images, known = (part.to(device) for part in _test_images(data, run["num_attacked"]))
-    probes = _test_images(data, run["num_probes"])[0].to(device)
-    eigenvalues = fisher_spectral_norm(network, probes).eigenvalue.double()
-    return {
-        "clean": float((logits.argmax(1) == labels).double().mean()),
-        **{
-            attack_name(attack): attack_all(
-                ProjectedGradient(float(attack["norm"]), attack["epsilon"], run["num_attack_steps"]),
-                network,
-                images,
-                known,
-            ).accuracy
-            for attack in run["attacks"]
-        },
-        "lambda_mean": float(eigenvalues.mean()),
-        "lambda_median": float(eigenvalues.quantile(0.5)),
-        "calibration_error": float(multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1])),
-        "finite": math.isfinite(float(logits.sum())),
-    }
-
-
-def _quietly_prepared(run: Settings) -> ImageData:
-    quiet()
-    return prepared_data(OmegaConf.create(run))
-
-
-def _test_images(data: ImageData, count: int) -> tuple[Tensor, Tensor]:
-    """Return the first test images, the same for every network, and their labels."""
-    images, labels = zip(*(data.splits["test"][index] for index in range(count)), strict=True)
-    return torch.stack(images), torch.tensor([int(label) for label in labels])

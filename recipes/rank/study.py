@@ -16,33 +16,24 @@ bound).
   of comparisons. Four models or fewer cannot reach that p.
 
 Leaves ``rank.csv`` (a row per network), ``rank.json`` (correlations, verdicts), ``rank.md`` and ``rank.png`` in Hydra's
-run folder. Finished networks are kept in ``cache_dir`` under a digest of their settings and of the versions of torch
-and fisher-reg, so that a run that was killed goes on where it was; delete the folder after a change to the library.
+run folder, and ``rank.csv`` where it was interrupted, too. Finished networks are kept in ``cache_dir`` under their
+settings, their data, the versions of torch and fisher-reg, and the source that they use: a run that was killed goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import time
-import warnings
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm
-from fisher_reg.metrics import summarize
-from recipes.competitors.measures import product_bound
-from recipes.data.chosen import check_noise, fixed_images, prepared_data
-from recipes.models.training import share_correct, trained_network
+from recipes.data.chosen import check_noise, prepared_data
 from recipes.rank.agreement import (
     comparison_table,
     correlations,
@@ -52,20 +43,19 @@ from recipes.rank.agreement import (
     notes,
     reproducibility,
 )
-from recipes.runtime.cache import cached
+from recipes.rank.measuring import measure
+from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device
+from recipes.runtime.jobs import Workers, execute, folders, quiet
 from recipes.statistics.agreement import MIN_MODELS
 
-_ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
 _SETTINGS = ("data", "trainer", "optimizer", "solver", "num_images", "num_blockwise_images", "noise", "device")
 
 
 @command("rank")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its greetings and hints, once per network
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    quiet()
     rank(config)
 
 
@@ -78,23 +68,21 @@ def rank(config: DictConfig) -> pd.DataFrame:
     Raises:
         ValueError: For settings that :func:`check` refuses; before any training.
     """
-    networks = [(model, seed, settings(config, model, seed)) for seed in config.seeds for model in config.models]
-    check(config, [part for _, _, part in networks])
-    folder, cache = Path(config.output_dir), Path(config.cache_dir)
-    for path in (folder, cache):
-        path.mkdir(parents=True, exist_ok=True)
-    rows = []
-    with Progress() as progress:
-        task = progress.add_task("", total=len(networks))
-        for model, seed, part in networks:
-            progress.update(task, description=f"{model.name}, seed {seed}")
-            known = cached(OmegaConf.to_container(part), cache, partial(measure, part))
-            rows.append({"model": model.name, "family": model.family, "seed": seed} | known)
-            progress.advance(task)
-        progress.update(task, description="comparing the orders")
-        frame = pd.DataFrame(rows)
-        found = correlations(frame, config.num_resamples)
-    frame.to_csv(folder / "rank.csv", index=False, float_format="%.6g")
+    workers = Workers.of(config)
+    networks = [(model, seed) for seed in config.seeds for model in config.models]
+    parts = [settings(config, model, seed) for model, seed in networks]
+    check(config, parts)
+    folder, cache = folders(config)
+    runs = [stamped(part, measure) for part in parts]
+    rows: dict[int, Settings] = {}
+    try:
+        for index, row in execute("networks", runs, measure, workers, lambda run: f"seed {run['seed']}", cache):
+            model, seed = networks[index]
+            rows[index] = {"model": model.name, "family": model.family, "seed": seed} | row
+    finally:  # an interrupt leaves what there is
+        frame = pd.DataFrame([rows[index] for index in sorted(rows)])
+        frame.to_csv(folder / "rank.csv", index=False, float_format="%.6g")
+    found = correlations(frame, config.num_resamples)
     agreements = {target: reproducibility(frame, target) for target in ("lambda_median", "lambda_max")}
     result = {
         "config": OmegaConf.to_container(config, resolve=True),
@@ -109,7 +97,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
     return found
 
 
-def settings(config: DictConfig, model: DictConfig, seed: int) -> DictConfig:
+def settings(config: DictConfig, model: DictConfig, seed: int) -> Settings:
     """Return everything that the numbers of one network depend on.
 
     Raises:
@@ -122,10 +110,10 @@ def settings(config: DictConfig, model: DictConfig, seed: int) -> DictConfig:
         model.get("overrides") or OmegaConf.create()
     )
     kept = {key: everything[key] for key in _SETTINGS}
-    return OmegaConf.create(kept | {"model": network, "seed": seed, "checkpoint": None})
+    return kept | {"model": network, "seed": seed, "checkpoint": None}
 
 
-def check(config: DictConfig, networks: list[DictConfig]) -> None:
+def check(config: DictConfig, networks: list[Settings]) -> None:
     """Refuse what would fail or mislead after hours of training.
 
     Raises:
@@ -139,7 +127,7 @@ def check(config: DictConfig, networks: list[DictConfig]) -> None:
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{key} must have at least one entry, and none twice; got {values}.")
     check_noise(config.noise)
-    data = prepared_data(networks[0])
+    data = prepared_data(OmegaConf.create(networks[0]))
     num_test = len(data.splits["test"])
     if not 1 <= config.num_blockwise_images <= config.num_images <= num_test:
         raise ValueError(
@@ -147,41 +135,7 @@ def check(config: DictConfig, networks: list[DictConfig]) -> None:
             "(the test images of the data) must hold; change the first two."
         )
     for part in networks[: len(names)]:
-        instantiate(part.model, spec=data.spec)
-
-
-def measure(config: DictConfig) -> dict[str, float]:
-    """Train one network and measure it."""
-    begin = time.perf_counter()
-    device = chosen_device(config.device)
-    data = prepared_data(config)
-    network = trained_network(config, data).to(device)
-    accuracy = share_correct(network, data, device)
-    trained = time.perf_counter()
-    network = network.double()
-    images = fixed_images(data, config.num_images, config.noise).to(device)
-    few = images[: config.num_blockwise_images]
-    values = fisher_spectral_norm(network, images, solver=instantiate(config.solver)).eigenvalue
-    overall = fisher_bound(network, images).log10_value
-    local = product_bound(network, images).log10_value
-    blockwise = blockwise_fisher_bound(network, few).log10_value
-    exceeded = [values.log10() - bound > _ROUND_OFF for bound in (overall, local)]
-    exceeded.append(values[: len(few)].log10() - blockwise > _ROUND_OFF)
-    return {
-        "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "accuracy": accuracy,
-        **{f"lambda_{name}": float(value) for name, value in summarize(values).items()},
-        "lambda_median_few": float(values[: len(few)].quantile(0.5)),
-        "lambda_max_few": float(values[: len(few)].max()),
-        "log10_global": overall,
-        "log10_local_mean": float(local.mean()),
-        "log10_local_max": float(local.max()),
-        "log10_blockwise_mean": float(blockwise.mean()),
-        "log10_blockwise_max": float(blockwise.max()),
-        "num_violations": int(torch.cat(exceeded).sum()),
-        "seconds_training": trained - begin,
-        "seconds_measuring": time.perf_counter() - trained,
-    }
+        instantiate(part["model"], spec=data.spec)
 
 
 def report(rows: pd.DataFrame, found: pd.DataFrame, folder: Path) -> None:

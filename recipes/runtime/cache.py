@@ -1,35 +1,133 @@
-"""Results of long computations, kept under a digest of what they depend on."""
+"""Results of long computations, kept by ``joblib.Memory`` under everything that they depend on.
+
+:func:`stamped` adds to the settings of a piece of work the versions of torch and fisher-reg, a digest of the source
+that the work uses, and a digest of its data. :func:`kept` does the work, or reads its result where all of them are the
+same.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import joblib
+from hydra.utils import instantiate
+
 from recipes.runtime.environment import installed
 
+Settings = dict[str, Any]
+Result = dict[str, Any]
+Work = Callable[[Settings, Path], Result]
+"""Maps settings and the folder of kept files to a result; a function of a module, so that other processes find it."""
 
-def cached(settings: dict[str, Any], folder: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what ``compute`` gives, from its file in ``folder`` if it is there; a file is whole or not there.
+_ROOTS = {name: Path(__file__).parents[2] / name for name in ("fisher_reg", "recipes")}
 
-    The file is named by a digest of the settings and of the versions of torch and fisher-reg.
+
+def stamped(settings: Settings, work: Work) -> Settings:
+    """Return the settings with whatever else the result of the work depends on.
+
+    Args:
+        settings: Plain values. Their ``data``, if there is one, has a method ``digest``.
+        work: The function that will be called with them.
     """
-    path = cache_path(settings, folder)
-    if not path.is_file():
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_content(settings) | {"result": compute()}, indent=2) + "\n")
-        os.replace(partial, path)
-    return json.loads(path.read_text())["result"]
+    stamp = {"work": f"{work.__module__}.{work.__qualname__}", "source": source_digest(work.__module__, settings)}
+    stamp |= {name: installed(name) for name in ("torch", "fisher-reg")}
+    if "data" in settings:
+        stamp["data"] = _data_digest(json.dumps(settings["data"], sort_keys=True))
+    return settings | {"stamp": stamp}
 
 
-def cache_path(settings: dict[str, Any], folder: Path) -> Path:
-    """Return the file that keeps the result of ``settings``."""
-    digest = hashlib.sha256(json.dumps(_content(settings), sort_keys=True).encode()).hexdigest()[:20]
-    return folder / f"{digest}.json"
+def kept(settings: Settings, work: Work, folder: Path) -> Result:
+    """Return the result of the work, from ``folder`` if it is there. A result is there as a whole or not at all."""
+    return _memory(folder)(_key(settings), work, folder)  # type: ignore[no-any-return]  # joblib has no types
 
 
-def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    return {"settings": settings, **{name: installed(name) for name in ("torch", "fisher-reg")}}
+def is_kept(settings: Settings, work: Work, folder: Path) -> bool:
+    """Whether the result is in ``folder``."""
+    return bool(_memory(folder).check_call_in_cache(_key(settings), work, folder))
+
+
+def kept_file(settings: Settings, folder: Path, suffix: str) -> Path:
+    """Return where a work may keep a file beside its result."""
+    return folder / f"{joblib.hash(_key(settings))}{suffix}"
+
+
+def source_digest(module: str, settings: Settings) -> str:
+    """Return a digest of the modules of this project that a module imports, directly or not.
+
+    What the settings build (each ``_target_``) counts as imported. Other packages count by their version at most.
+    """
+    return _digest(tuple(sorted({module, *_targets(settings)})))
+
+
+@lru_cache
+def _digest(names: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(_closure(names)):
+        digest.update(path.as_posix().encode() + b"\0" + (_ROOTS["recipes"].parent / path).read_bytes())
+    return digest.hexdigest()
+
+
+def _closure(names: tuple[str, ...]) -> set[Path]:
+    """Return the files of what is imported, relative to the folder of the packages."""
+    todo, found = list(names), set()
+    while todo:
+        parts = todo.pop().split(".")
+        for count in range(1, len(parts) + 1):  # importing a.b.c imports a and a.b first
+            path = _file(tuple(parts[:count]))
+            if path is not None and path not in found:
+                found.add(path)
+                todo += _imported(path)
+    return {path.relative_to(_ROOTS["recipes"].parent) for path in found}
+
+
+def _file(parts: tuple[str, ...]) -> Path | None:
+    """Return the file of a module, or ``None`` for a name inside a module and for other people's packages."""
+    if parts[0] not in _ROOTS:
+        return None
+    path = _ROOTS[parts[0]].joinpath(*parts[1:])
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+@cache
+def _imported(path: Path) -> list[str]:
+    """Return what a file imports, anywhere in it; this project has no relative imports."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _targets(settings: Any) -> Iterator[str]:
+    if isinstance(settings, dict):
+        yield from (value for key, value in settings.items() if key == "_target_")
+    if isinstance(settings, dict | list):
+        for part in settings.values() if isinstance(settings, dict) else settings:
+            yield from _targets(part)
+
+
+@cache
+def _data_digest(data: str) -> str | None:
+    digest: str | None = instantiate(json.loads(data)).digest()
+    return digest
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _memory(folder: Path) -> Any:
+    return joblib.Memory(folder, verbose=0).cache(_done, ignore=["work", "folder"])
+
+
+# joblib deletes what it kept of a function when the text of the function changes: leave this one as it is.
+def _done(key: str, work: Work, folder: Path) -> Result:
+    return work(json.loads(key), folder)
