@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from recipes.attacks.libraries import attack_all
@@ -25,6 +23,7 @@ from recipes.competitors.measurement import measure, predict
 from recipes.data.base import ImageData
 from recipes.data.chosen import chosen_examples, prepared_data
 from recipes.models.classifier import Classifier
+from recipes.models.resuming import ResumePoint, stopped_at
 from recipes.runtime.cache import cache_path, cached
 from recipes.runtime.environment import chosen_device
 from recipes.runtime.jobs import Settings, quiet
@@ -56,31 +55,6 @@ def weights_path(run: Settings, cache: Path) -> Path:
     return cache_path(run, cache).with_suffix(".pt")
 
 
-class RandomStateCheckpoint(pl.Callback):
-    """Keeps the state of torch's generators in the checkpoint, so that a training that goes on draws the same.
-
-    And the seconds until then, so that they are those of all its legs.
-    """
-
-    def __init__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def seconds(self) -> float:
-        """Return how long the training has taken."""
-        return time.perf_counter() - self._begin
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the states."""
-        states = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        return states | {"seconds": self.seconds()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the states."""
-        self._begin -= state_dict["seconds"]
-        torch.set_rng_state(state_dict["cpu"].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
-
-
 def _train(run: Settings, weights: Path) -> dict[str, Any]:
     quiet()
     data = _loaded(json.dumps(run["data"]))
@@ -89,11 +63,11 @@ def _train(run: Settings, weights: Path) -> dict[str, Any]:
     made_by = instantiate(run["attack"]) if run["attack"] else None
     optimizer = instantiate(run["optimizer"])
     module = Classifier(network, data.spec.num_classes, optimizer, made_by, run["annealed"])
-    epochs, state = _epochs(weights), RandomStateCheckpoint()
-    callbacks = [state, ModelCheckpoint(epochs, save_on_train_epoch_end=True)]
-    trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks, enable_checkpointing=True)
-    trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=_last(epochs))
-    seconds = state.seconds()
+    epochs = _epochs(weights)
+    point = ResumePoint(epochs)
+    trainer: pl.Trainer = instantiate(run["trainer"], callbacks=[point], enable_checkpointing=True)
+    trainer.fit(module, train_dataloaders=data.train_dataloader(), ckpt_path=stopped_at(epochs).checkpoint)
+    seconds = point.seconds()
     partial_path = weights.with_suffix(f".{os.getpid()}")
     torch.save(network.state_dict(), partial_path)
     os.replace(partial_path, weights)
@@ -105,11 +79,6 @@ def _train(run: Settings, weights: Path) -> dict[str, Any]:
 
 def _epochs(weights: Path) -> Path:
     return weights.with_suffix(".epochs")
-
-
-def _last(epochs: Path) -> Path | None:
-    """Return the newest checkpoint, if there is one: a new one is whole before the old one is removed."""
-    return max(epochs.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _attack(settings: Settings, cache: Path) -> dict[str, Any]:
