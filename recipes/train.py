@@ -1,83 +1,192 @@
 """Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
 
 Leaves in Hydra's run folder: TensorBoard events, ``metrics.csv`` (the curves), ``bound_versus_empirical.png``, the
-checkpoint, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of the final table).
+checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of the final table, and what they depend on).
+
+``python -m recipes.train resume=FOLDER`` goes on with a training that was stopped, by whatever it was, and comes to the
+same numbers. ``python -m recipes.evaluate run=FOLDER`` audits the network.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from fisher_reg import FisherMonitor, FisherRegularizer, FisherSpectralNorm, bound_versus_empirical, fisher_bound
 from fisher_reg.metrics import summarize
 from recipes.data.base import ImageData
+from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
-from recipes.runtime.command import command
+from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
+from recipes.models.runs import check_unused, run_config
+from recipes.runtime.command import command, command_line, in_folder, overrides
+from recipes.runtime.environment import provenance
+
+FINISHED = "finished"
 
 
-@command("train")
+@dataclass(frozen=True)
+class Training:
+    """What is put together for one training."""
+
+    data: ImageData
+    module: Classifier
+    trainer: pl.Trainer
+    point: ResumePoint
+    monitor: FisherMonitor | None
+    regularizer: FisherRegularizer | None
+
+
+@command("train", prepare=in_folder("resume"))
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     train(config)
 
 
 def train(config: DictConfig) -> dict[str, Any]:
-    """Train, test and write the files; return what ``summary.json`` holds."""
-    begin = time.perf_counter()
-    folder = Path(config.output_dir)
+    """Train, test and write the files, or go on with a training that was stopped.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        FileNotFoundError: If there is no training in the folder that is to be resumed.
+        ValueError: If a resumed training is given other settings, or the folder has another training already.
+    """
+    if config.resume is None:
+        folder = Path(config.output_dir)
+        if rank_zero_only.rank == 0:
+            check_unused(folder)
+        return _train(config, folder, Stopped())
+    folder = Path(config.resume)
+    config = resumed_config(folder)
+    summary = folder / "summary.json"
+    if summary.is_file() and (result := json.loads(summary.read_text()))["status"] == FINISHED:
+        Console().print(f"This training was finished: {folder}", soft_wrap=True)
+        report(result, folder)
+        return dict(result)
+    return _train(config, folder, stopped_at(folder / "checkpoints"))
+
+
+def resumed_config(folder: Path) -> DictConfig:
+    """Return the configuration of a training that was stopped.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If the command line has other settings.
+    """
+    config = run_config(folder)
+    others = [text for text in overrides() if not text.startswith("resume=")]
+    if others:
+        raise ValueError(
+            f"A training is resumed with the settings that it was begun with ({folder / 'config.yaml'}), so that it "
+            f"comes to the same numbers; leave out {' '.join(others)}, or begin another training."
+        )
+    return config
+
+
+def _train(config: DictConfig, folder: Path, stopped: Stopped) -> dict[str, Any]:
+    training = assembled(config, folder, stopped)
+    module, data, trainer = training.module, training.data, training.trainer
+    if trainer.is_global_zero:
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=stopped.checkpoint)
+        # A training that is resumed after its last epoch must draw what the others draw.
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        tested = trainer.test(module, datamodule=data, verbose=False)[0]
+    except SystemExit:  # by which Lightning ends after Ctrl-C
+        if trainer.interrupted:
+            interrupted(config, training, folder)
+        raise
+    if not trainer.is_global_zero:
+        return {}
+    return finished(config, training, folder, tested)
+
+
+def assembled(config: DictConfig, folder: Path, stopped: Stopped) -> Training:
+    """Read the data and build the network, the callbacks, the loggers and the trainer."""
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-
-    data: ImageData = instantiate(config.data)
-    data.prepare_data()
-    data.setup()
-    network = instantiate(config.model, spec=data.spec)
-    module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
+    data = prepared_data(config)
+    module = Classifier(instantiate(config.model, spec=data.spec), data.spec.num_classes, instantiate(config.optimizer))
     callbacks = [instantiate(item) for item in config.callbacks.values()]
-    regularizer: FisherRegularizer | None = instantiate(config.penalty) if config.penalty else None
-    if regularizer is not None:
-        callbacks.append(regularizer)
-    loggers = [instantiate(item) for item in config.logger.values()]
-    trainer: pl.Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False)
-
-    trainer.fit(module, datamodule=data)
-    tested = trainer.test(module, datamodule=data, verbose=False)[0]
-    summary = {
-        "model": config.model._target_.rsplit(".", 1)[-1],
-        "data": type(data).__name__,
-        "penalty": "none" if regularizer is None else type(regularizer.penalty).__name__,
-        "penalty_weight": 0.0 if regularizer is None else regularizer.weight,
-        "seed": int(config.seed),
-        "test_accuracy": tested["test/accuracy"],
-        **measure(network, data),
-    }
     monitor = next((callback for callback in callbacks if isinstance(callback, FisherMonitor)), None)
+    regularizer: FisherRegularizer | None = instantiate(config.penalty) if config.penalty else None
+    point = ResumePoint(folder / "checkpoints")
+    callbacks += [point] if regularizer is None else [regularizer, point]
+    loggers = [_logger(item, stopped) for item in config.logger.values()]
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False)
+    if trainer.is_global_zero:
+        for logger in loggers:
+            if isinstance(logger, CSVLogger):
+                restore_log(logger, stopped.epoch)
+    return Training(data, module, trainer, point, monitor, regularizer)
+
+
+def _logger(config: DictConfig, stopped: Stopped) -> Any:
+    """Build a logger that drops what was logged after the last checkpoint, if it is TensorBoard's."""
+    if stopped.step and config._target_.endswith("TensorBoardLogger"):
+        return instantiate(config, purge_step=stopped.step)
+    return instantiate(config)
+
+
+def finished(config: DictConfig, training: Training, folder: Path, tested: dict[str, float]) -> dict[str, Any]:
+    """Measure the network, write the files and print the table."""
+    summary = _settings(config, training) | {"test_accuracy": tested["test/accuracy"]} | measure(training)
+    monitor = training.monitor
     if monitor is not None and monitor.history:
         bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=120)
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
-    summary["total_seconds"] = time.perf_counter() - begin
+    summary["total_seconds"] = training.point.seconds()
+    summary |= {"status": FINISHED, "provenance": provenance(config, training.data)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, folder)
     return summary
 
 
-def measure(network: nn.Module, data: ImageData) -> dict[str, float]:
+def interrupted(config: DictConfig, training: Training, folder: Path) -> None:
+    """Write what there is and how to go on.
+
+    Raises:
+        SystemExit: With the status of a command that Ctrl-C has ended.
+    """
+    if training.trainer.is_global_zero:
+        num_epochs = stopped_at(folder / "checkpoints").epoch + 1
+        status = {"status": f"interrupted after epoch {num_epochs}", "total_seconds": training.point.seconds()}
+        summary = _settings(config, training) | status | {"provenance": provenance(config, training.data)}
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(f"Stopped after epoch {num_epochs}. Go on with: {command_line('train', resume=folder)}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+def _settings(config: DictConfig, training: Training) -> dict[str, Any]:
+    regularizer = training.regularizer
+    return {
+        "model": config.model._target_.rsplit(".", 1)[-1],
+        "data": type(training.data).__name__,
+        "penalty": "none" if regularizer is None else type(regularizer.penalty).__name__,
+        "penalty_weight": 0.0 if regularizer is None else regularizer.weight,
+        "seed": int(config.seed),
+    }
+
+
+def measure(training: Training) -> dict[str, float]:
     """Return the Fisher spectral norm over the test images, and the bound above it."""
-    metric = FisherSpectralNorm(summarize)
+    metric, network = FisherSpectralNorm(summarize), training.module.network
     inputs = None
-    for inputs, _ in data.test_dataloader():
+    for inputs, _ in training.data.test_dataloader():
         metric.update(network, inputs)
     values = {f"lambda_max_{name}": float(value) for name, value in metric.compute().items()}
     bound = fisher_bound(network, inputs).log10_value
@@ -85,7 +194,7 @@ def measure(network: nn.Module, data: ImageData) -> dict[str, float]:
 
 
 def report(summary: dict[str, Any], folder: Path) -> None:
-    """Print the final table."""
+    """Print the final table, and the command that audits the network."""
     penalised = f"{summary['penalty']}, weight {summary['penalty_weight']:g}"
     table = Table(title=f"{summary['model']} on {summary['data']}, penalty: {penalised}")
     table.add_column("on the test images")
@@ -101,6 +210,7 @@ def report(summary: dict[str, Any], folder: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"Files: {folder}", soft_wrap=True)
+    console.print(f"Audit: {command_line('evaluate', run=folder)}", soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Audit a classifier: ``python -m recipes.evaluate checkpoint=model.ckpt data=cifar10 model=resnet``.
+"""Audit a classifier: ``python -m recipes.evaluate run=FOLDER`` for one that ``recipes.train`` has trained there.
+
+Data, network and checkpoint are then those of the training. Others are named one by one::
+
+    python -m recipes.evaluate checkpoint=model.ckpt data=cifar10 model=resnet
 
 Any importable factory goes, with its own arguments (``~model`` drops those of the group)::
 
     python -m recipes.evaluate checkpoint=weights.pt data=npz data.path=images.npz \
-        ~model +model._target_=torchvision.models.resnet18 +model.num_classes=10 \
+        ~model model._target_=torchvision.models.resnet18 model.num_classes=10 \
         'normalize={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
 
 Leaves in Hydra's run folder ``audit.html`` (one page that needs nothing else), ``audit.json`` (every number of every
@@ -38,8 +42,9 @@ from recipes.evaluate.audit import Attacked, Audit, Shown, outcome, record
 from recipes.evaluate.page import figures, page, summary
 from recipes.evaluate.reading import reading
 from recipes.models.checkpoints import built_network, check_network
+from recipes.models.runs import with_run
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device
+from recipes.runtime.environment import chosen_device, provenance
 from recipes.runtime.jobs import quiet
 
 
@@ -57,8 +62,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         What ``audit.json`` holds.
 
     Raises:
+        FileNotFoundError: If ``run`` is no folder of a training.
         ValueError: Before any measurement, for data, a checkpoint or a network that do not fit one another.
     """
+    config = with_run(config)
     data = prepared_data(config)
     device = chosen_device(config.device)
     network = built_network(config, data.spec).to(device)
@@ -66,7 +73,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     check_network(network, images[:1], data.spec.num_classes)
     audit = measured(config, data, network, images, labels)
     texts = reading(audit)
-    result = record(audit, texts)
+    result = record(audit, texts) | {"provenance": provenance(config, data)}
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "audit.html").write_text(page(audit, texts), encoding="utf-8")

@@ -25,7 +25,7 @@ from recipes.models.zoo import Normalize
 Weights = Mapping[str, Any]
 
 _ENTRIES = ("state_dict", "model_state_dict", "model", "network", "net", "weights", "module")
-_REMEDY = "Choose the factory that made it, with its arguments: model=… or ~model +model._target_=…"
+_REMEDY = "Choose the factory that made it, with its arguments: model=… or ~model model._target_=…"
 
 
 def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
@@ -46,7 +46,7 @@ def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
     except InstantiationException as error:
         given = [name for name in config.model if name != "_target_"]
         raise ValueError(
-            f"{target} refused the arguments {given}: {error.__cause__ or error}. Give its own with +model.name=…, "
+            f"{target} refused the arguments {given}: {error.__cause__ or error}. Give its own with model.name=…, "
             "after ~model, which drops those of the group (resnet, if none was chosen)."
         ) from error
     if not isinstance(network, nn.Module):
@@ -70,14 +70,14 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
     except Exception as error:  # whatever the user's forward raises
         raise ValueError(
             f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
-            f"{error} Give images of its size (+data.image_size=…, +data.num_channels=3) or build it for these."
+            f"{error} Give images of its size (data.image_size=…, data.num_channels=3) or build it for these."
         ) from error
     with evaluation_operator(network, image, Categorical()) as fisher:
         num_outputs = fisher.logits.shape[1]
     if num_outputs != num_classes:
         raise ValueError(
             f"The network has K={num_outputs} outputs, the data {num_classes} classes; build the network for them "
-            f"(for most factories +model.num_classes={num_classes}) or choose the data that it was trained on."
+            f"(for most factories model.num_classes={num_classes}) or choose the data that it was trained on."
         )
 
 

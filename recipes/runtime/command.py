@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import re
+import shlex
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from recipes.runtime import arguments
+from recipes.runtime.mistakes import end, told
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if path.is_dir())
@@ -16,24 +25,87 @@ CONF = next(path for path in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if pa
 
 _INTERRUPTED = 130  # what shells expect of a command that SIGINT ended: 128 + 2
 
+Prepare = Callable[[Sequence[str]], list[str]]
 
-def command(config_name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return ``hydra.main`` for one of the configurations in :data:`CONF`; an interrupt ends it with one line."""
-    decorator: Callable[[Callable[..., Any]], Callable[..., Any]] = hydra.main(
-        version_base="1.3", config_path=str(CONF), config_name=config_name
-    )
 
-    def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
-        run = decorator(function)
+def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return ``hydra.main`` for one of the configurations in :data:`CONF`.
 
-        @wraps(function)
-        def interruptible(*args: Any, **kwargs: Any) -> Any:
+    Options are written without ``+``, and names that nothing knows are refused (:mod:`recipes.runtime.arguments`). A
+    user's mistake ends the command with one line (:mod:`recipes.runtime.mistakes`).
+
+    Args:
+        config_name: Name of the YAML and of the module.
+        prepare: Changes the arguments before anything else.
+    """
+
+    def decorate(task: Callable[..., Any]) -> Callable[..., Any]:
+        start: Callable[..., Any] = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(
+            told(task)
+        )
+
+        @functools.wraps(task)
+        def main() -> None:
             try:
-                return run(*args, **kwargs)
+                sys.argv[1:] = arguments.completed(CONF, config_name, prepare(sys.argv[1:]))
+            except (ValueError, FileNotFoundError) as error:
+                if os.environ.get("HYDRA_FULL_ERROR"):
+                    raise
+                end(str(error))
+            try:
+                start()
             except KeyboardInterrupt as error:
                 print(f"Interrupted. {error}".rstrip(), file=sys.stderr)
                 raise SystemExit(_INTERRUPTED) from None
 
-        return interruptible
+        return main
 
-    return decorated
+    return decorate
+
+
+def composed(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose a configuration as the command line does."""
+    return arguments.composed(CONF, config_name, overrides)
+
+
+def overrides() -> list[str]:
+    """Return the overrides of this run's command line; none where a recipe is called from Python."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def in_folder(key: str) -> Prepare:
+    """Return a change of arguments by which ``key=FOLDER`` makes that folder Hydra's, as it is."""
+
+    def prepare(texts: Sequence[str]) -> list[str]:
+        given = [text for text in texts if text.startswith(f"{key}=") and text != f"{key}=null"]
+        if not given:
+            return list(texts)
+        value = OverridesParser.create().parse_override(given[-1]).value()
+        if not (Path(str(value)) / "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"{key}={value}: there is no run, since there is no config.yaml in that folder. Give the folder that "
+                "the command printed last."
+            )
+        # Hydra's own record of the first command stays.
+        return [*texts, f"hydra.run.dir={given[-1].partition('=')[2]}", "hydra.output_subdir=null"]
+
+    return prepare
+
+
+def command_line(recipe: str, **settings: object) -> str:
+    """Return a command that can be copied into a shell: quoted for Hydra and for the shell.
+
+    Example:
+        >>> print(command_line("evaluate", run="multirun/0_model=vgg,seed=1"))
+        python -m recipes.evaluate 'run="multirun/0_model=vgg,seed=1"'
+    """
+    words = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
+    return shlex.join(["python", "-m", f"recipes.{recipe}", *words])
+
+
+def _quoted(value: str) -> str:
+    """Return a value in the quotes of Hydra's grammar, where it needs them."""
+    if re.fullmatch(r"[\w./-]+", value):
+        return value
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)
+    return f'"{escaped}"'

@@ -102,7 +102,7 @@ def test_a_study_that_would_fail_is_refused_before_any_training(tmp_path, overri
 
 
 def test_the_experiment_composes():
-    path = ["+experiment=compare_penalties/cifar10_subset", "data.path=x.npz", "output_dir=x"]
+    path = ["experiment=compare_penalties/cifar10_subset", "data.path=x.npz", "output_dir=x"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("compare_penalties", path)
     assert config.data.batch_size == 64
@@ -111,7 +111,7 @@ def test_the_experiment_composes():
 
 def test_the_experiment_for_a_gpu_builds_each_method_and_its_network():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("compare_penalties", ["+experiment=compare_penalties/cifar10_gpu", "output_dir=x"])
+        config = compose("compare_penalties", ["experiment=compare_penalties/cifar10_gpu", "output_dir=x"])
     runs = plan(config)
     built = {(run["method"], run["strength"]): callbacks(run) for run in runs}
     assert [type(callback).__name__ for (callback,) in list(built.values())[1:]] == (

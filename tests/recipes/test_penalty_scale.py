@@ -43,7 +43,7 @@ def test_the_factor_of_the_divergence_is_the_same_in_both_methods():
 def test_the_experiment_composes_and_its_runs_differ_by_data_set(tmp_path):
     arrays = {name: np.random.default_rng(0).integers(0, 3, 80 if name[0] == "y" else (80, 8, 8)) for name in _ARRAYS}
     np.savez(tmp_path / "m.npz", **{name: array.astype(np.uint8) for name, array in arrays.items()})
-    overrides = ["+experiment=penalty_scale/three", f"mnist={tmp_path}/m.npz", "cifar10=c.npz", "output_dir=x"]
+    overrides = ["experiment=penalty_scale/three", f"mnist={tmp_path}/m.npz", "cifar10=c.npz", "output_dir=x"]
     overrides += ["datasets.mnist_28.num_train=80"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("penalty_scale", overrides)

@@ -1,0 +1,176 @@
+"""Overrides on the command line: what Hydra would refuse for a YAML's sake, and what it would accept in vain.
+
+A YAML of this project names what deviates from a default. Hydra would therefore want ``+data.num_train=300`` where
+``data.num_train=300`` is meant, and take ``+data.num_trian=300`` as well. :func:`completed` looks at the signature of
+the class or function that the node names by ``_target_`` instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+_ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
+_OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+_OTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "-cn", "--config-name", "-cp", "--config-path", "-cd")
+
+
+def composed(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose a configuration as the command line does, :func:`completed` included."""
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        return compose(config_name, _completed(conf, config_name, overrides))
+
+
+def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line as Hydra takes them.
+
+    - ``node.name=value`` becomes ``++node.name=value`` if the node's ``_target_`` has that parameter and the YAML does
+      not name it.
+    - ``experiment=name`` becomes ``experiment=recipe/name``.
+    - What Hydra cannot compose is left for it to refuse.
+
+    Args:
+        conf: The folder of configurations.
+        config_name: The recipe.
+        arguments: Flags and overrides.
+
+    Raises:
+        ValueError: For a parameter that the target does not have, a top-level key that the recipe does not know, or
+            another recipe's experiment.
+    """
+    if any(argument.split("=")[0] in _OTHER_CONFIGURATION for argument in arguments):
+        return list(arguments)
+    places = [place for place, text in enumerate(arguments) if _is_override(text)]
+    if not places:
+        return list(arguments)
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        texts = _completed(conf, config_name, [arguments[place] for place in places])
+    changed = dict(zip(places, texts, strict=True))
+    return [changed.get(place, text) for place, text in enumerate(arguments)]
+
+
+def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
+    texts = [_experiment(conf, config_name, text) for text in texts]
+    try:
+        parsed = OverridesParser.create().parse_overrides(texts)
+        # An experiment of the recipe's own may declare keys, as the recipe's YAML does.
+        known = set(compose(config_name, [text for text in texts if text.lstrip("+").startswith("experiment=")]))
+        config = compose(config_name, [_one(override) for override in parsed if _is_choice(override)])
+    except HydraException:
+        return texts
+    OmegaConf.set_struct(config, False)
+    done = [override.input_line if _is_choice(override) else _setting(config, override) for override in parsed]
+    unknown = sorted(set(map(str, config)) - set(map(str, known)))
+    if unknown:
+        raise ValueError(
+            f"recipes.{config_name} has no {', '.join(unknown)}; it has {', '.join(sorted(map(str, known)))}. Leave it "
+            "out, or correct its name."
+        )
+    return [str(text) for text in done]
+
+
+def _is_override(text: str) -> bool:
+    return not text.startswith("-") and ("=" in text or text.startswith("~"))
+
+
+def _is_choice(override: Override) -> bool:
+    """Whether it is for the defaults list, for Hydra itself, a deletion or a top-level value."""
+    key = override.key_or_group
+    is_setting = "." in key and "/" not in key and override.package is None and not key.startswith("hydra.")
+    return not is_setting or override.is_delete()
+
+
+def _one(override: Override) -> str:
+    """Return one value's override of a sweep's."""
+    text = str(override.input_line)
+    if not override.is_sweep_override():
+        return text
+    return f"{text.split('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _setting(config: DictConfig, override: Override) -> str:
+    """Check one override of a value and apply it; return it as Hydra takes it."""
+    key, text = override.key_or_group, str(override.input_line)
+    path, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
+    is_there = isinstance(node, DictConfig) and name in node.keys()  # noqa: SIM118 (`in` resolves the value)
+    names = _parameters(node)
+    if not is_there and names is not None and name not in names:
+        raise ValueError(_refusal(path, name, str(node["_target_"]), names))
+    is_added = override.type in _ADDED
+    if is_there or is_added or names is not None or name == "_target_":
+        value = None if override.is_sweep_override() else override.value()
+        OmegaConf.update(config, key, value, force_add=True)
+    has_to_be_added = not is_there and not is_added and (name == "_target_" or _has_target(node))
+    return f"++{text}" if has_to_be_added else text
+
+
+def _has_target(node: Any) -> bool:
+    return isinstance(node, DictConfig) and isinstance(node.get("_target_"), str)
+
+
+def _parameters(node: Any) -> list[str] | None:
+    """Return what a node's target takes, ``None`` where that is not known."""
+    if not _has_target(node):
+        return None
+    try:
+        names = _names(get_object(node["_target_"]))
+    except Exception:  # of an import: Hydra tells it where the target is built
+        return None
+    return None if names is None else [*names, *_OF_HYDRA]
+
+
+def _names(target: Callable[..., Any]) -> list[str] | None:
+    """Return the parameters' names, those of base classes included that ``**kwargs`` passes on."""
+    owners: Iterable[Any] = target.__mro__ if isinstance(target, type) else [target]
+    names: dict[str, None] = {}
+    for owner in owners:
+        if isinstance(owner, type) and "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(owner).parameters.values()
+        named = (one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY))
+        names |= dict.fromkeys(named)
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            return list(names)
+    return None
+
+
+def _refusal(path: str, name: str, target: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    meant = f"Did you mean {path}.{close[0]}? " if close else ""
+    shown = ", ".join(other for other in names if other not in _OF_HYDRA)
+    return f"{path} has no {name}. {meant}{target} takes {shown}."
+
+
+def _experiment(conf: Path, config_name: str, text: str) -> str:
+    """Give the names of experiments their folder, which is that of the recipe; a ``+`` is not needed."""
+    key, _, value = text.partition("=")
+    if key.lstrip("+") != "experiment":
+        return text
+    return f"experiment={','.join(_in_folder(conf / 'experiment', config_name, name) for name in value.split(','))}"
+
+
+def _in_folder(folder: Path, recipe: str, name: str) -> str:
+    if name in ("", "null"):
+        return name
+    if (folder / recipe / f"{name}.yaml").is_file():
+        return f"{recipe}/{name}"
+    found = [name] if (folder / f"{name}.yaml").is_file() else []
+    found += [f"{path.parent.name}/{path.stem}" for path in sorted(folder.glob(f"*/{name}.yaml"))]
+    if found and not found[0].startswith(f"{recipe}/"):
+        own = ", ".join(path.stem for path in sorted((folder / recipe).glob("*.yaml"))) or "none"
+        raise ValueError(
+            f"experiment={name} belongs to another recipe: python -m recipes.{found[0].split('/')[0]} "
+            f"experiment={name}. Those of recipes.{recipe}: {own}."
+        )
+    return name
