@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from recipes.attacks.libraries import attack_all
+from recipes.attacks import attack_all
 from recipes.competitors.measurement import measure, predict
 from recipes.data.base import ImageData
 from recipes.data.chosen import chosen_examples, prepared_data
