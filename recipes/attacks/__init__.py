@@ -1,1 +1,22 @@
-"""Attacks of kept libraries on classifiers of pixels in [0, 1]."""
+"""Attacks of kept libraries on a classifier of pixels in [0, 1], as values: ``attack(network, images, labels)``.
+
+Radii and distances are in pixel units, since normalisation is the network's first layer. Nothing is kept between calls:
+an example is made for the network that it is tried on.
+"""
+
+from recipes.attacks.base import Attack, check_pixels
+from recipes.attacks.ensembles import AutoAttack, AutoProjectedGradient
+from recipes.attacks.gradients import CarliniWagner, MinimalPerturbation, ProjectedGradient
+from recipes.attacks.result import AttackResult, attack_all
+
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "AutoAttack",
+    "AutoProjectedGradient",
+    "CarliniWagner",
+    "MinimalPerturbation",
+    "ProjectedGradient",
+    "attack_all",
+    "check_pixels",
+]

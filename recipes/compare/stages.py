@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from recipes.attacks.libraries import attack_all
+from recipes.attacks import attack_all
 from recipes.compare.training import loaded, train, weights_path
 from recipes.competitors.measurement import measure
 from recipes.data.chosen import chosen_examples

@@ -17,7 +17,7 @@ from fisher_reg import Categorical
 from fisher_reg.penalty import PointPenalty, TrainingPoint
 from fisher_reg.penalty.point import squared_length
 from fisher_reg.sampling import normal, uniform
-from recipes.attacks.libraries import ProjectedGradient
+from recipes.attacks import ProjectedGradient
 
 
 @dataclass(frozen=True)

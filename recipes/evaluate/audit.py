@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisher_reg import Lanczos
 from fisher_reg.metrics import summarize
-from recipes.attacks.libraries import Attack, AttackResult
+from recipes.attacks import Attack, AttackResult
 from recipes.competitors.measurement import SATURATED, Measurement
 from recipes.reporting.records import plain, without_folders
 

@@ -34,7 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace
 from fisher_reg.metrics import summarize
-from recipes.attacks.libraries import Attack, AttackResult, attack_all, check_pixels
+from recipes.attacks import Attack, AttackResult, attack_all, check_pixels
 from recipes.competitors.measurement import Measurement, measure, predict
 from recipes.data.base import ImageData
 from recipes.data.chosen import check_noise, chosen_examples, prepared_data

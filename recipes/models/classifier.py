@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from recipes.attacks.libraries import Attack
+from recipes.attacks import Attack
 
 OptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 

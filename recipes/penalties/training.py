@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from fisher_reg import fisher_spectral_norm
-from recipes.attacks.libraries import AutoAttack, ProjectedGradient, attack_all
+from recipes.attacks import AutoAttack, ProjectedGradient, attack_all
 from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier

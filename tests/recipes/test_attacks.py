@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from recipes.attacks.libraries import (
+from recipes.attacks import (
     AutoAttack,
     AutoProjectedGradient,
     CarliniWagner,

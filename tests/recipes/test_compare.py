@@ -23,7 +23,7 @@ from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
-from recipes.attacks.libraries import ProjectedGradient
+from recipes.attacks import ProjectedGradient
 from recipes.compare.analysis import (
     analyse,
     confident_table,

@@ -24,7 +24,7 @@ from fisher_reg import (
     fisher_bound,
     local_fisher_bound,
 )
-from recipes.attacks.libraries import CarliniWagner, ProjectedGradient
+from recipes.attacks import CarliniWagner, ProjectedGradient
 from recipes.data.spec import ImageSpec
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -1,0 +1,68 @@
+"""What an attack did to each image."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recipes.attacks.base import Attack, attackable, check_pixels
+
+_CHUNK = 100
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack did to a batch, by its examples.
+
+    Attributes:
+        images: Attacked images ``(B, C, H, W)``.
+        fooled: Whether the network misclassifies them, ``(B,)``.
+        euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
+        masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero, so that no attack that
+            follows it could do anything. Most attacks give back what they cannot fool: that alone is no sign.
+    """
+
+    images: Tensor
+    fooled: Tensor
+    euclidean: Tensor
+    masked: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images that are still classified correctly."""
+        return float((~self.fooled).double().mean())
+
+
+def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> AttackResult:
+    """Attack images ``(B, C, H, W)`` in chunks, see what became of them, and warn where gradients seem masked.
+
+    Returns:
+        Fields with leading axis ``B``.
+
+    Raises:
+        ValueError: If the images are not pixels in [0, 1]: a radius would not mean what it says.
+    """
+    check_pixels(images)
+    parts = []
+    for part, known in zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        attacked = attack(network, part, known)
+        with attackable(network), torch.enable_grad():
+            leaf = attacked.detach().clone().requires_grad_()
+            logits = network(leaf)
+            (slope,) = torch.autograd.grad(nn.functional.cross_entropy(logits, known, reduction="sum"), leaf)
+        fooled = logits.argmax(1) != known
+        moved = (attacked - part).flatten(1)
+        parts.append((attacked, fooled, moved.norm(dim=1), ~fooled & (slope.flatten(1).abs().amax(1) == 0)))
+    result = AttackResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    if bool(result.masked.any()):
+        warnings.warn(
+            f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
+            f"{int((~result.fooled).sum())} images that survived it: the gradient is exactly zero there. Masked "
+            "gradients (a saturated softmax, rounding in the network) are not robustness; try AutoAttack, whose Square "
+            "needs none.",
+            stacklevel=2,
+        )
+    return result
