@@ -20,8 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from fisher_reg import fisher_spectral_norm
-from fisher_reg.evaluation import deployed
+from fisher_reg import deployed, fisher_spectral_norm
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment

@@ -21,8 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from fisher_reg import Categorical, Lanczos, fisher_spectral_norm
-from fisher_reg.estimate import evaluation_operator
+from fisher_reg import Categorical, Lanczos, evaluation_operator, fisher_spectral_norm
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
 from recipes.reporting.records import without_folders

@@ -24,8 +24,14 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from fisher_reg import FisherMonitor, FisherRegularizer, FisherSpectralNorm, bound_versus_empirical, fisher_bound
-from fisher_reg.metrics import summarize
+from fisher_reg import (
+    FisherMonitor,
+    FisherRegularizer,
+    FisherSpectralNorm,
+    bound_versus_empirical,
+    fisher_bound,
+    summarize,
+)
 from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier

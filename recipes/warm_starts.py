@@ -28,9 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fisher_reg import Categorical, Exact, Lanczos, fisher_spectral_norm
-from fisher_reg.estimate import evaluation_operator
-from fisher_reg.operator import InputFisher
+from fisher_reg import Categorical, Exact, InputFisher, Lanczos, evaluation_operator, fisher_spectral_norm
 from recipes.data.base import ImageData
 from recipes.models.classifier import Classifier
 from recipes.reporting.records import without_folders

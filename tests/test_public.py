@@ -1,5 +1,6 @@
 """What is public is named in one table, which the modules keep to."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -14,6 +15,7 @@ import fisher_reg
 from fisher_reg import Exact, InputFisher, deployed, evaluation_operator, fisher_spectral_norm
 from fisher_reg.penalty import PointPenalty, squared_length
 
+ROOT = Path(__file__).parents[1]
 ARCHITECTURE = Path(fisher_reg.__file__).with_name("ARCHITECTURE.md").read_text()
 
 
@@ -71,3 +73,16 @@ def test_a_penalty_of_your_own_needs_public_names_only():
     assert_close(penalty, network.weight[0].square().sum())
     penalty.backward()
     assert_close(network.weight.grad[0], 2 * network.weight.detach()[0])
+
+
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_a_recipe_imports_public_names_alone(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        assert not (isinstance(node, ast.Import) and any(name.name.startswith("fisher_reg.") for name in node.names))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fisher_reg":
+            assert node.module in PUBLIC, f"{path}:{node.lineno}"
+            public = PUBLIC[node.module] or importlib.import_module(node.module).__all__
+            assert {name.name for name in node.names} <= set(public), f"{path}:{node.lineno}"

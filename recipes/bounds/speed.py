@@ -22,7 +22,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 
 from fisher_reg import fisher_bound
-from fisher_reg.bounds.operator_norms.conv import Geometry, conv_norm
+from fisher_reg.bounds.operator_norms import Geometry, conv_norm
 from recipes.competitors.measures import product_bound
 from recipes.runtime.cache import Settings
 from recipes.runtime.environment import chosen_device, installed

@@ -19,7 +19,7 @@ from scipy.special import xlogy
 from scipy.stats import kstwo
 from torch import Tensor, nn
 
-from fisher_reg.evaluation import deployed
+from fisher_reg import deployed
 from fisher_reg.sampling import fixed_generator, normal, uniform
 from recipes.competitors.measures import class_gradients
 

@@ -22,11 +22,11 @@ from fisher_reg import (
     NoBoundError,
     blackbox_spectral_norm,
     blockwise_fisher_bound,
+    deployed,
     fisher_bound,
     fisher_spectral_norm,
     fisher_trace,
 )
-from fisher_reg.evaluation import deployed
 from recipes.competitors.clever import Clever
 from recipes.competitors.measures import (
     input_gradient_norm,

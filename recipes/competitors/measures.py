@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisher_reg import Categorical, NoBoundError, UpperBound, local_fisher_bound
-from fisher_reg.estimate import evaluation_operator
+from fisher_reg import NoBoundError, UpperBound, evaluation_operator, local_fisher_bound
 
 _MAX_NUMBERS = 2**26
 """Numbers of the gradients held at once (256 MiB in float32)."""
@@ -93,7 +92,7 @@ def input_gradient_norm(network: nn.Module, images: Tensor, labels: Tensor) -> T
         )
     values = []
     for part, known in zip(images.split(_MAX_IMAGES), labels.split(_MAX_IMAGES), strict=True):
-        with evaluation_operator(network, part, Categorical(), None) as fisher:
+        with evaluation_operator(network, part) as fisher:
             p = fisher.logits.detach().softmax(1)
             values.append(fisher.slope(p - nn.functional.one_hot(known, p.shape[1])).norm(dim=1))
     return torch.cat(values)
@@ -137,10 +136,10 @@ def class_gradients(network: nn.Module, images: Tensor) -> Iterator[tuple[Tensor
     A part is at most 256 images and 2^26 gradient numbers. One forward and ``K`` backward passes for each, and one
     forward of one image.
     """
-    with evaluation_operator(network, images[:1], Categorical(), None) as fisher:
+    with evaluation_operator(network, images[:1]) as fisher:
         num_numbers = fisher.logits.shape[1] * images[:1].numel()
     for part in images.split(max(1, min(_MAX_IMAGES, _MAX_NUMBERS // num_numbers))):
-        with evaluation_operator(network, part, Categorical(), None) as fisher:
+        with evaluation_operator(network, part) as fisher:
             logits = fisher.logits.detach()
             choices = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
             gradients = torch.stack([fisher.slope(choice.expand_as(logits)) for choice in choices], 1)

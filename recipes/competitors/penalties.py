@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fisher_reg import Categorical
-from fisher_reg.penalty import PointPenalty, TrainingPoint
-from fisher_reg.penalty.point import squared_length
+from fisher_reg.penalty import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.sampling import normal, uniform
 from recipes.attacks import ProjectedGradient
 

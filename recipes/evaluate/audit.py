@@ -11,8 +11,7 @@ from scipy.stats import binomtest, mannwhitneyu, spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from fisher_reg import Lanczos
-from fisher_reg.metrics import summarize
+from fisher_reg import Lanczos, summarize
 from recipes.attacks import Attack, AttackResult
 from recipes.competitors.measurement import SATURATED, Measurement
 from recipes.reporting.records import plain, without_folders

@@ -32,8 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace
-from fisher_reg.metrics import summarize
+from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace, summarize
 from recipes.attacks import Attack, AttackResult, attack_all, check_pixels
 from recipes.competitors.measurement import Measurement, measure, predict
 from recipes.data.base import ImageData

@@ -15,10 +15,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fisher_reg import Categorical, Lanczos, fisher_linf_norm, fisher_spectral_norm, fisher_spectral_norm_and_trace
+from fisher_reg import (
+    Categorical,
+    InputFisher,
+    Lanczos,
+    fisher_linf_norm,
+    fisher_spectral_norm,
+    fisher_spectral_norm_and_trace,
+)
 from fisher_reg.evaluation import deployed, differentiable, in_fast_layout, strictly
 from fisher_reg.measurement import measure
-from fisher_reg.operator import InputFisher
 from recipes.competitors.estimators import paper_white_box
 from recipes.penalty_cost import StepTimer, fit, mean_of_medians
 from recipes.runtime.timing import peak_memory, timed

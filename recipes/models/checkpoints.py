@@ -16,9 +16,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from fisher_reg import Categorical
-from fisher_reg.estimate import evaluation_operator
-from fisher_reg.evaluation import deployed
+from fisher_reg import deployed, evaluation_operator
 from recipes.data.spec import ImageSpec
 from recipes.models.zoo import Normalize
 
@@ -72,7 +70,7 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
             f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
             f"{error} Give images of its size (data.image_size=…, data.num_channels=3) or build it for these."
         ) from error
-    with evaluation_operator(network, image, Categorical()) as fisher:
+    with evaluation_operator(network, image) as fisher:
         num_outputs = fisher.logits.shape[1]
     if num_outputs != num_classes:
         raise ValueError(

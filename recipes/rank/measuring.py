@@ -9,8 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm
-from fisher_reg.metrics import summarize
+from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm, summarize
 from recipes.competitors.measures import product_bound
 from recipes.data.chosen import fixed_images, prepared_data
 from recipes.models.training import share_correct, trained_network

@@ -18,10 +18,10 @@ from fisher_reg import (
     Exact,
     Gaussian,
     Lanczos,
+    Likelihood,
     PowerIteration,
     fisher_spectral_norm,
 )
-from fisher_reg.likelihood import Likelihood
 from recipes.data.base import ImageData
 from recipes.data.sources import Digits
 from recipes.models import zoo as models

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fisher_reg.operator import InputFisher
+from fisher_reg import InputFisher
 
 T = TypeVar("T")
 
