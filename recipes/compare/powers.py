@@ -71,6 +71,7 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, in 400 times the seconds: it takes one draw.
 def areas(score: Array, fooled: Array, known: Array, draws: Array) -> Array:
     """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)
