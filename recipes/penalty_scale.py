@@ -16,13 +16,13 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fisher_reg import KLPenalty
 from recipes.data.chosen import prepared_data
 from recipes.penalties.report import attack_name
 from recipes.penalties.study import train_and_measure
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Settings, execute
 
@@ -51,13 +51,8 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     names = {json.dumps(run, sort_keys=True): name for name, run in runs}
     frame = pd.DataFrame([_row(names[json.dumps(run, sort_keys=True)], run, row) for run, row in rows])
     frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
-    frame.to_csv(folder / "penalty_scale.csv", index=False, float_format="%.4g")
-    text = markdown(frame)
-    (folder / "penalty_scale.md").write_text(text, encoding="utf-8")
-    shown = without_folders(OmegaConf.to_container(config, resolve=True))
-    (folder / "penalty_scale.json").write_text(json.dumps(shown, indent=2) + "\n")
-    Console().print(text, soft_wrap=True, highlight=False)
-    Console().print(f"Files: {folder}", soft_wrap=True)
+    write(folder, "penalty_scale", rows=frame, page=markdown(frame), record=settings_of(config))
+    show(markdown(frame), folder)
     return frame
 
 
@@ -116,17 +111,13 @@ def _row(name: str, run: Settings, result: dict[str, Any]) -> dict[str, Any]:
 def markdown(frame: pd.DataFrame) -> str:
     """Return a table: a row per data set, model and method, with means and standard errors over the seeds."""
     titles = ("data", "model", "method", "step", "weight", "clean", "attacked", "radius", "mean λ")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for names, group in frame.groupby(_KEYS, sort=False):
         first = group.iloc[0]
         setting = ["–", "–"] if names[2] == "none" else [f"{first.step:.3g}", f"{first.weight:.2g}"]
         cells = [_cell(group[key]) for key in ("clean", "robust")]
-        lines.append(
-            "| "
-            + " | ".join([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
+    return markdown_table(pd.DataFrame(lines, columns=titles)) + "\n"
 
 
 def _cell(values: pd.Series) -> str:

@@ -16,7 +16,6 @@ no expansion holds.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Categorical as LabelDistribution
 from torch.distributions import kl_divergence
@@ -37,6 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisher_reg import EigenResult, Hutchinson, Rademacher, StandardNormal, fisher_eigenpairs, fisher_trace
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import trained_network
+from recipes.reporting.files import write
+from recipes.reporting.tables import print_table
 from recipes.runtime.command import command
 
 BREAKS = 0.1
@@ -67,9 +67,7 @@ def check(config: DictConfig) -> dict[str, float]:
         ignore_index=True,
     )
     summary = summarize(curves)
-    curves.to_csv(folder / "theory.csv", index=False, float_format="%.6g")
-    (folder / "theory.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(curves, summary).savefig(folder / "theory.png", dpi=120)
+    write(folder, "theory", rows=curves, record=summary, figure=draw(curves, summary), digits=6)
     report(summary, folder)
     return summary
 
@@ -189,16 +187,14 @@ def draw(curves: pd.DataFrame, summary: dict[str, float]) -> Figure:
 
 def report(summary: dict[str, float], folder: Path) -> None:
     """Print the slopes."""
-    table = Table(title="what theory says, and what the network does")
-    table.add_column("quantity")
-    table.add_column("theory", justify="right")
-    table.add_column("measured", justify="right")
     theory = {"label_variance": "-0.5", "divergence": "2", "deviation": "1", "trace_error_slope": "-0.5"}
+    rows = []
     for key, value in summary.items():
         expected = next((text for start, text in theory.items() if key.startswith(start)), "")
-        table.add_row(key.replace("_", " "), "1" if "over_formula" in key else expected, f"{value:.3g}")
+        rows.append((key.replace("_", " "), "1" if "over_formula" in key else expected, value))
     console = Console()
-    console.print(table)
+    shown = pd.DataFrame(rows, columns=["quantity", "theory", "measured"])
+    print_table(console, "what theory says, and what the network does", shown)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 

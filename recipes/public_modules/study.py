@@ -40,6 +40,8 @@ from torch.utils.data import DataLoader
 import fisher_reg
 from fisher_reg import FisherMonitor, FisherRegularizer, ForwardError, KLPenalty
 from recipes.public_modules import Public
+from recipes.reporting.files import show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment, installed
 
@@ -70,9 +72,8 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
     packages = dict.fromkeys(entry.get("distribution", entry.package) for entry in config.modules)
     versions = environment(torch.device("cpu")) | {name: installed(name) for name in packages}
     result = {"environment": versions, "config": settings, "rows": json.loads(frame.to_json(orient="records"))}
-    (folder / "public_modules.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "public_modules.md").write_text(markdown(frame), encoding="utf-8")
-    Console().print(f"{summary(frame)}\nFiles: {folder}", highlight=False, soft_wrap=True)
+    write(folder, "public_modules", page=markdown(frame), record=result)
+    show(summary(frame), folder)
     return frame
 
 
@@ -281,14 +282,8 @@ def markdown(frame: pd.DataFrame) -> str:
     cells["λ by hand"] = frame.by_hand.map(_number)
     cells["log10 bound"] = frame.bound
     cells["warning"] = frame.warning
-    lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in (cells.columns, *cells.itertuples(index=False))]
-    lines.insert(1, "|---" * len(cells.columns) + "|")
-    return summary(frame) + "\n\n" + "\n".join(lines) + "\n"
+    return summary(frame) + "\n\n" + markdown_table(cells.fillna("")) + "\n"
 
 
 def _number(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.4g}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")

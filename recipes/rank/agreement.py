@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from recipes.reporting.page import markdown_table
+from recipes.reporting.tables import markdown_table
 from recipes.statistics.agreement import (
     MIN_MODELS,
     SIGNIFICANCE,
@@ -172,8 +172,8 @@ def markdown(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     parts = [
         "# Do the bounds rank the networks?",
         "Means over seeds (of the log10 of lambda and of the bounds); in brackets the rank, 1 for the smallest value.",
-        markdown_table(model_table(rows)),
-        markdown_table(comparison_table(found)),
+        markdown_table(model_table(rows), is_right=True),
+        markdown_table(comparison_table(found), is_right=True),
         "\n".join(verdicts),
         *notes(rows),
     ]

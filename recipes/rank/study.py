@@ -33,10 +33,8 @@ import pandas as pd
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from fisher_reg import blockwise_fisher_bound, fisher_bound, fisher_spectral_norm
 from fisher_reg.metrics import summarize
@@ -52,6 +50,7 @@ from recipes.rank.agreement import (
     notes,
     reproducibility,
 )
+from recipes.reporting.tables import print_table
 from recipes.runtime.cache import cached
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device
@@ -193,13 +192,7 @@ def report(rows: pd.DataFrame, found: pd.DataFrame, folder: Path) -> None:
         "agreement of the orders of the models": comparison_table(over_models).drop(columns="over"),
     }
     for title, cells in tables.items():
-        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-        for index, name in enumerate(cells.columns):
-            style = {"justify": "right", "overflow": "fold"} if index else {"no_wrap": True}
-            table.add_column(name.replace("_", "\n"), **style)
-        for row in cells.itertuples(index=False):
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, cells)
     for text in [*dict.fromkeys(over_models.verdict), *notes(rows)]:
         console.print(text, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)
