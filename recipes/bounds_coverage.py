@@ -154,7 +154,7 @@ def hugging_face(kind: str, num_classes: int, **options: Any) -> nn.Module:
     return LogitsOf(getattr(transformers, f"{kind}ForImageClassification")(settings), _logits)
 
 
-def narrowed(network: nn.Module, width: int, num_classes: int) -> nn.Module:
+def narrowed(network: Any, width: int, num_classes: int) -> nn.Module:
     """Return a network whose ``classifier`` has ``width`` features, where its constructor has only thousands."""
     layers = [module for module in network.classifier if isinstance(module, nn.Linear)]
     sizes = [layers[0].in_features, *[width] * (len(layers) - 1), num_classes]
@@ -162,7 +162,8 @@ def narrowed(network: nn.Module, width: int, num_classes: int) -> nn.Module:
     network.classifier = nn.Sequential(
         *(next(linears) if isinstance(module, nn.Linear) else module for module in network.classifier)
     )
-    return network
+    result: nn.Module = network
+    return result
 
 
 def _logits(module: nn.Module, pixels: Tensor) -> Tensor:

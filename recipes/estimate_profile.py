@@ -56,7 +56,7 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     passes, operations = list[dict[str, Any]](), list[dict[str, Any]]()
     plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
     for case in config.cases:
-        case_config = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
+        case_config: Any = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
         data = prepared_data(case_config)
         network = trained_network(case_config, data)
         images = next(iter(data.test_dataloader()))[0][: config.num_images]

@@ -18,7 +18,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -27,7 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
@@ -145,7 +145,7 @@ def fit(
     module = Classifier(copy.deepcopy(network), num_classes, instantiate(config.optimizer))
     own = [] if method is None else [instantiate(method)]
     trainer: pl.Trainer = instantiate(config.trainer, callbacks=[*callbacks, *own], max_epochs=1)
-    batches = [[part.clone() for part in batch] for _ in range(num_steps)]
+    batches = cast("Dataset[list[Tensor]]", [[part.clone() for part in batch] for _ in range(num_steps)])
     trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
 
 

@@ -17,6 +17,7 @@ no expansion holds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def check(config: DictConfig) -> dict[str, float]:
     network = trained_network(config, data).double()
     images = fixed_images(data, config.num_images, config.noise)
     pairs = fisher_eigenpairs(network, images, data.spec.num_classes)
+    first, last = config.log10_lengths
     curves = pd.concat(
         [
             label_variance(network, images, pairs, config.num_labels, config.num_repeats),
-            divergence(network, images, pairs, np.logspace(*config.log10_lengths, config.num_lengths)),
+            divergence(network, images, pairs, np.logspace(first, last, config.num_lengths)),
             trace_variance(network, images, pairs, config.num_probes, config.num_repeats),
         ],
         ignore_index=True,
@@ -201,7 +203,7 @@ def report(summary: dict[str, float], folder: Path) -> None:
 _TRACE_KINDS = ("trace error", "trace error, formula")
 
 
-def _frame(rows: list[tuple[str, str, int, float, float]]) -> pd.DataFrame:
+def _frame(rows: Sequence[tuple[str, str, int, float, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "series", "image", "x", "value"])
 
 

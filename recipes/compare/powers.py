@@ -51,7 +51,11 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
             defined = int(np.isfinite(values[..., 0]).sum())
             if defined:
                 chance = 0.0 if target == "distance" else 0.5
-                row = {"metric": name, "target": target, "statistic": "rho" if target == "distance" else "auc"}
+                row: dict[str, Any] = {
+                    "metric": name,
+                    "target": target,
+                    "statistic": "rho" if target == "distance" else "auc",
+                }
                 row |= {"num_networks": defined, "num_all": len(networks)}
                 rows.append(row | _summary(values, models, chance))
     return defined_rows(rows)

@@ -230,7 +230,8 @@ def draw_distances(examples: pd.DataFrame) -> Figure:
 
 def _strong_legend(axes: Axes) -> None:
     for handle in axes.legend(frameon=False, markerscale=4).legend_handles:
-        handle.set_alpha(1)
+        if handle is not None:
+            handle.set_alpha(1)
 
 
 def draw_power(found: Analysis) -> Figure:

@@ -45,10 +45,11 @@ class Attacked:
     @property
     def ball(self) -> str | None:
         """In which the attack stays; none if it goes as far as it must."""
-        if not hasattr(self.attack, "epsilon"):
+        attack: Any = self.attack
+        if not hasattr(attack, "epsilon"):
             return None
-        norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(self.attack.norm, self.attack.norm)
-        return f"{norm} ≤ {self.attack.epsilon:.3g}"
+        norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(attack.norm, attack.norm)
+        return f"{norm} ≤ {attack.epsilon:.3g}"
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def outcome(audit: Audit, name: str) -> dict[str, Any]:
 def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
     """Return everything but the pictures, ready for JSON: NaN is null, infinity a string."""
     shown = audit.shown
-    return plain(
+    result: dict[str, Any] = plain(
         {
             "network": audit.network,
             "data": audit.data,
@@ -227,3 +228,4 @@ def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
             "most_sensitive": {key: getattr(shown, key) for key in ("index", "eigenvalues", "predicted", "confidence")},
         }
     )
+    return result

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -57,7 +57,8 @@ def gpu_check(config: DictConfig) -> dict[str, dict[str, Any]]:
     folder, device = Path(config.output_dir), chosen_device(config.device)
     sections: dict[str, dict[str, Any]] = {}
     for name in config.sections:
-        begin, rows, error = time.perf_counter(), [], None
+        begin, error = time.perf_counter(), None
+        rows: Rows = []
         try:
             SECTIONS[name](config, device, rows)
         except Exception as raised:  # whatever a device makes of it: the other sections go on
@@ -133,13 +134,13 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = OmegaConf.create(OmegaConf.to_container(config))
+        settings = DictConfig(OmegaConf.to_container(config))  # takes keys that the configuration leaves out
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:
             network = _small(config, config.networks[name], images).train()
             if chosen.compile_backend is not None:
-                network = torch.compile(network, backend=chosen.compile_backend)
+                network = cast("nn.Module", torch.compile(network, backend=chosen.compile_backend))
             found = timings.of_steps(settings, network, batch, seconds)
             rows += [{"network": name, "variant": variant, **row} for row in found]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import fisher_reg
 from fisher_reg import FisherMonitor, FisherRegularizer, ForwardError, KLPenalty
@@ -167,7 +167,9 @@ _BOUND = "fisher/log10_bound_global"
 
 def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) -> None:
     """Fit a module on its one batch, which is also that of the validation."""
-    loader = DataLoader([public.batch] * config.num_steps, batch_size=None, collate_fn=_as_it_is)
+    loader: DataLoader[Any] = DataLoader(
+        cast("Dataset[Any]", [public.batch] * config.num_steps), batch_size=None, collate_fn=_as_it_is
+    )
     trainer = _namespace(public.module).Trainer(
         max_epochs=1,
         accelerator="cpu",

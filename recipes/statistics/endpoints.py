@@ -33,7 +33,7 @@ def upper_ends(maxima: Array) -> Array:
     Kolmogorov-Smirnov test is taken; if none reaches 0.001, the largest maximum. Hundreds of maxima from one pool are
     full of ties and end there. Samples without a spread beyond round-off are their own end.
     """
-    ends = maxima.max(1).astype(float)
+    ends: Array = maxima.max(1).astype(float)
     spread = np.ptp(maxima, axis=1) > 16 * np.finfo(maxima.dtype).eps * ends
     rows, step = spread.nonzero()[0], max(1, _MAX_NUMBERS // maxima.shape[1])
     for start in range(0, len(rows), step):
