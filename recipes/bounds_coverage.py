@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_reg import Exact, LogitsOf, NoBoundError, UpperBound, fisher_bound, fisher_spectral_norm, local_fisher_bound
+from recipes.reporting.files import show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
 
@@ -69,8 +71,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),
     }
-    (folder / "coverage.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "coverage.md").write_text(markdown(frame), encoding="utf-8")
+    write(folder, "coverage", page=markdown(frame), record=result)
     report(frame, folder)
     return frame
 
@@ -153,7 +154,7 @@ def hugging_face(kind: str, num_classes: int, **options: Any) -> nn.Module:
     return LogitsOf(getattr(transformers, f"{kind}ForImageClassification")(settings), _logits)
 
 
-def narrowed(network: nn.Module, width: int, num_classes: int) -> nn.Module:
+def narrowed(network: Any, width: int, num_classes: int) -> nn.Module:
     """Return a network whose ``classifier`` has ``width`` features, where its constructor has only thousands."""
     layers = [module for module in network.classifier if isinstance(module, nn.Linear)]
     sizes = [layers[0].in_features, *[width] * (len(layers) - 1), num_classes]
@@ -161,7 +162,8 @@ def narrowed(network: nn.Module, width: int, num_classes: int) -> nn.Module:
     network.classifier = nn.Sequential(
         *(next(linears) if isinstance(module, nn.Linear) else module for module in network.classifier)
     )
-    return network
+    result: nn.Module = network
+    return result
 
 
 def _logits(module: nn.Module, pixels: Tensor) -> Tensor:
@@ -254,16 +256,15 @@ def markdown(frame: pd.DataFrame) -> str:
     for title, column in (("log10 λ", "lambda"), *((name, name) for name in LEVELS)):
         cells[title] = frame[f"{column}_log10"].map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
     cells["s"] = frame.seconds.map("{:.1f}".format)
-    cells["first refusal, or why there is no number"] = [_escaped(_remark(row)) for row in frame.itertuples()]
+    cells["first refusal, or why there is no number"] = [_remark(row) for row in frame.itertuples()]
     found = missing(frame).assign(count=lambda rows: rows["count"].astype(str))
-    found["operation"] = found.operation.map(_escaped)
     return (
         "\n\n".join(
             [
                 summary(frame),
-                "The first operation without a rule, by level and number of models.\n\n" + _table(found),
+                "The first operation without a rule, by level and number of models.\n\n" + markdown_table(found),
                 "log10 of λ, the largest over the images, and of the bounds; the local one is a mean over images.\n\n"
-                + _table(cells),
+                + markdown_table(cells),
             ]
         )
         + "\n"
@@ -278,23 +279,13 @@ def _remark(row: Any) -> str:
     return "; ".join([operation(text) for text in refusals[:1]] + no_eigenvalue)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _table(cells: pd.DataFrame) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (cells.columns, *cells.itertuples(index=False))]
-    lines.insert(1, "|---" * len(cells.columns) + "|")
-    return "\n".join(lines)
-
-
 def report(frame: pd.DataFrame, folder: Path) -> None:
     """Print the refusals and the shares."""
     console = Console()
     for row in missing(frame).itertuples():
         line = f"{row.level}, {row.count}: {row.operation} ({row.models})"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{summary(frame)}\nFiles: {folder}", highlight=False, soft_wrap=True)
+    show(summary(frame), folder)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ Leaves ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) in 
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fisher_reg import deployed, fisher_spectral_norm
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, show, write
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
 from recipes.runtime.timing import timed
@@ -36,13 +34,10 @@ def main(config: DictConfig) -> None:
 def copy_cost(config: DictConfig) -> pd.DataFrame:
     """Measure every network, write the files, and return the rows of ``copy_cost.csv``."""
     folder, device = Path(config.output_dir), chosen_device(config.device)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = pd.DataFrame([measure(name, network, config, device) for name, network in config.networks.items()])
-    rows.to_csv(folder / "copy_cost.csv", index=False, float_format="%.4g")
-    settings = without_folders(OmegaConf.to_container(config, resolve=True))
-    result = {"environment": environment(device), "config": settings, "rows": rows.to_dict("records")}
-    (folder / "copy_cost.json").write_text(json.dumps(result, indent=2) + "\n")
-    Console().print(rows.to_string(index=False), f"\nFiles: {folder}", soft_wrap=True)
+    result = {"environment": environment(device), "config": settings_of(config), "rows": rows.to_dict("records")}
+    write(folder, "copy_cost", rows=rows, record=result)
+    show(rows.to_string(index=False), folder)
     return rows
 
 

@@ -12,7 +12,6 @@ folder.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 from fisher_reg import Categorical, Lanczos, evaluation_operator, fisher_spectral_norm
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
 from recipes.runtime.environment import environment
@@ -52,11 +52,10 @@ def main(config: DictConfig) -> None:
 def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Profile every case, write the files, and return the rows of both tables."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     passes, operations = list[dict[str, Any]](), list[dict[str, Any]]()
     plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
     for case in config.cases:
-        case_config = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
+        case_config: Any = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
         data = prepared_data(case_config)
         network = trained_network(case_config, data)
         images = next(iter(data.test_dataloader()))[0][: config.num_images]
@@ -64,12 +63,10 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
         operations += [{"case": case.name} | row for row in operations_of(network, images)]
     tables = {"passes": pd.DataFrame(passes), "operations": pd.DataFrame(operations)}
     for name, table in tables.items():
-        table.to_csv(folder / f"estimate_{name}.csv", index=False, float_format="%.4g")
-    (folder / "estimate_profile.md").write_text(as_markdown(**tables))
-    settings = without_folders(OmegaConf.to_container(config, resolve=True))
-    result = {"environment": environment(torch.device("cpu")), "config": settings}
-    (folder / "estimate_profile.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(as_markdown(**tables), f"\nFiles: {folder}")
+        write(folder, f"estimate_{name}", rows=table)
+    result = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
+    write(folder, "estimate_profile", page=as_markdown(**tables), record=result)
+    show(as_markdown(**tables), folder)
     return tables["passes"], tables["operations"]
 
 
@@ -126,9 +123,7 @@ def as_markdown(passes: pd.DataFrame, operations: pd.DataFrame) -> str:
 
 
 def _table(cells: pd.DataFrame) -> str:
-    lines = ["| | " + " | ".join(cells.columns) + " |", "|" + "---|" * (len(cells.columns) + 1)]
-    lines += [f"| {name} | " + " | ".join(row) + " |" for name, row in cells.iterrows()]
-    return "\n".join(lines) + "\n"
+    return markdown_table(cells.rename_axis("").reset_index()) + "\n"
 
 
 if __name__ == "__main__":

@@ -12,27 +12,27 @@ Leaves ``penalty_cost.csv``, ``penalty_cost.md`` and ``penalty_cost.json`` (vers
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 import warnings
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment
 from recipes.runtime.timing import peak_memory
@@ -75,7 +75,6 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
         One row per network and method.
     """
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         task = progress.add_task("", total=len(config.networks) * len(config.methods) * config.num_rounds)
@@ -84,14 +83,9 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
             for row in measure(config, network, partial(progress.advance, task)):
                 rows.append({"network": name, **row})
     frame = pd.DataFrame(rows)
-    frame.to_csv(folder / "penalty_cost.csv", index=False, float_format="%.4g")
-    text = markdown(frame)
-    (folder / "penalty_cost.md").write_text(text, encoding="utf-8")
-    result = {"environment": environment(device_of(config)), "config": OmegaConf.to_container(config, resolve=True)}
-    (folder / "penalty_cost.json").write_text(json.dumps(result, indent=2) + "\n")
-    console = Console()
-    console.print(text, soft_wrap=True)
-    console.print(f"Files: {folder}", soft_wrap=True)
+    result = {"environment": environment(device_of(config)), "config": settings_of(config)}
+    write(folder, "penalty_cost", rows=frame, page=markdown(frame), record=result)
+    show(markdown(frame), folder)
     return frame
 
 
@@ -151,19 +145,17 @@ def fit(
     module = Classifier(copy.deepcopy(network), num_classes, instantiate(config.optimizer))
     own = [] if method is None else [instantiate(method)]
     trainer: pl.Trainer = instantiate(config.trainer, callbacks=[*callbacks, *own], max_epochs=1)
-    batches = [[part.clone() for part in batch] for _ in range(num_steps)]
+    batches = cast("Dataset[list[Tensor]]", [[part.clone() for part in batch] for _ in range(num_steps)])
     trainer.fit(module, train_dataloaders=DataLoader(batches, batch_size=None))
 
 
 def markdown(frame: pd.DataFrame) -> str:
     """Return a table: a row per method, ratio and memory per network."""
     networks = list(frame.network.unique())
-    lines = ["| steps of plain training (memory) | " + " | ".join(networks) + " |", "|" + "---|" * (len(networks) + 1)]
-    for method in frame.method.unique():
-        some = frame[frame.method == method].set_index("network")
-        cells = [f"{some.ratio[name]:.2f} ({some.memory_ratio[name]:.2f})" for name in networks]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = frame.ratio.map("{:.2f} (".format) + frame.memory_ratio.map("{:.2f})".format)
+    table = frame.assign(cells=cells).pivot(index="method", columns="network", values="cells")
+    table = table.loc[frame.method.unique(), networks].rename_axis("steps of plain training (memory)")
+    return markdown_table(table.reset_index()) + "\n"
 
 
 def _synchronize(module: pl.LightningModule) -> None:

@@ -9,17 +9,16 @@ Leaves ``penalty_scale.csv`` (a row per network), ``penalty_scale.md`` and ``pen
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from fisher_reg import KLPenalty
 from recipes.data.chosen import prepared_data
 from recipes.penalties.training import attack_name, train_and_measure
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders
@@ -47,13 +46,8 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     rows = execute("training", runs, train_and_measure, workers, _described, cache)
     frame = pd.DataFrame([_row(names[index], runs[index], row) for index, row in rows])
     frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
-    frame.to_csv(folder / "penalty_scale.csv", index=False, float_format="%.4g")
-    text = markdown(frame)
-    (folder / "penalty_scale.md").write_text(text, encoding="utf-8")
-    shown = without_folders(OmegaConf.to_container(config, resolve=True))
-    (folder / "penalty_scale.json").write_text(json.dumps(shown, indent=2) + "\n")
-    Console().print(text, soft_wrap=True, highlight=False)
-    Console().print(f"Files: {folder}", soft_wrap=True)
+    write(folder, "penalty_scale", rows=frame, page=markdown(frame), record=settings_of(config))
+    show(markdown(frame), folder)
     return frame
 
 
@@ -67,7 +61,7 @@ def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
 
 def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str, Settings]]:
     """Return the name of the data set and everything that the numbers depend on, for each network."""
-    everything = OmegaConf.to_container(config, resolve=True)
+    everything: Any = OmegaConf.to_container(config, resolve=True)
     shared = {key: everything[key] for key in ("optimizer", "num_attack_steps", "num_attacked", "num_probes", "device")}
     runs = []
     for seed in everything["seeds"]:
@@ -112,17 +106,13 @@ def _row(name: str, run: Settings, result: dict[str, Any]) -> dict[str, Any]:
 def markdown(frame: pd.DataFrame) -> str:
     """Return a table: a row per data set, model and method, with means and standard errors over the seeds."""
     titles = ("data", "model", "method", "step", "weight", "clean", "attacked", "radius", "mean λ")
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines = []
     for names, group in frame.groupby(_KEYS, sort=False):
         first = group.iloc[0]
         setting = ["–", "–"] if names[2] == "none" else [f"{first.step:.3g}", f"{first.weight:.2g}"]
         cells = [_cell(group[key]) for key in ("clean", "robust")]
-        lines.append(
-            "| "
-            + " | ".join([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        lines.append([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
+    return markdown_table(pd.DataFrame(lines, columns=titles)) + "\n"
 
 
 def _cell(values: pd.Series) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from recipes.benchmark.study import DEFAULT
+from recipes.reporting.tables import markdown_table
 
 PEERS = ("paper, white box", "curvlinops, eigsh", "plenoptic, power", "plenoptic, SVD")
 _PLACE = re.compile(r"(?<=<!-- performance -->\n).*?(?=<!-- /performance -->)", re.DOTALL)
@@ -43,7 +44,7 @@ def as_markdown(rows: pd.DataFrame) -> str:
     """Return one line per case: our default, and how many times more images per second it does than each peer."""
     peers = [name for name in PEERS if name in set(rows.method)]
     head = ["network", "K", "images/s", "forwards", "median, p95 error", "memory", *(f"× {name}" for name in peers)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for case, some in rows.groupby("case", sort=False):
         methods = some.set_index("method")
         ours = methods.loc[DEFAULT]
@@ -58,8 +59,8 @@ def as_markdown(rows: pd.DataFrame) -> str:
         for name in peers:
             peer = methods.loc[name]
             cells.append(f"{ours.images_per_second / peer.images_per_second:.0f} ({peer.p95_error:.0e})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(pd.DataFrame(lines, columns=head))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from recipes.reporting.tables import markdown_table
+
 GROUP = ["data", "model", "penalty", "penalty_weight"]
 SHOWN = {
     "test_accuracy": "accuracy",
@@ -51,11 +53,10 @@ def as_markdown(runs: pd.DataFrame) -> str:
     """Return means and standard errors over the seeds of each setting as a table."""
     groups = runs.groupby(GROUP)[list(SHOWN)]
     mean, error, count = groups.mean(), groups.sem(), runs.groupby(GROUP).size()
-    lines = ["| " + " | ".join([*GROUP, "seeds", *SHOWN.values()]) + " |", "|" + "---|" * (len(GROUP) + 1 + len(SHOWN))]
-    for key in mean.index:
-        cells = [f"{mean.loc[key, name]:.3g} ± {error.loc[key, name]:.1g}" for name in SHOWN]
-        lines.append("| " + " | ".join([*map(str, key), str(count[key]), *cells]) + " |")
-    return "\n".join(lines)
+    table = pd.DataFrame({"seeds": count.astype(str)})
+    for name, title in SHOWN.items():
+        table[title] = mean[name].map("{:.3g} ± ".format) + error[name].map("{:.1g}".format)
+    return markdown_table(table.reset_index().astype({name: str for name in GROUP}))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ no expansion holds.
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Categorical as LabelDistribution
 from torch.distributions import kl_divergence
@@ -37,6 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisher_reg import EigenResult, Hutchinson, Rademacher, StandardNormal, fisher_eigenpairs, fisher_trace
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import trained_network
+from recipes.reporting.files import write
+from recipes.reporting.tables import print_table
 from recipes.runtime.command import command
 
 BREAKS = 0.1
@@ -58,18 +59,17 @@ def check(config: DictConfig) -> dict[str, float]:
     network = trained_network(config, data).double()
     images = fixed_images(data, config.num_images, config.noise)
     pairs = fisher_eigenpairs(network, images, data.spec.num_classes)
+    first, last = config.log10_lengths
     curves = pd.concat(
         [
             label_variance(network, images, pairs, config.num_labels, config.num_repeats),
-            divergence(network, images, pairs, np.logspace(*config.log10_lengths, config.num_lengths)),
+            divergence(network, images, pairs, np.logspace(first, last, config.num_lengths)),
             trace_variance(network, images, pairs, config.num_probes, config.num_repeats),
         ],
         ignore_index=True,
     )
     summary = summarize(curves)
-    curves.to_csv(folder / "theory.csv", index=False, float_format="%.6g")
-    (folder / "theory.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw(curves, summary).savefig(folder / "theory.png", dpi=120)
+    write(folder, "theory", rows=curves, record=summary, figure=draw(curves, summary), digits=6)
     report(summary, folder)
     return summary
 
@@ -189,23 +189,21 @@ def draw(curves: pd.DataFrame, summary: dict[str, float]) -> Figure:
 
 def report(summary: dict[str, float], folder: Path) -> None:
     """Print the slopes."""
-    table = Table(title="what theory says, and what the network does")
-    table.add_column("quantity")
-    table.add_column("theory", justify="right")
-    table.add_column("measured", justify="right")
     theory = {"label_variance": "-0.5", "divergence": "2", "deviation": "1", "trace_error_slope": "-0.5"}
+    rows = []
     for key, value in summary.items():
         expected = next((text for start, text in theory.items() if key.startswith(start)), "")
-        table.add_row(key.replace("_", " "), "1" if "over_formula" in key else expected, f"{value:.3g}")
+        rows.append((key.replace("_", " "), "1" if "over_formula" in key else expected, value))
     console = Console()
-    console.print(table)
+    shown = pd.DataFrame(rows, columns=["quantity", "theory", "measured"])
+    print_table(console, "what theory says, and what the network does", shown)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 
 _TRACE_KINDS = ("trace error", "trace error, formula")
 
 
-def _frame(rows: list[tuple[str, str, int, float, float]]) -> pd.DataFrame:
+def _frame(rows: Sequence[tuple[str, str, int, float, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "series", "image", "x", "value"])
 
 

@@ -17,7 +17,6 @@ Leaves ``warm_starts.csv`` (every epoch), ``warm_starts.md`` (means over the epo
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from fisher_reg import Categorical, Exact, InputFisher, Lanczos, evaluation_operator, fisher_spectral_norm
 from recipes.data.base import ImageData
 from recipes.models.classifier import Classifier
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, show, write
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
 from recipes.runtime.environment import environment
@@ -46,16 +45,13 @@ def main(config: DictConfig) -> None:
 def warm_starts(config: DictConfig) -> pd.DataFrame:
     """Measure while each network trains, write the files, and return the rows of ``warm_starts.csv``."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = pd.DataFrame([row for name in config.networks for row in _of_a_network(name, config)])
-    rows.to_csv(folder / "warm_starts.csv", index=False, float_format="%.4g")
     later = rows[rows.epoch > 0].groupby(["network", "search"], sort=False).mean(numeric_only=True)
     table = later.drop(columns="epoch").reset_index().to_string(index=False, float_format=lambda value: f"{value:.3g}")
-    (folder / "warm_starts.md").write_text(f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n")
-    settings = without_folders(OmegaConf.to_container(config, resolve=True))
-    result = {"environment": environment(torch.device("cpu")), "config": settings}
-    (folder / "warm_starts.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(table, f"\nFiles: {folder}")
+    page = f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n"
+    result = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
+    write(folder, "warm_starts", rows=rows, page=page, record=result)
+    show(table, folder)
     return rows
 
 

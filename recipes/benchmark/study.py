@@ -26,7 +26,6 @@ import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from fisher_reg import (
@@ -43,6 +42,7 @@ from recipes.competitors import estimators as peers
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
 from recipes.reporting.records import without_folders
+from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Result, Settings
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
@@ -259,18 +259,23 @@ def draw(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+_SHOWN = {
+    "method": "method",
+    "median_error": "median error",
+    "p95_error": "p95 error",
+    "forwards": "forwards",
+    "images_per_second": "images/s",
+    "memory_ratio": "memory",
+}
+
+
 def report(rows: pd.DataFrame, folder: Path) -> None:
     """Print one table per case."""
     console = Console()
     for case, some in rows.groupby("case", sort=False):
         first = some.iloc[0]
-        table = Table(title=f"{case}: K = {first.num_classes}, accuracy {first.accuracy:.3f}")
-        for name in ("method", "median error", "p95 error", "forwards", "images/s", "memory"):
-            table.add_column(name, justify="left" if name == "method" else "right")
-        for row in some.itertuples():
-            numbers = (row.median_error, row.p95_error, row.forwards, row.images_per_second, row.memory_ratio)
-            table.add_row(row.method, *("–" if math.isnan(number) else f"{number:.3g}" for number in numbers))
-        console.print(table)
+        table = some[list(_SHOWN)].rename(columns=_SHOWN)
+        print_table(console, f"{case}: K = {first.num_classes}, accuracy {first.accuracy:.3f}", table)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from recipes.bounds.speed import PEER, available_norms, time_convolution, time_network
 from recipes.bounds.tightness import check, draw, tightness
+from recipes.reporting.tables import markdown_table, print_table
 from recipes.runtime.cache import Settings, Work
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
@@ -107,9 +106,7 @@ def markdown(frames: dict[str, pd.DataFrame]) -> str:
     """Return the tables, each under what it says, and the shares of the first network's layers."""
     parts = []
     for title, table in tables(frames).items():
-        lines = ["| " + " | ".join(cells) + " |" for cells in (table.columns, *table.itertuples(index=False))]
-        lines.insert(1, "|---" + "|---:" * (len(table.columns) - 1) + "|")
-        parts.append(f"{title}\n\n" + "\n".join(lines))
+        parts.append(f"{title}\n\n" + markdown_table(table, is_right=True))
     if "networks" in frames:
         first = frames["networks"].iloc[0]
         parts.append(f"The shares of the layers of {first.network}.\n\n```text\n{first.layers}\n```")
@@ -120,13 +117,7 @@ def report(frames: dict[str, pd.DataFrame], folder: Path) -> None:
     """Print the tables and the shares of the first network's layers."""
     console = Console()
     for title, cells in tables(frames).items():
-        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-        for index, name in enumerate(cells.columns):
-            is_text = not index or name == "step"
-            table.add_column(name, justify="left" if is_text else "right", no_wrap=is_text, overflow="fold")
-        for row in cells.itertuples(index=False):
-            table.add_row(*(cell.replace(" %, ", " %\n") for cell in row))
-        console.print(table)
+        print_table(console, title, cells.map(_broken), num_left=2 if "step" in cells else 1)
     if "networks" in frames:
         first = frames["networks"].iloc[0]
         console.print(f"{first.network}\n{first.layers}", highlight=False, markup=False, soft_wrap=True)
@@ -200,6 +191,10 @@ def tables(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
             [pd.DataFrame(head, index=wide.index), wide], axis=1
         )
     return result
+
+
+def _broken(cell: str) -> str:
+    return cell.replace(" %, ", " %\n")
 
 
 def _decades(number: float) -> str:

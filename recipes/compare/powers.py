@@ -51,7 +51,11 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
             defined = int(np.isfinite(values[..., 0]).sum())
             if defined:
                 chance = 0.0 if target == "distance" else 0.5
-                row = {"metric": name, "target": target, "statistic": "rho" if target == "distance" else "auc"}
+                row: dict[str, Any] = {
+                    "metric": name,
+                    "target": target,
+                    "statistic": "rho" if target == "distance" else "auc",
+                }
                 row |= {"num_networks": defined, "num_all": len(networks)}
                 rows.append(row | _summary(values, models, chance))
     return defined_rows(rows)
@@ -71,6 +75,7 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, in 400 times the seconds: it takes one draw.
 def areas(score: Array, fooled: Array, known: Array, draws: Array) -> Array:
     """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)

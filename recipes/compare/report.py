@@ -15,8 +15,9 @@ from matplotlib.lines import Line2D
 
 from recipes.compare.analysis import PREDICTORS, Analysis, in_decades, predicted, reached
 from recipes.competitors.measurement import METRICS
-from recipes.reporting.page import Section, markdown_table, render
+from recipes.reporting.page import Section, render
 from recipes.reporting.records import without_folders
+from recipes.reporting.tables import markdown_table
 from recipes.statistics.agreement import SIGNIFICANCE
 
 _MARKERS = "osD^v<>P"
@@ -67,7 +68,7 @@ def metric_table(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: p
 def short_markdown(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> str:
     """Return the columns of :func:`metric_table` that fit on a page."""
     shown = ["metric", "images: auto_pgd, auc", "images: nearness, rho", "networks: nearness, rho", "seconds"]
-    return markdown_table(metric_table(per_example, per_model, networks)[shown])
+    return markdown_table(metric_table(per_example, per_model, networks)[shown], is_right=True)
 
 
 def _cell(row: pd.Series) -> str:
@@ -91,7 +92,7 @@ def markdown(found: Analysis, texts: Sequence[str]) -> str:
     """Return findings and tables as a Markdown page."""
     parts = ["# Metric against attack", *(f"- {text}" for text in texts), ""]
     for title, frame in tables(found).items():
-        parts += [f"## {title}", "", markdown_table(frame), ""]
+        parts += [f"## {title}", "", markdown_table(frame, is_right=True), ""]
     return "\n".join(parts)
 
 
@@ -229,7 +230,8 @@ def draw_distances(examples: pd.DataFrame) -> Figure:
 
 def _strong_legend(axes: Axes) -> None:
     for handle in axes.legend(frameon=False, markerscale=4).legend_handles:
-        handle.set_alpha(1)
+        if handle is not None:
+            handle.set_alpha(1)
 
 
 def draw_power(found: Analysis) -> Figure:

@@ -37,7 +37,8 @@ def _paper_white_box(model: nn.Module, image: Tensor, num_quotients: int) -> Ten
     rows = log_probabilities.detach().div(2).exp()[:, None] * scores
     gram = rows @ rows.T
     vectors = torch.randn(num_quotients, len(gram), device=image.device, dtype=image.dtype)
-    return (((vectors @ gram) * vectors).sum(1) / vectors.square().sum(1)).max()
+    result: Tensor = (((vectors @ gram) * vectors).sum(1) / vectors.square().sum(1)).max()
+    return result
 
 
 @torch.no_grad()
@@ -83,7 +84,8 @@ class _Shifted(nn.Module):
         self.shift = nn.Parameter(torch.zeros_like(image))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images + self.shift)
+        result: Tensor = self.model(images + self.shift)
+        return result
 
 
 def curvlinops_eigsh(model: nn.Module, images: Tensor, tol: float = 1e-2) -> Tensor:
@@ -109,7 +111,8 @@ class _Roots(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return 2 * self.model(images).log_softmax(1).div(2).exp()
+        result: Tensor = 2 * self.model(images).log_softmax(1).div(2).exp()
+        return result
 
 
 def plenoptic_power(model: nn.Module, images: Tensor, max_iter: int = 20, stop_criterion: float = 1e-3) -> Tensor:

@@ -188,7 +188,8 @@ class _Confident(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return _CONFIDENT * self.network(images)
+        result: Tensor = _CONFIDENT * self.network(images)
+        return result
 
 
 def _black_box(network: nn.Module, images: Tensor, estimator: BlackBoxMax | None) -> Any:

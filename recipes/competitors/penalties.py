@@ -147,7 +147,8 @@ def _in_ball(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
 
 def _unit(direction: Tensor) -> Tensor:
     flat = direction.flatten(1)
-    return (flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)).view_as(direction)
+    result: Tensor = (flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)).view_as(direction)
+    return result
 
 
 def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:

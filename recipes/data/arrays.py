@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from recipes.data.base import ImageData, stratified_split
+from recipes.data.base import ImageData, Split, stratified_split
 from recipes.data.spec import ImageSpec
 
 
@@ -47,7 +47,7 @@ class ArrayData(ImageData):
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return images (uint8, or float in [0, 1]; ``(N, H, W)`` or ``(N, H, W, C)``) and labels per split."""
 
-    def load(self) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
+    def load(self) -> tuple[dict[str, Split], ImageSpec]:
         """Convert the arrays to tensors ``(N, C, H, W)``.
 
         Returns:
@@ -82,7 +82,7 @@ class ArrayData(ImageData):
 
     def _described(
         self, tensors: dict[str, tuple[Tensor, Tensor]], num_classes: int
-    ) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
+    ) -> tuple[dict[str, Split], ImageSpec]:
         own_channels, own_size = tensors["train"][0].shape[1:3]
         size = own_size if self.image_size is None else self.image_size
         channels = own_channels if self.num_channels is None else self.num_channels
@@ -90,6 +90,7 @@ class ArrayData(ImageData):
             raise ValueError(
                 f"num_channels={channels}, but the images have {own_channels}; only one channel can be made three."
             )
+        splits: dict[str, Split]
         if (size, channels) == (own_size, own_channels):
             splits = {split: TensorDataset(_pixels(images), labels) for split, (images, labels) in tensors.items()}
         else:
@@ -99,7 +100,7 @@ class ArrayData(ImageData):
         return splits, ImageSpec(num_classes, channels, size, tuple(mean.tolist()), tuple(std.tolist()))
 
 
-class _Resized(Dataset[tuple[Tensor, int]]):
+class _Resized(Dataset[tuple[Tensor, Tensor]]):
     """Images that are resized, and their channel repeated, one by one: all of CIFAR-10 at 224 x 224 takes 36 GB."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, repeats: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,6 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from recipes.data.spec import ImageSpec
+
+
+class Split(Protocol):
+    """Images ``(C, H, W)`` with their labels: a :class:`TensorDataset`, or a data set that has ``labels``."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Return an image and its label."""
+
 
 SPLIT_SEED = 0
 """Seed of every split: the same test data for each training seed."""
@@ -29,7 +41,7 @@ class ImageData(pl.LightningDataModule):
     """
 
     spec: ImageSpec
-    splits: dict[str, Dataset[tuple[Tensor, int]]]
+    splits: dict[str, Split]
     class_names: Sequence[str] = ()
 
     def __init__(
@@ -41,7 +53,7 @@ class ImageData(pl.LightningDataModule):
         self.train_transform = train_transform
 
     @abstractmethod
-    def load(self) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
+    def load(self) -> tuple[dict[str, Split], ImageSpec]:
         """Read the data: the splits ``train``, ``val`` and ``test``, and what they look like."""
 
     def digest(self) -> str | None:
@@ -70,7 +82,7 @@ class ImageData(pl.LightningDataModule):
             raise ValueError(f"{len(data)} training images make no batch of {self.batch_size}; lower data.batch_size.")
         if self.train_transform is not None:
             data = _Transformed(data, self.train_transform)
-        return self._loader(data, shuffle=True, drop_last=True)
+        return self._loader(data, is_training=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         """In order."""
@@ -80,18 +92,20 @@ class ImageData(pl.LightningDataModule):
         """In order."""
         return self._loader(self.splits["test"])
 
-    def _loader(self, data: Dataset[tuple[Tensor, int]], **kwargs: bool) -> DataLoader[tuple[Tensor, int]]:
+    def _loader(self, data: Split, *, is_training: bool = False) -> DataLoader[tuple[Tensor, int]]:
         return DataLoader(
-            data,
+            cast("Dataset[tuple[Tensor, int]]", data),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            **kwargs,
+            shuffle=is_training,
+            drop_last=is_training,
         )
 
 
-def labels_of(split: Dataset[tuple[Tensor, int]]) -> Tensor:
+def labels_of(split: Any) -> Tensor:
     """Return the labels of a :class:`TensorDataset`, or of another data set that has ``labels``; reads no image."""
-    return split.tensors[1] if isinstance(split, TensorDataset) else split.labels
+    result: Tensor = split.tensors[1] if isinstance(split, TensorDataset) else split.labels
+    return result
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +136,7 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
 class _Transformed(Dataset[tuple[Tensor, int]]):
     """Images of another data set after a transform."""
 
-    def __init__(self, data: Dataset[tuple[Tensor, int]], transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, data: Split, transform: Callable[[Tensor], Tensor]) -> None:
         self.data = data
         self.transform = transform
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from recipes.data.base import ImageData, stratified_split
+from recipes.data.base import ImageData, Split, stratified_split
 from recipes.data.spec import ImageSpec
 
 Files = list[tuple[Path, int]]
@@ -61,7 +61,7 @@ class ImageFiles(ImageData):
     def files(self) -> tuple[list[str], dict[str, Files]]:
         """Return the names of the classes, and the files of ``train``, ``test`` and, if there, ``val``."""
 
-    def load(self) -> tuple[dict[str, Dataset[tuple[Tensor, int]]], ImageSpec]:
+    def load(self) -> tuple[dict[str, Split], ImageSpec]:
         """Index the files.
 
         Returns:

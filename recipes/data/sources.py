@@ -37,6 +37,8 @@ class Digits(ArrayData):
         kwargs: For :class:`ArrayData`.
     """
 
+    image_size: int
+
     def __init__(self, image_size: int = 16, test_fraction: float = 0.2, **kwargs: Any) -> None:
         super().__init__(image_size=image_size, **kwargs)
         self.test_fraction = test_fraction
@@ -69,6 +71,10 @@ class Numbers(ArrayData):
     Raises:
         ValueError: If there are fewer training or test images than classes, or more than three digits.
     """
+
+    image_size: int
+    num_train: int
+    num_test: int
 
     def __init__(
         self,
@@ -130,6 +136,8 @@ class TorchvisionArrays(ArrayData):
         root: Folder to download to and read from.
         kwargs: For :class:`ArrayData`.
     """
+
+    name: str
 
     def __init__(self, name: str, root: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)

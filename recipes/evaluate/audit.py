@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, mannwhitneyu, spearmanr
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binomtest, bootstrap, mannwhitneyu, spearmanr
 from torch import Tensor
 
 from fisher_reg import Lanczos, summarize
 from recipes.attacks import Attack, AttackResult
 from recipes.competitors.measurement import SATURATED, Measurement
 from recipes.reporting.records import plain, without_folders
+from recipes.statistics.agreement import Array, rho
 
 _NUM_RESAMPLES = 500
 WIDE = Lanczos().tolerance
@@ -43,10 +44,11 @@ class Attacked:
     @property
     def ball(self) -> str | None:
         """In which the attack stays; none if it goes as far as it must."""
-        if not hasattr(self.attack, "epsilon"):
+        attack: Any = self.attack
+        if not hasattr(attack, "epsilon"):
             return None
-        norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(self.attack.norm, self.attack.norm)
-        return f"{norm} ≤ {self.attack.epsilon:.3g}"
+        norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(attack.norm, attack.norm)
+        return f"{norm} ≤ {attack.epsilon:.3g}"
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,8 @@ def ranking(values: Tensor, fooled: Tensor) -> dict[str, float] | None:
     """
     if bool(fooled.all()) or not bool(fooled.any()):
         return None
-    wins = (values[fooled][:, None] - values[~fooled]).sign().numpy() / 2 + 0.5
-    rng = np.random.default_rng(0)
-    rows, columns = (rng.integers(size, size=(_NUM_RESAMPLES, size)) for size in wins.shape)
-    areas = [wins[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
-    low, high = np.quantile(areas, [0.025, 0.975])
-    p = float(mannwhitneyu(values[fooled], values[~fooled]).pvalue)
-    return {"value": float(roc_auc_score(fooled, values)), "low": float(low), "high": float(high), "p": p}
+    sides = values[fooled].numpy(), values[~fooled].numpy()
+    return {"value": float(_area(*sides)), **_interval(sides, _area), "p": float(mannwhitneyu(*sides).pvalue)}
 
 
 def correlation(values: Tensor, distances: Tensor) -> dict[str, float] | None:
@@ -151,13 +148,32 @@ def correlation(values: Tensor, distances: Tensor) -> dict[str, float] | None:
     Returns:
         Nothing for fewer than ten pairs, or if one side is constant.
     """
-    pairs = np.stack([values.numpy(), distances.numpy()], 1)
-    if len(pairs) < 10 or (np.ptp(pairs, axis=0) == 0).any():
+    sides = values.numpy(), distances.numpy()
+    if len(values) < 10 or min(map(np.ptp, sides)) == 0:
         return None
-    draws = np.random.default_rng(0).integers(len(pairs), size=(_NUM_RESAMPLES, len(pairs)))
-    low, high = np.quantile([spearmanr(pairs[draw]).statistic for draw in draws], [0.025, 0.975])
-    whole = spearmanr(pairs)
-    return {"value": float(whole.statistic), "low": float(low), "high": float(high), "p": float(whole.pvalue)}
+    whole = spearmanr(*sides)
+    found = _interval(sides, lambda one, other, axis: rho(one, other), paired=True)
+    return {"value": float(whole.statistic), **found, "p": float(whole.pvalue)}
+
+
+def _area(one: Array, other: Array, axis: int = -1) -> Array:
+    """Return the area under the ROC curve: the share of pairs that Mann and Whitney's U counts."""
+    wins = mannwhitneyu(one, other, axis=axis, method="asymptotic").statistic
+    return np.asarray(wins / (one.shape[axis] * other.shape[axis]))
+
+
+def _interval(sides: tuple[Array, Array], statistic: Callable[..., Array], *, paired: bool = False) -> dict[str, float]:
+    drawn = bootstrap(
+        [side.repeat(2) if len(side) == 1 else side for side in sides],  # scipy needs two; equal ones change nothing
+        statistic,
+        n_resamples=_NUM_RESAMPLES,
+        vectorized=True,
+        paired=paired,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    )
+    low, high = drawn.confidence_interval
+    return {"low": float(low), "high": float(high)}
 
 
 def outcome(audit: Audit, name: str) -> dict[str, Any]:
@@ -184,7 +200,7 @@ def outcome(audit: Audit, name: str) -> dict[str, Any]:
 def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
     """Return everything but the pictures, ready for JSON: NaN is null, infinity a string."""
     shown = audit.shown
-    return plain(
+    result: dict[str, Any] = plain(
         {
             "network": audit.network,
             "data": audit.data,
@@ -211,3 +227,4 @@ def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
             "most_sensitive": {key: getattr(shown, key) for key in ("index", "eigenvalues", "predicted", "confidence")},
         }
     )
+    return result

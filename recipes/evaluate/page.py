@@ -81,7 +81,7 @@ def figures(audit: Audit) -> dict[str, Figure]:
 def summary(audit: Audit) -> pd.DataFrame:
     """Return the few numbers that come first."""
     values = audit.measurement.values
-    rows = {"accuracy": of_all(share(audit.correct))}
+    rows: dict[str, str] = {"accuracy": of_all(share(audit.correct))}
     for title, name in (("λ", "lambda"), ("trace of F", "trace"), ("λ at equal margins", "lambda_tempered")):
         low, middle, high = (f"{float(values[name].quantile(level)):.3g}" for level in (0.05, 0.5, 0.95))
         rows[f"{title}, median (5 % to 95 %)"] = f"{middle} ({low} to {high})"
@@ -108,7 +108,7 @@ def attack_table(audit: Audit) -> pd.DataFrame | None:
     for name, attacked in audit.attacks.items():
         found = outcome(audit, name)
         area, link = found["auc_of_lambda"], found["correlation_of_lambda"]
-        row = {"attack": name, "accuracy under it": percent(found["accuracy"])}
+        row: dict[str, Any] = {"attack": name, "accuracy under it": percent(found["accuracy"])}
         row |= {"fooled": f"{found['num_fooled']} of {found['num_correct']}", "distance": found["median_distance"]}
         row |= {"masked": found["num_masked"], "ROC-AUC of λ": "–" if area is None else brackets(area)}
         row |= {"correlation with distance": "–" if link is None else brackets(link), "seconds": attacked.seconds}

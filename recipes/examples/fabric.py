@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from lightning_fabric import Fabric
 from torch import nn
@@ -13,7 +15,9 @@ from recipes.examples.tasks import digits, network
 EVERY_N_STEPS = 5
 
 
-def main(weight: float = 0.1, num_epochs: int = 3, precision: str = "bf16-mixed") -> list[float]:
+def main(
+    weight: float = 0.1, num_epochs: int = 3, precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
+) -> list[float]:
     """Train, and print the mean λ_max of the validation images after each epoch.
 
     Args:

@@ -18,10 +18,11 @@ from recipes.examples.tasks import sentences
 
 def logits_of_embeddings(module: nn.Module, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
     """Return the logits ``(B, K)`` of embeddings ``(B, T, D)``."""
-    return module(inputs_embeds=embeddings, attention_mask=attention_mask).logits
+    result: Tensor = module(inputs_embeds=embeddings, attention_mask=attention_mask).logits
+    return result
 
 
-def function_and_inputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+def function_and_inputs(model: Any, batch: dict[str, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
     """Return the function from embeddings to logits, the embeddings of a batch, and what else it needs."""
     embeddings = model.get_input_embeddings()(batch["input_ids"])
     return LogitsOf(model, logits_of_embeddings), embeddings, {"attention_mask": batch["attention_mask"]}
@@ -71,7 +72,12 @@ def main(weight: float = 0.001, num_epochs: int = 3) -> list[float]:
         The values, one per epoch.
     """
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=32, pad_token_id=0, **sizes))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(

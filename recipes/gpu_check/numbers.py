@@ -83,7 +83,8 @@ class RowsClassifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
         rows = self.normalize(images).transpose(1, 2).flatten(2)
-        return self.head(self.layer(rows)[0].mean(1))
+        result: Tensor = self.head(self.layer(rows)[0].mean(1))
+        return result
 
 
 def drawn() -> torch.Generator:
@@ -102,7 +103,8 @@ def _pairs(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def _metric(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     metric = FisherSpectralNorm(solver=Exact()).to(images.device)
     metric.update(network, images)
-    return metric.compute()
+    result: Tensor = metric.compute()
+    return result
 
 
 def _global_bound(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -13,25 +13,25 @@ written anew after each section, and exits with 1 if a number is wrong or could 
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from torch import Tensor, nn
 
 from recipes.data.spec import ImageSpec
 from recipes.gpu_check import timings
 from recipes.gpu_check.numbers import CPU, Number, check_trainer, compared, numbers, reference, settled
-from recipes.reporting.records import plain, without_folders
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.records import plain
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
 from recipes.runtime.jobs import quiet
@@ -55,18 +55,17 @@ def gpu_check(config: DictConfig) -> dict[str, dict[str, Any]]:
         For each section its rows, its seconds and its error (None).
     """
     folder, device = Path(config.output_dir), chosen_device(config.device)
-    folder.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Any]] = {}
     for name in config.sections:
-        begin, rows, error = time.perf_counter(), [], None
+        begin, error = time.perf_counter(), None
+        rows: Rows = []
         try:
             SECTIONS[name](config, device, rows)
         except Exception as raised:  # whatever a device makes of it: the other sections go on
             error = "".join(traceback.format_exception_only(raised)).strip()
         sections[name] = {"rows": rows, "seconds": time.perf_counter() - begin, "error": error}
         _write(config, device, folder, sections)
-    Console().print(markdown(sections), soft_wrap=True)
-    Console().print(f"Files: {folder}", soft_wrap=True)
+    show(markdown(sections), folder)
     return sections
 
 
@@ -135,13 +134,13 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = OmegaConf.create(OmegaConf.to_container(config))
+        settings = DictConfig(OmegaConf.to_container(config))  # takes keys that the configuration leaves out
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:
             network = _small(config, config.networks[name], images).train()
             if chosen.compile_backend is not None:
-                network = torch.compile(network, backend=chosen.compile_backend)
+                network = cast("nn.Module", torch.compile(network, backend=chosen.compile_backend))
             found = timings.of_steps(settings, network, batch, seconds)
             rows += [{"network": name, "variant": variant, **row} for row in found]
 
@@ -173,31 +172,25 @@ def markdown(sections: dict[str, dict[str, Any]]) -> str:
         if section["error"] is not None:
             parts.append(f"Error: {section['error']}\n")
         if section["rows"]:
-            columns = list(dict.fromkeys(key for row in section["rows"] for key in row))
-            lines = [columns, ["---"] * len(columns)]
-            lines += [[_cell(row.get(column)) for column in columns] for row in section["rows"]]
-            parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")
+            cells = pd.DataFrame(section["rows"], dtype=object)  # which leaves whole numbers whole
+            parts.append(markdown_table(cells.map(_shown)) + "\n")
     return "\n".join(parts)
 
 
-def _cell(value: Any) -> str:
-    if value is None or value == "":
-        return "–"
+def _shown(value: object) -> object:
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/").replace("\n", " ")
+    return None if value == "" else value
 
 
 def _write(config: DictConfig, device: torch.device, folder: Path, sections: dict[str, dict[str, Any]]) -> None:
     result = {
         "environment": environment(device),
-        "config": without_folders(OmegaConf.to_container(config, resolve=True)),
+        "config": settings_of(config),
         "sections": sections,
     }
-    (folder / "gpu_check.json").write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
-    (folder / "gpu_check.md").write_text(markdown(sections), encoding="utf-8")
     rows = [{"section": name, **row} for name, section in sections.items() for row in section["rows"]]
-    pd.DataFrame(rows).to_csv(folder / "gpu_check.csv", index=False, float_format="%.4g")
+    write(folder, "gpu_check", rows=pd.DataFrame(rows), page=markdown(sections), record=plain(result))
 
 
 def _add(

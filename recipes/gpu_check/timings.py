@@ -23,7 +23,7 @@ from fisher_reg import (
     fisher_spectral_norm,
     fisher_spectral_norm_and_trace,
 )
-from fisher_reg.evaluation import deployed, differentiable, in_fast_layout, strictly
+from fisher_reg.evaluation import WithSideInputs, deployed, differentiable, in_fast_layout, strictly
 from fisher_reg.measurement import measure
 from recipes.competitors.estimators import paper_white_box
 from recipes.penalty_cost import StepTimer, fit, mean_of_medians
@@ -56,7 +56,7 @@ def strict_forward(network: nn.Module, images: Tensor) -> None:
 def by_dual_numbers(network: nn.Module, images: Tensor) -> Tensor:
     """Return eigenvalues without quotients, in the precision in which torch is set to compute (TensorFloat-32)."""
     with differentiable(images) as inputs:
-        function = in_fast_layout(deployed(network, inputs), inputs)
+        function = in_fast_layout(WithSideInputs(deployed(network, inputs), None, len(inputs)), inputs)
         fisher = InputFisher(function, inputs, Categorical(), quotients=False)
         return Lanczos().solve(fisher, None).eigenvalue
 

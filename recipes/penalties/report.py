@@ -7,6 +7,8 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
+from recipes.reporting.tables import markdown_table
+
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
 ROBUST = "l2_0.25"
@@ -55,10 +57,9 @@ def summarize(frame: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(cells: pd.DataFrame) -> str:
     """Return the table as Markdown."""
-    titles = [_TITLES.get(name, _attack_title(name)) for name in cells.columns]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(_text(value) for value in row) + " |" for row in cells.itertuples(index=False)]
-    return "\n".join(lines) + "\n"
+    titled = cells.assign(strength=cells.strength.map("{:g}".format))
+    titled.columns = [_TITLES.get(name, _attack_title(name)) for name in cells.columns]
+    return markdown_table(titled) + "\n"
 
 
 def short(cells: pd.DataFrame, robust: str = ROBUST) -> pd.DataFrame:
@@ -109,7 +110,3 @@ def _cell(mean: float, error: float) -> str:
         return "–"
     digits = 0 if mean >= 10 else 1 if mean >= 1 else 3
     return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

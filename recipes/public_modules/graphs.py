@@ -25,7 +25,8 @@ def gin() -> Public:
             self.classifier = MLP([8, 8, 3], norm=None)
 
         def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
-            return self.classifier(global_add_pool(self.gnn(x, edge_index), batch))
+            result: Tensor = self.classifier(global_add_pool(self.gnn(x, edge_index), batch))
+            return result
 
     def loss(module: Any, data: Any) -> Tensor:
         return nn.functional.cross_entropy(module(data.x, data.edge_index, data.batch), data.y)
@@ -75,7 +76,8 @@ def chemprop_mpnn() -> Public:
         return graph
 
     def network(atoms: Tensor) -> Tensor:
-        return module(with_atoms(batch.bmg, atoms.flatten(0, 1)))
+        result: Tensor = module(with_atoms(batch.bmg, atoms.flatten(0, 1)))
+        return result
 
     return Public(module, batch, network, lambda: batch.bmg.V.view(4, 3, -1), {"with_atoms": with_atoms})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -30,15 +31,16 @@ def demo() -> Public:
 def transformer() -> Public:
     """Return the language model: token ids ``(B, T)`` for inputs and for targets, log-probabilities ``(B * T, K)``."""
     module = LightningTransformer(vocab_size=20).eval()
-    module.prepare_data = lambda: None  # it would download
+    module.prepare_data = lambda: None  # type: ignore[method-assign]  # it would download
     ids, targets = torch.randint(20, (6, 7)), torch.randint(20, (6, 7))
 
-    def moved(parts: nn.Module, x: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
+    def moved(parts: Any, x: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
         scale = math.sqrt(parts.ninp)
         source = parts.pos_encoder((parts.embedding(ids) + x) * scale)
         target = parts.pos_encoder(parts.embedding(targets) * scale)
-        return parts.decoder(parts.transformer(source, target, tgt_mask=mask))
+        result: Tensor = parts.decoder(parts.transformer(source, target, tgt_mask=mask))
+        return result
 
     def network(x: Tensor) -> Tensor:
         return moved(module.model, x, ids, targets)[:, -1].log_softmax(-1)

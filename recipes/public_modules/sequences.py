@@ -15,14 +15,21 @@ def bert() -> Public:
     """Return a text classifier of transformers: token ids and a mask, and the loss inside the output."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    network = BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "num_labels": 3,
+    }
+    network = BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
     module = Task(network, lambda module, batch: module(**batch).loss)
     mask = (torch.arange(7) < torch.tensor([[7], [5], [6], [7], [3], [4]])).long()
     batch = {"input_ids": torch.randint(30, (6, 7)), "attention_mask": mask, "labels": torch.randint(3, (6,))}
 
     def logits(embedded: Tensor) -> Tensor:
-        return network(inputs_embeds=embedded, attention_mask=mask).logits
+        result: Tensor = network(inputs_embeds=embedded, attention_mask=mask).logits
+        return result
 
     return Public(module, batch, logits, lambda: network.bert.embeddings.word_embeddings(batch["input_ids"]))
 
@@ -95,7 +102,8 @@ def forecasting_tft() -> Public:
     batch = next(iter(data.to_dataloader(train=False, batch_size=6, num_workers=0)))
 
     def network(x: Tensor) -> Tensor:
-        return module({**batch[0], "encoder_cont": x})["prediction"].flatten(1)
+        result: Tensor = module({**batch[0], "encoder_cont": x})["prediction"].flatten(1)
+        return result
 
     return Public(module, batch, network, lambda: batch[0]["encoder_cont"])
 
@@ -111,6 +119,7 @@ def neuralforecast_nhits() -> Public:
 
     def network(x: Tensor) -> Tensor:
         windows = {"insample_y": x[..., None], "insample_mask": torch.ones_like(x), "futr_exog": None}
-        return module(windows | {"hist_exog": None, "stat_exog": None}).flatten(1)
+        result: Tensor = module(windows | {"hist_exog": None, "stat_exog": None}).flatten(1)
+        return result
 
     return Public(module, batch, network, lambda: temporal[:, 0, :6])

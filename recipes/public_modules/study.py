@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytorch_lightning as pl
@@ -35,11 +35,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import fisher_reg
 from fisher_reg import FisherMonitor, FisherRegularizer, ForwardError, KLPenalty
 from recipes.public_modules import Public
+from recipes.reporting.files import show, write
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment, installed
 
@@ -70,9 +72,8 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
     packages = dict.fromkeys(entry.get("distribution", entry.package) for entry in config.modules)
     versions = environment(torch.device("cpu")) | {name: installed(name) for name in packages}
     result = {"environment": versions, "config": settings, "rows": json.loads(frame.to_json(orient="records"))}
-    (folder / "public_modules.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (folder / "public_modules.md").write_text(markdown(frame), encoding="utf-8")
-    Console().print(f"{summary(frame)}\nFiles: {folder}", highlight=False, soft_wrap=True)
+    write(folder, "public_modules", page=markdown(frame), record=result)
+    show(summary(frame), folder)
     return frame
 
 
@@ -166,7 +167,9 @@ _BOUND = "fisher/log10_bound_global"
 
 def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) -> None:
     """Fit a module on its one batch, which is also that of the validation."""
-    loader = DataLoader([public.batch] * config.num_steps, batch_size=None, collate_fn=_as_it_is)
+    loader: DataLoader[Any] = DataLoader(
+        cast("Dataset[Any]", [public.batch] * config.num_steps), batch_size=None, collate_fn=_as_it_is
+    )
     trainer = _namespace(public.module).Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -281,14 +284,8 @@ def markdown(frame: pd.DataFrame) -> str:
     cells["λ by hand"] = frame.by_hand.map(_number)
     cells["log10 bound"] = frame.bound
     cells["warning"] = frame.warning
-    lines = ["| " + " | ".join(map(_escaped, row)) + " |" for row in (cells.columns, *cells.itertuples(index=False))]
-    lines.insert(1, "|---" * len(cells.columns) + "|")
-    return summary(frame) + "\n\n" + "\n".join(lines) + "\n"
+    return summary(frame) + "\n\n" + markdown_table(cells.fillna("")) + "\n"
 
 
 def _number(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.4g}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")

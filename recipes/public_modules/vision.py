@@ -118,7 +118,8 @@ def lightly_linear() -> Public:
     batch = (torch.rand(6, 3, 32, 32), torch.randint(5, (6,)), [f"{i}.jpg" for i in range(6)])
 
     def network(x: Tensor) -> Tensor:
-        return module.classification_head(backbone(x).flatten(1))
+        result: Tensor = module.classification_head(backbone(x).flatten(1))
+        return result
 
     return Public(module, batch, network, lambda: batch[0])
 
@@ -138,12 +139,14 @@ class SimCLR(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project."""
-        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+        result: Tensor = self.projection_head(self.backbone(x).flatten(start_dim=1))
+        return result
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Contrast two views."""
         x0, x1 = batch[0]
-        return self.criterion(self.forward(x0), self.forward(x1))
+        result: Tensor = self.criterion(self.forward(x0), self.forward(x1))
+        return result
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return SGD."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from recipes.reporting.page import markdown_table
+from recipes.reporting.tables import markdown_table
 from recipes.statistics.agreement import (
     MIN_MODELS,
     SIGNIFICANCE,
@@ -172,8 +172,8 @@ def markdown(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     parts = [
         "# Do the bounds rank the networks?",
         "Means over seeds (of the log10 of lambda and of the bounds); in brackets the rank, 1 for the smallest value.",
-        markdown_table(model_table(rows)),
-        markdown_table(comparison_table(found)),
+        markdown_table(model_table(rows), is_right=True),
+        markdown_table(comparison_table(found), is_right=True),
         "\n".join(verdicts),
         *notes(rows),
     ]
@@ -194,7 +194,12 @@ def draw(rows: pd.DataFrame, found: pd.DataFrame) -> Figure:
 def _draw_bounds(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
     for family, part in rows.groupby("family", sort=False):
         for level, (bound, target) in _LARGEST.items():
-            style = {"color": colours[family], "marker": _MARKERS[level], "alpha": 0.7, "linestyle": "none"}
+            style: dict[str, Any] = {
+                "color": colours[family],
+                "marker": _MARKERS[level],
+                "alpha": 0.7,
+                "linestyle": "none",
+            }
             axes.plot(np.log10(part[target]), part[bound], markersize=5, **style)
     ends = np.array(axes.get_xlim())
     axes.plot(ends, ends, color="gray", linestyle=":")
@@ -234,7 +239,10 @@ def _draw_ranks(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None
 
 
 def _draw_taus(axes: Axes, found: pd.DataFrame) -> None:
-    groups = {"models": ("k", "full", 0.15), "networks": ("gray", "none", -0.15)}
+    groups: dict[str, tuple[str, Literal["full", "none"], float]] = {
+        "models": ("k", "full", 0.15),
+        "networks": ("gray", "none", -0.15),
+    }
     for over, (colour, fill, shift) in groups.items():
         part = found[found.over == over].reset_index(drop=True)
         for place, row in part.iterrows():

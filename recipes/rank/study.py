@@ -29,9 +29,7 @@ from pathlib import Path
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from recipes.data.chosen import check_noise, prepared_data
 from recipes.rank.agreement import (
@@ -44,6 +42,7 @@ from recipes.rank.agreement import (
     reproducibility,
 )
 from recipes.rank.measuring import measure
+from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders, quiet
@@ -147,13 +146,7 @@ def report(rows: pd.DataFrame, found: pd.DataFrame, folder: Path) -> None:
         "agreement of the orders of the models": comparison_table(over_models).drop(columns="over"),
     }
     for title, cells in tables.items():
-        table = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
-        for index, name in enumerate(cells.columns):
-            style = {"justify": "right", "overflow": "fold"} if index else {"no_wrap": True}
-            table.add_column(name.replace("_", "\n"), **style)
-        for row in cells.itertuples(index=False):
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, title, cells)
     for text in [*dict.fromkeys(over_models.verdict), *notes(rows)]:
         console.print(text, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)

@@ -40,7 +40,8 @@ class Attention(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(B, 10)`` of images ``(B, 1, 16, 16)``."""
         tokens = self.patches(images).flatten(2).mT + self.place
-        return self.head(self.block(tokens).mean(1))
+        result: Tensor = self.head(self.block(tokens).mean(1))
+        return result
 
 
 def _perceptron(activation: type[nn.Module]) -> nn.Module:

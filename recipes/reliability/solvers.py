@@ -61,7 +61,7 @@ def network_rows(num_images: int, seed: int) -> list[dict[str, Any]]:
     """
     data = Digits()
     data.setup()
-    images = data.splits["test"].tensors[0][:num_images]
+    images = torch.stack([data.splits["test"][index][0] for index in range(num_images)])
     examples = []
     for network in (network for first in (seed, seed + 1) for network in _networks(data, first)):
         exact = fisher_spectral_norm(network.double(), images.double(), solver=Exact()).eigenvalue
@@ -206,7 +206,8 @@ def _largest(jacobian: Tensor, logits: Tensor, likelihood: Likelihood) -> Tensor
     """Largest eigenvalue of ``L J Jᵀ Lᵀ``, from the matrix itself."""
     columns = jacobian.double().T
     whitened = likelihood.whiten(logits.double().expand(len(columns), -1), columns)
-    return torch.linalg.matrix_norm(whitened, 2).square()
+    result: Tensor = torch.linalg.matrix_norm(whitened, 2).square()
+    return result
 
 
 def _matrix_times(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

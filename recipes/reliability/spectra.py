@@ -44,7 +44,8 @@ class Diagonal:
 
     def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
         """Return the length of ``row``."""
-        return row.norm(dim=1)
+        result: Tensor = row.norm(dim=1)
+        return result
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """``Aᵀ u``."""

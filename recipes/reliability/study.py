@@ -10,17 +10,17 @@ quarter of an hour on two CPU cores.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from omegaconf import DictConfig
 
 from recipes.reliability import blackbox, solvers, spectra
-from recipes.reporting.records import plain, without_folders
+from recipes.reporting.files import settings_of, show, write
+from recipes.reporting.records import plain
+from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment
 
@@ -41,7 +41,6 @@ def main(config: DictConfig) -> None:
 def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
     """Make the tables, write the files, and return the rows."""
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     tables = {
         "interval": spectra.interval_rows(
             config.num_spectra,
@@ -57,11 +56,9 @@ def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
         ],
         "black_box": blackbox.rows(config.seed, config.num_queried),
     }
-    settings = without_folders(OmegaConf.to_container(config, resolve=True))
-    result = {"environment": environment(torch.device("cpu")), "config": settings, "tables": plain(tables)}
-    (folder / "reliability.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "reliability.md").write_text(as_markdown(tables))
-    Console().print(as_markdown(tables), f"\nFiles: {folder}", soft_wrap=True, markup=False)
+    setting = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
+    write(folder, "reliability", page=as_markdown(tables), record=setting | {"tables": plain(tables)})
+    show(as_markdown(tables), folder)
     return tables
 
 
@@ -70,8 +67,5 @@ def as_markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
     parts = ["# How far the numbers can be trusted", "Made by `python -m recipes.reliability`."]
     for name, rows in tables.items():
         frame = pd.DataFrame(rows)
-        text = frame.to_csv(index=False, sep="|", float_format="%.3g", na_rep="-")
-        lines = [f"| {line.replace('|', ' | ')} |" for line in text.strip().split("\n")]
-        lines.insert(1, "|" + " --- |" * frame.shape[1])
-        parts += [f"## {TITLES[name]}", "\n".join(lines)]
+        parts += [f"## {TITLES[name]}", markdown_table(frame)]
     return "\n\n".join(parts) + "\n"

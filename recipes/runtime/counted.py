@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from fisher_reg import InputFisher
@@ -78,6 +79,10 @@ class Counted:
     def adjoint(self, cotangent: Tensor) -> Tensor:
         """Note a backward pass."""
         return self.passes.timed(BACKWARD, self.share, lambda: self.operator.adjoint(cotangent))
+
+    def labels(self, generator: torch.Generator | None) -> Tensor:
+        """Cost nothing."""
+        return self.operator.labels(generator)
 
     def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
         """Cost nothing."""

@@ -30,7 +30,8 @@ _BATCH = 2000  # permutations held at once
 def grid(rows: pd.DataFrame, column: str) -> Array:
     """Return a column of a frame with ``model`` and ``seed`` as ``(models, seeds)``."""
     table = rows.pivot(index="model", columns="seed", values=column)
-    return table.reindex(rows.model.unique()).to_numpy(float)
+    result: Array = table.reindex(rows.model.unique()).to_numpy(float)
+    return result
 
 
 def mean_over_seeds(values: Array) -> Array:
@@ -74,7 +75,10 @@ def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_res
     """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
     generator = np.random.default_rng(0)
     draws = [_drawn(groups, generator) for _ in range(num_resamples)]
-    stacked = [tuple(np.stack(part) for part in zip(*group, strict=True)) for group in zip(*draws, strict=True)]
+    stacked = [
+        (np.stack([one for one, _ in group]), np.stack([other for _, other in group]))
+        for group in zip(*draws, strict=True)
+    ]
     return quantiles(agreement(stacked, statistic, merge))
 
 

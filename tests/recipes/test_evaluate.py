@@ -232,6 +232,8 @@ def test_the_order_of_lambda_is_judged_by_closed_forms():
     assert (perfect["low"], perfect["value"], perfect["high"]) == (1, 1, 1)
     assert_close(perfect["p"], 1 / 3)  # 2 of the 6 ways to choose two of four are as far from the middle
     assert ranking(values, torch.ones(4, dtype=torch.bool)) is None
+    single = ranking(values, torch.tensor([True, False, False, False]))
+    assert 0 <= single["low"] <= single["value"] <= single["high"] <= 1
     line = torch.arange(12.0)
     assert_close(correlation(line, -(line**3))["value"], -1.0)
     assert correlation(line, torch.ones(12)) is None

@@ -1,0 +1,56 @@
+"""The files that a study leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from recipes.reporting.records import without_folders
+
+
+def write(
+    folder: Path,
+    stem: str,
+    *,
+    rows: pd.DataFrame | None = None,
+    record: Any = None,
+    page: str | None = None,
+    figure: Figure | None = None,
+    digits: int = 4,
+) -> None:
+    """Write ``stem.csv``, ``stem.json``, ``stem.md`` and ``stem.png``: those that are given.
+
+    Args:
+        folder: Is made if it is not there.
+        stem: Of the files.
+        rows: Of the table, whose index is left out.
+        record: As JSON knows it.
+        page: Markdown.
+        figure: Of matplotlib.
+        digits: Of the numbers in the table.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if rows is not None:
+        rows.to_csv(folder / f"{stem}.csv", index=False, float_format=f"%.{digits}g")
+    if record is not None:
+        (folder / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if page is not None:
+        (folder / f"{stem}.md").write_text(page, encoding="utf-8")
+    if figure is not None:
+        figure.savefig(folder / f"{stem}.png", dpi=120)
+
+
+def settings_of(config: DictConfig) -> Any:
+    """Return a configuration as JSON knows it, with file names instead of paths."""
+    return without_folders(OmegaConf.to_container(config, resolve=True))
+
+
+def show(text: str, folder: Path) -> None:
+    """Print a text as it is, and where the files are."""
+    Console().print(f"{text}\nFiles: {folder}", soft_wrap=True, highlight=False, markup=False)
