@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -40,7 +40,7 @@ def callbacks(run: Settings) -> list[pl.Callback]:
 
 def train_and_measure(run: Settings, cache: Path) -> Result:
     """Train a network, keep its weights, and measure it."""
-    data, device = prepared_data(OmegaConf.create(run)), chosen_device(run["device"])
+    data, device = prepared_data(DictConfig(run)), chosen_device(run["device"])
     network = instantiate(run["network"], spec=data.spec)
     module = Classifier(network, data.spec.num_classes, instantiate(run["optimizer"]))
     trainer: pl.Trainer = instantiate(run["trainer"], callbacks=callbacks(run))
@@ -55,7 +55,7 @@ def train_and_measure(run: Settings, cache: Path) -> Result:
 def attack_again(settings: Settings, cache: Path) -> Result:
     """Attack the network of a finished run with AutoAttack."""
     run, auto = settings["run"], settings["auto"]
-    data, device = prepared_data(OmegaConf.create(run)), chosen_device(run["device"])
+    data, device = prepared_data(DictConfig(run)), chosen_device(run["device"])
     network = instantiate(run["network"], spec=data.spec)
     network.load_state_dict(torch.load(kept_file(run, cache, ".pt"), map_location="cpu", weights_only=True))
     network = network.eval().to(device)

@@ -35,7 +35,10 @@ def stamped(settings: Settings, work: Work) -> Settings:
         settings: Plain values. Their ``data``, if there is one, has a method ``digest``.
         work: The function that will be called with them.
     """
-    stamp = {"work": f"{work.__module__}.{work.__qualname__}", "source": source_digest(work.__module__, settings)}
+    stamp: Settings = {
+        "work": f"{work.__module__}.{work.__qualname__}",
+        "source": source_digest(work.__module__, settings),
+    }
     stamp |= {name: installed(name) for name in ("torch", "fisher-reg")}
     if "data" in settings:
         stamp["data"] = _data_digest(json.dumps(settings["data"], sort_keys=True))
@@ -44,12 +47,13 @@ def stamped(settings: Settings, work: Work) -> Settings:
 
 def kept(settings: Settings, work: Work, folder: Path) -> Result:
     """Return the result of the work, from ``folder`` if it is there. A result is there as a whole or not at all."""
-    return _memory(folder)(_key(settings), work, folder)  # type: ignore[no-any-return]  # joblib has no types
+    result: Result = _memory(folder)(_key(settings), settings, work, folder)
+    return result
 
 
 def is_kept(settings: Settings, work: Work, folder: Path) -> bool:
     """Whether the result is in ``folder``."""
-    return bool(_memory(folder).check_call_in_cache(_key(settings), work, folder))
+    return bool(_memory(folder).check_call_in_cache(_key(settings), settings, work, folder))
 
 
 def kept_file(settings: Settings, folder: Path, suffix: str) -> Path:
@@ -121,13 +125,14 @@ def _data_digest(data: str) -> str | None:
 
 
 def _key(settings: Settings) -> str:
+    """Return the settings as text, since joblib would tell one object twice from two equal ones."""
     return json.dumps(settings, sort_keys=True)
 
 
 def _memory(folder: Path) -> Any:
-    return joblib.Memory(folder, verbose=0).cache(_done, ignore=["work", "folder"])
+    return joblib.Memory(folder, verbose=0).cache(_done, ignore=["settings", "work", "folder"])
 
 
 # joblib deletes what it kept of a function when the text of the function changes: leave this one as it is.
-def _done(key: str, work: Work, folder: Path) -> Result:
-    return work(json.loads(key), folder)
+def _done(key: str, settings: Settings, work: Work, folder: Path) -> Result:
+    return work(settings, folder)

@@ -5,9 +5,10 @@ An engine is opened for a number of processes. While it is open, ``joblib.Parall
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +23,7 @@ class Engine:
     """A backend of joblib."""
 
     @abstractmethod
-    def open(self, num_processes: int) -> Any:
+    def open(self, num_processes: int) -> AbstractContextManager[None]:
         """Return a context in which ``joblib.Parallel`` has ``num_processes`` workers, or those of a cluster."""
 
 
@@ -64,24 +65,22 @@ class Dask(Engine):
         from distributed import Client, LocalCluster
 
         # Loaders of data start processes, which a daemon must not.
-        with dask.config.set({"distributed.worker.daemon": False}):
-            cluster = self.address or LocalCluster(
-                n_workers=num_processes, threads_per_worker=1, dashboard_address=None
-            )
-        with Client(cluster) as client:
-            try:
-                client.wait_for_workers(1, timeout=60)
-                threads = client.nthreads()
-                if max(threads.values()) > 1:
-                    raise ValueError(
-                        f"The workers of {self.address} have {sorted(threads.values())} threads; random numbers belong "
-                        "to a process, so start each with --nthreads 1."
-                    )
-                with joblib.parallel_config("dask", client=client, n_jobs=len(threads)):
-                    yield
-            finally:
-                if self.address is None:
-                    cluster.close()
+        with ExitStack() as stack:
+            stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
+            cluster: Any = self.address
+            if cluster is None:
+                own = LocalCluster(n_workers=num_processes, threads_per_worker=1, dashboard_address=None)
+                cluster = stack.enter_context(own)
+            client = stack.enter_context(Client(cluster))
+            client.wait_for_workers(1, timeout=60)
+            threads = client.nthreads()
+            if max(threads.values()) > 1:
+                raise ValueError(
+                    f"The workers of {self.address} have {sorted(threads.values())} threads; random numbers belong to "
+                    "a process, so start each with --nthreads 1."
+                )
+            stack.enter_context(joblib.parallel_config("dask", client=client, n_jobs=len(threads)))
+            yield
 
 
 @dataclass(frozen=True)
@@ -106,13 +105,13 @@ class Ray(Engine):
         import ray
         from ray.util.joblib.ray_backend import RayBackend
 
-        class Streaming(RayBackend):  # type: ignore[misc]  # ray has no types
+        class Streaming(RayBackend):
             """Ray's backend hands results over as they come; it only inherits that it could not."""
 
             supports_return_generator = True
 
-        own = {} if self.address else {"num_cpus": num_processes, "include_dashboard": False}
-        ray.init(self.address, log_to_driver=False, logging_level="error", **own)
+        own: dict[str, Any] = {} if self.address else {"num_cpus": num_processes, "include_dashboard": False}
+        ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         try:
             joblib.register_parallel_backend("ray", Streaming)
             with joblib.parallel_config("ray", n_jobs=num_processes):

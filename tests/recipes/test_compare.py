@@ -1,5 +1,6 @@
 """The comparison as a user starts it, small; killed in each of its stages; and its statistics on made-up rows."""
 
+import ast
 import json
 import math
 import os
@@ -33,12 +34,13 @@ from recipes.compare.analysis import (
 from recipes.compare.findings import findings
 from recipes.compare.powers import areas, example_table, rank_correlations
 from recipes.compare.report import markdown, metric_table
-from recipes.compare.stages import STAGES, weights_path
+from recipes.compare.stages import STAGES
 from recipes.compare.study import compare, plan, stage_settings
+from recipes.compare.training import train, weights_path
 from recipes.competitors.measurement import METRICS
 from recipes.data.chosen import chosen_examples
 from recipes.models.classifier import Classifier
-from recipes.runtime.cache import cache_path
+from recipes.runtime.cache import stamped
 from tests import cases
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +125,7 @@ def test_what_is_measured_and_attacked_is_the_trained_network(study):
     images, labels = chosen_examples(data, 20, torch.Generator().manual_seed(0), config.noise)
     for run in plan(config):
         network = instantiate(run["network"], spec=data.spec)
-        network.load_state_dict(torch.load(weights_path(run, folder / "cache"), weights_only=True))
+        network.load_state_dict(torch.load(weights_path(stamped(run, train), folder / "cache"), weights_only=True))
         own = examples[(examples.model == run["model"]) & (examples.training == run["training"])]
         with torch.no_grad():
             logits = network.eval()(images)
@@ -152,7 +154,7 @@ def test_a_run_that_is_killed_in_each_stage_ends_with_the_same_numbers(study, tm
         if stage == "training":
             assert begun()  # an epoch is kept, and its training was not finished
             assert len(_done(cache, "training")) < 4
-    kept = {path: path.stat().st_mtime_ns for path in cache.glob("*.json")}
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("output.pkl")}
     assert len(_done(cache, "metrics")) < 4
     _finish(_start(tmp_path, "num_processes=2"))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
@@ -161,7 +163,12 @@ def test_a_run_that_is_killed_in_each_stage_ends_with_the_same_numbers(study, tm
 
 
 def _done(cache, stage):
-    return [path for path in cache.glob("*.json") if json.loads(path.read_text())["settings"]["stage"] == stage]
+    work = f"{STAGES[stage].__module__}.{STAGES[stage].__name__}"
+    return [path for path in cache.rglob("metadata.json") if f'"work": "{work}"' in _key(path)]
+
+
+def _key(path):
+    return ast.literal_eval(json.loads(path.read_text())["input_args"]["key"])
 
 
 def _config(tmp_path, *overrides):
@@ -226,7 +233,7 @@ def test_a_setting_does_anew_the_stages_that_depend_on_it_and_no_others(tmp_path
     digests = []
     for config in (_config(tmp_path), _config(tmp_path, override)):
         run = next(run for run in plan(config) if run["training"] == "pgd")
-        digests.append({stage: cache_path(stage_settings(config, stage, run), tmp_path) for stage in STAGES})
+        digests.append({stage: stage_settings(config, stage, stamped(run, train)) for stage in STAGES})
     assert {stage for stage in STAGES if digests[0][stage] != digests[1][stage]} == changed
 
 

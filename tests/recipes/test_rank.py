@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
+from recipes.rank import measuring
 from recipes.rank import study as rank
 from recipes.rank.agreement import (
     COMPARISONS,
@@ -200,7 +201,7 @@ def test_a_run_leaves_its_files(folder):
 
 def test_a_second_run_trains_nothing_and_finds_the_same(folder, monkeypatch):
     before = json.loads((folder / "run" / "rank.json").read_text())["correlations"]
-    monkeypatch.setattr(rank, "trained_network", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(measuring, "trained_network", lambda *_: pytest.fail("trained again"))
     rank.rank(_config(folder))
     assert json.loads((folder / "run" / "rank.json").read_text())["correlations"] == before
 
@@ -214,11 +215,12 @@ def test_a_killed_run_goes_on_where_it_was(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(config, *rest)
 
-    original = rank.trained_network
-    monkeypatch.setattr(rank, "trained_network", killed_at_the_second)
+    original = measuring.trained_network
+    monkeypatch.setattr(measuring, "trained_network", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         rank.rank(_config(tmp_path))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache").rglob("output.pkl"))) == 1
+    assert list(pd.read_csv(tmp_path / "run" / "rank.csv").model) == ["narrow"]
     rank.rank(_config(tmp_path))
     assert len(trained) == 4  # one, the killed one, and the two that were missing
     same = [json.loads((path / "run" / "rank.json").read_text())["correlations"] for path in (folder, tmp_path)]
@@ -253,20 +255,20 @@ def test_the_run_folder_is_no_setting(tmp_path):
     ],
 )
 def test_bad_settings_are_refused_before_any_training(tmp_path, monkeypatch, overrides, message):
-    monkeypatch.setattr(rank, "trained_network", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(measuring, "trained_network", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match=message):
         rank.rank(_config(tmp_path, **overrides))
 
 
 @pytest.mark.parametrize("change", ["num_images=1000000", "num_blockwise_images=9", "num_blockwise_images=0"])
 def test_impossible_numbers_of_images_are_refused(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(rank, "trained_network", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(measuring, "trained_network", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match="num_blockwise_images=.* <= num_images=.* <= 360"):
         rank.rank(_config(tmp_path, change))
 
 
 def test_a_model_that_cannot_be_built_is_refused_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank, "trained_network", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(measuring, "trained_network", lambda *_: pytest.fail("trained"))
     with pytest.raises(Exception, match="layerz"):
         rank.rank(_config(tmp_path, models=[*TINY, "{name: typo, family: vgg, overrides: {layerz: [4]}}"]))
 
