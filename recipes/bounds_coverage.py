@@ -36,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_reg import Exact, LogitsOf, NoBoundError, UpperBound, fisher_bound, fisher_spectral_norm, local_fisher_bound
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.environment import chosen_device, environment, installed, provenance
 
 LEVELS = ("global", "domain", "local")
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
@@ -69,7 +69,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),
     }
-    (folder / "coverage.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "coverage.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     (folder / "coverage.md").write_text(markdown(frame), encoding="utf-8")
     report(frame, folder)
     return frame

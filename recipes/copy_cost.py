@@ -24,7 +24,7 @@ from fisher_reg import fisher_spectral_norm
 from fisher_reg.evaluation import deployed
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, environment
+from recipes.runtime.environment import chosen_device, environment, provenance
 from recipes.runtime.timing import timed
 
 
@@ -42,7 +42,7 @@ def copy_cost(config: DictConfig) -> pd.DataFrame:
     rows.to_csv(folder / "copy_cost.csv", index=False, float_format="%.4g")
     settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(device), "config": settings, "rows": rows.to_dict("records")}
-    (folder / "copy_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "copy_cost.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     Console().print(rows.to_string(index=False), f"\nFiles: {folder}", soft_wrap=True)
     return rows
 

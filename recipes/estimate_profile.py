@@ -28,7 +28,7 @@ from recipes.models.training import trained_network
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
-from recipes.runtime.environment import environment
+from recipes.runtime.environment import environment, provenance
 from recipes.runtime.timing import silent_stderr, timed
 
 KINDS = {
@@ -69,7 +69,9 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     (folder / "estimate_profile.md").write_text(as_markdown(**tables))
     settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(torch.device("cpu")), "config": settings}
-    (folder / "estimate_profile.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "estimate_profile.json").write_text(
+        json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n"
+    )
     print(as_markdown(**tables), f"\nFiles: {folder}")
     return tables["passes"], tables["operations"]
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
 from recipes.runtime.command import command
-from recipes.runtime.environment import environment
+from recipes.runtime.environment import environment, provenance
 from recipes.runtime.timing import peak_memory
 
 PLAIN = "none"
@@ -88,7 +88,7 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
     text = markdown(frame)
     (folder / "penalty_cost.md").write_text(text, encoding="utf-8")
     result = {"environment": environment(device_of(config)), "config": OmegaConf.to_container(config, resolve=True)}
-    (folder / "penalty_cost.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "penalty_cost.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     console = Console()
     console.print(text, soft_wrap=True)
     console.print(f"Files: {folder}", soft_wrap=True)

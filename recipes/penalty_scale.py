@@ -24,6 +24,7 @@ from recipes.penalties.report import attack_name
 from recipes.penalties.study import train_and_measure
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
+from recipes.runtime.environment import provenance
 from recipes.runtime.jobs import Settings, execute
 
 _KEYS = ["data", "model", "method"]
@@ -55,7 +56,7 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     text = markdown(frame)
     (folder / "penalty_scale.md").write_text(text, encoding="utf-8")
     shown = without_folders(OmegaConf.to_container(config, resolve=True))
-    (folder / "penalty_scale.json").write_text(json.dumps(shown, indent=2) + "\n")
+    (folder / "penalty_scale.json").write_text(json.dumps(shown | {"provenance": provenance(config)}, indent=2) + "\n")
     Console().print(text, soft_wrap=True, highlight=False)
     Console().print(f"Files: {folder}", soft_wrap=True)
     return frame

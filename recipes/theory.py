@@ -38,6 +38,7 @@ from fisher_reg import EigenResult, Hutchinson, Rademacher, StandardNormal, fish
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import trained_network
 from recipes.runtime.command import command
+from recipes.runtime.environment import provenance
 
 BREAKS = 0.1
 """Relative deviation of the divergence from the quadratic form at which the expansion counts as broken."""
@@ -68,7 +69,7 @@ def check(config: DictConfig) -> dict[str, float]:
     )
     summary = summarize(curves)
     curves.to_csv(folder / "theory.csv", index=False, float_format="%.6g")
-    (folder / "theory.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "theory.json").write_text(json.dumps(summary | {"provenance": provenance(config, data)}, indent=2) + "\n")
     draw(curves, summary).savefig(folder / "theory.png", dpi=120)
     report(summary, folder)
     return summary

@@ -36,7 +36,7 @@ from recipes.models.classifier import Classifier
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
-from recipes.runtime.environment import environment
+from recipes.runtime.environment import environment, provenance
 
 
 @command("warm_starts")
@@ -56,7 +56,7 @@ def warm_starts(config: DictConfig) -> pd.DataFrame:
     (folder / "warm_starts.md").write_text(f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n")
     settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(torch.device("cpu")), "config": settings}
-    (folder / "warm_starts.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "warm_starts.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     print(table, f"\nFiles: {folder}")
     return rows
 

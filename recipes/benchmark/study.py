@@ -45,7 +45,7 @@ from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
 from recipes.reporting.records import without_folders
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.environment import chosen_device, environment, installed, provenance
 from recipes.runtime.timing import peak_memory, timed
 
 T = TypeVar("T")
@@ -132,7 +132,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
         "config": without_folders(OmegaConf.to_container(config, resolve=True)),
         "rows": json.loads(rows.to_json(orient="records")),
     }
-    (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "benchmark.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     draw(rows).savefig(folder / "benchmark.png", dpi=120)
     report(rows, folder)
     return rows

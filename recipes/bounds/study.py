@@ -32,7 +32,7 @@ from rich.table import Table
 from recipes.bounds.speed import PEER, available_norms, time_convolutions, time_networks
 from recipes.bounds.tightness import draw, tightness
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.environment import chosen_device, environment, installed, provenance
 
 
 @command("bounds")
@@ -68,7 +68,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
         "config": OmegaConf.to_container(config, resolve=True),
         **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
     }
-    (folder / "bounds.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "bounds.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     (folder / "bounds.md").write_text(markdown(frames), encoding="utf-8")
     if config.tightness:
         draw(frames["tightness"], frames["segments"]).savefig(folder / "bounds.png", dpi=120)

@@ -17,6 +17,7 @@ from recipes.compare.analysis import PREDICTORS, Analysis, in_decades, predicted
 from recipes.competitors.measurement import METRICS
 from recipes.reporting.page import Section, markdown_table, render
 from recipes.reporting.records import without_folders
+from recipes.runtime.environment import provenance
 from recipes.statistics.agreement import SIGNIFICANCE
 
 _MARKERS = "osD^v<>P"
@@ -32,9 +33,8 @@ def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folde
     drawn = figures(found)
     for name, (figure, _) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
-    (folder / "compare.json").write_text(
-        json.dumps({"findings": list(texts), "settings": without_folders(settings)}, indent=2) + "\n"
-    )
+    result = {"findings": list(texts), "settings": without_folders(settings), "provenance": provenance(settings)}
+    (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "compare.md").write_text(markdown(found, texts), encoding="utf-8")
     (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
 

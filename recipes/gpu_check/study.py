@@ -33,7 +33,7 @@ from recipes.gpu_check import timings
 from recipes.gpu_check.numbers import CPU, Number, check_trainer, compared, numbers, reference, settled
 from recipes.reporting.records import plain, without_folders
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, environment
+from recipes.runtime.environment import chosen_device, environment, provenance
 from recipes.runtime.jobs import quiet
 
 Rows = list[dict[str, Any]]
@@ -194,7 +194,9 @@ def _write(config: DictConfig, device: torch.device, folder: Path, sections: dic
         "config": without_folders(OmegaConf.to_container(config, resolve=True)),
         "sections": sections,
     }
-    (folder / "gpu_check.json").write_text(json.dumps(plain(result), indent=2) + "\n", encoding="utf-8")
+    (folder / "gpu_check.json").write_text(
+        json.dumps(plain(result) | {"provenance": provenance(config)}, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / "gpu_check.md").write_text(markdown(sections), encoding="utf-8")
     rows = [{"section": name, **row} for name, section in sections.items() for row in section["rows"]]
     pd.DataFrame(rows).to_csv(folder / "gpu_check.csv", index=False, float_format="%.4g")

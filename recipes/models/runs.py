@@ -67,7 +67,8 @@ def with_run(config: DictConfig) -> DictConfig:
     own = run_config(folder)
     result = config.copy()
     with open_dict(result):
-        result |= {name: own[name] for name in _TAKEN}
+        for name in _TAKEN:
+            result[name] = own[name]
         result.checkpoint = str(config.checkpoint or last_checkpoint(folder))
     return result
 

@@ -37,7 +37,7 @@ from recipes.penalties.report import KEYS, attack_name, draw, finalists, markdow
 from recipes.reporting.records import without_folders
 from recipes.runtime.cache import cache_path, cached
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device
+from recipes.runtime.environment import chosen_device, provenance
 from recipes.runtime.jobs import Settings, execute, quiet
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
@@ -80,7 +80,7 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     (folder / "penalties.md").write_text(markdown(cells), encoding="utf-8")
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
     settings = without_folders(OmegaConf.to_container(OmegaConf.create(shown)))
-    (folder / "penalties.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "penalties.json").write_text(json.dumps(settings | {"provenance": provenance(config)}, indent=2) + "\n")
     draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
     console = Console()
     console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)

@@ -41,7 +41,7 @@ import fisher_reg
 from fisher_reg import FisherMonitor, FisherRegularizer, ForwardError, KLPenalty
 from recipes.public_modules import Public
 from recipes.runtime.command import command
-from recipes.runtime.environment import environment, installed
+from recipes.runtime.environment import environment, installed, provenance
 
 _EQUAL = 0.05  # the tolerance of the default solver
 _LENGTH = 100  # of a message in the table
@@ -70,7 +70,9 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
     packages = dict.fromkeys(entry.get("distribution", entry.package) for entry in config.modules)
     versions = environment(torch.device("cpu")) | {name: installed(name) for name in packages}
     result = {"environment": versions, "config": settings, "rows": json.loads(frame.to_json(orient="records"))}
-    (folder / "public_modules.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "public_modules.json").write_text(
+        json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / "public_modules.md").write_text(markdown(frame), encoding="utf-8")
     Console().print(f"{summary(frame)}\nFiles: {folder}", highlight=False, soft_wrap=True)
     return frame

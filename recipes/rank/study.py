@@ -54,7 +54,7 @@ from recipes.rank.agreement import (
 )
 from recipes.runtime.cache import cached
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device
+from recipes.runtime.environment import chosen_device, provenance
 from recipes.statistics.agreement import MIN_MODELS
 
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
@@ -102,7 +102,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
         "reproducibility": json.loads(pd.Series(agreements).to_json()),
         "correlations": json.loads(found.to_json(orient="records")),
     }
-    (folder / "rank.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "rank.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     (folder / "rank.md").write_text(markdown(frame, found), encoding="utf-8")
     draw(frame, found).savefig(folder / "rank.png", dpi=120)
     report(frame, found, folder)

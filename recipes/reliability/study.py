@@ -22,7 +22,7 @@ from rich.console import Console
 from recipes.reliability import blackbox, solvers, spectra
 from recipes.reporting.records import plain, without_folders
 from recipes.runtime.command import command
-from recipes.runtime.environment import environment
+from recipes.runtime.environment import environment, provenance
 
 TITLES = {
     "interval": "Interval on synthetic spectra: promised and observed failures",
@@ -59,7 +59,7 @@ def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
     }
     settings = without_folders(OmegaConf.to_container(config, resolve=True))
     result = {"environment": environment(torch.device("cpu")), "config": settings, "tables": plain(tables)}
-    (folder / "reliability.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "reliability.json").write_text(json.dumps(result | {"provenance": provenance(config)}, indent=2) + "\n")
     (folder / "reliability.md").write_text(as_markdown(tables))
     Console().print(as_markdown(tables), f"\nFiles: {folder}", soft_wrap=True, markup=False)
     return tables
