@@ -23,15 +23,16 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -84,7 +85,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         folder = Path(config.output_dir)
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (folder / "config.yaml").is_file():
             return _train(config, folder, stopped_at(folder / "checkpoints"))
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(folder)
         return _train(config, folder, Stopped())
     folder = Path(config.resume)
@@ -159,7 +160,7 @@ def _logger(config: DictConfig, stopped: Stopped) -> Any:
     return instantiate(config)
 
 
-def finished(config: DictConfig, training: Training, folder: Path, tested: dict[str, float]) -> dict[str, Any]:
+def finished(config: DictConfig, training: Training, folder: Path, tested: Mapping[str, float]) -> dict[str, Any]:
     """Measure the network, write the files and print the table."""
     summary = _settings(config, training) | {"test_accuracy": tested["test/accuracy"]} | measure(training)
     monitor = training.monitor
@@ -202,12 +203,12 @@ def _settings(config: DictConfig, training: Training) -> dict[str, Any]:
 
 def measure(training: Training) -> dict[str, float]:
     """Return the Fisher spectral norm over the test images, and the bound above it."""
-    metric, network = FisherSpectralNorm(summarize), training.module.network
-    inputs = None
+    metric = FisherSpectralNorm(summarize, sync_on_compute=False)  # this process measures all images
+    network = training.module.network
     for inputs, _ in training.data.test_dataloader():
         metric.update(network, inputs)
     values = {f"lambda_max_{name}": float(value) for name, value in metric.compute().items()}
-    bound = fisher_bound(network, inputs).log10_value
+    bound = fisher_bound(network, training.data.splits["test"][0][0][None]).log10_value
     return values | {"log10_bound": bound, "log10_gap": bound - math.log10(values["lambda_max_max"])}
 
 

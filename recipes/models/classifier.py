@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -44,7 +45,8 @@ class Classifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        return self.network(images)
+        logits: Tensor = self.network(images)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy."""
@@ -70,7 +72,7 @@ class Classifier(pl.LightningModule):
         self.test_accuracy(self(images), labels)
         self.log("test/accuracy", self.test_accuracy)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Anneal the learning rate per step, or leave it as it is."""
         optimizer = self.optimizer(self.parameters())
         if not self.annealed:

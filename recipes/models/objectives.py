@@ -38,8 +38,8 @@ class LambdaAtAccuracy:
     def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
         """Return the objective."""
         smallest = torch.finfo(torch.float32).tiny
-        missing = max(0.0, self.floor - summary["test_accuracy"])
-        return math.log10(max(summary["lambda_max_mean"], smallest)) + 100 * missing
+        missing = max(0.0, self.floor - float(summary["test_accuracy"]))
+        return math.log10(max(float(summary["lambda_max_mean"]), smallest)) + 100 * missing
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ def vgg(
     network.features[0] = nn.Conv2d(spec.num_channels, stem.out_channels, 3, padding=1)
     nn.init.kaiming_normal_(network.features[0].weight, mode="fan_out", nonlinearity="relu")
     network.avgpool = nn.AdaptiveAvgPool2d(1)
-    network.classifier = nn.Linear(next(width for width in reversed(layers) if width != "M"), spec.num_classes)
+    network.classifier = nn.Linear(
+        next(width for width in reversed(layers) if isinstance(width, int)), spec.num_classes
+    )
     return _with_normalization(network, spec, activation)
 
 
@@ -63,7 +65,7 @@ def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1, activat
     return _with_normalization(network, spec, activation)
 
 
-class OtherDenseNet(DenseNet):
+class OtherDenseNet(DenseNet):  # type: ignore[misc]  # torchvision has no types
     """A DenseNet whose last activation, a function in torchvision's forward, is a module too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -72,7 +74,8 @@ class OtherDenseNet(DenseNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits."""
-        return self.classifier(self.last_activation(self.features(images)).mean((2, 3)))
+        logits: Tensor = self.classifier(self.last_activation(self.features(images)).mean((2, 3)))
+        return logits
 
 
 def densenet(

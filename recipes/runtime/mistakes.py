@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 _OURS = ("recipes", "fisher_reg")
 _TOLD = (ValueError, FileNotFoundError, ModuleNotFoundError, MisconfigurationException)
