@@ -71,7 +71,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),
     }
-    write(folder, "coverage", page=markdown(frame), record=result)
+    write(folder, "coverage", config, page=markdown(frame), record=result)
     report(frame, folder)
     return frame
 

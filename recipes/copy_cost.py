@@ -36,7 +36,7 @@ def copy_cost(config: DictConfig) -> pd.DataFrame:
     folder, device = Path(config.output_dir), chosen_device(config.device)
     rows = pd.DataFrame([measure(name, network, config, device) for name, network in config.networks.items()])
     result = {"environment": environment(device), "config": settings_of(config), "rows": rows.to_dict("records")}
-    write(folder, "copy_cost", rows=rows, record=result)
+    write(folder, "copy_cost", config, rows=rows, record=result)
     show(rows.to_string(index=False), folder)
     return rows
 

@@ -63,9 +63,9 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
         operations += [{"case": case.name} | row for row in operations_of(network, images)]
     tables = {"passes": pd.DataFrame(passes), "operations": pd.DataFrame(operations)}
     for name, table in tables.items():
-        write(folder, f"estimate_{name}", rows=table)
+        write(folder, f"estimate_{name}", config, rows=table)
     result = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
-    write(folder, "estimate_profile", page=as_markdown(**tables), record=result)
+    write(folder, "estimate_profile", config, page=as_markdown(**tables), record=result)
     show(as_markdown(**tables), folder)
     return tables["passes"], tables["operations"]
 

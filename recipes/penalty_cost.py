@@ -84,7 +84,7 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
                 rows.append({"network": name, **row})
     frame = pd.DataFrame(rows)
     result = {"environment": environment(device_of(config)), "config": settings_of(config)}
-    write(folder, "penalty_cost", rows=frame, page=markdown(frame), record=result)
+    write(folder, "penalty_cost", config, rows=frame, page=markdown(frame), record=result)
     show(markdown(frame), folder)
     return frame
 

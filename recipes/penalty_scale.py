@@ -46,7 +46,7 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     rows = execute("training", runs, train_and_measure, workers, _described, cache)
     frame = pd.DataFrame([_row(names[index], runs[index], row) for index, row in rows])
     frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
-    write(folder, "penalty_scale", rows=frame, page=markdown(frame), record=settings_of(config))
+    write(folder, "penalty_scale", config, rows=frame, page=markdown(frame), record=settings_of(config))
     show(markdown(frame), folder)
     return frame
 

@@ -42,10 +42,13 @@ def read_runs(folder: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: If there is no finished run.
     """
-    paths = sorted(folder.rglob("summary.json"))
-    if not paths:
-        raise FileNotFoundError(f"There is no summary.json below {folder.resolve()}: has a run finished there?")
-    runs = pd.DataFrame([json.loads(path.read_text()) for path in paths])
+    found = [json.loads(path.read_text()) for path in sorted(folder.rglob("summary.json"))]
+    finished = [run for run in found if run.get("status", "finished") == "finished"]
+    if not finished:
+        raise FileNotFoundError(
+            f"There is no summary.json of a finished run below {folder.resolve()}: has a run finished there?"
+        )
+    runs = pd.DataFrame(finished).drop(columns=["provenance", "status"], errors="ignore")
     return runs.sort_values([*GROUP, "seed"], ignore_index=True)
 
 

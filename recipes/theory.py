@@ -69,7 +69,7 @@ def check(config: DictConfig) -> dict[str, float]:
         ignore_index=True,
     )
     summary = summarize(curves)
-    write(folder, "theory", rows=curves, record=summary, figure=draw(curves, summary), digits=6)
+    write(folder, "theory", config, rows=curves, record=summary, figure=draw(curves, summary), digits=6)
     report(summary, folder)
     return summary
 

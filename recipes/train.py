@@ -1,26 +1,38 @@
-"""Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
+r"""Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
 
 Leaves in Hydra's run folder: TensorBoard events, ``metrics.csv`` (the curves), ``bound_versus_empirical.png``, the
 checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of the final table, and what they depend on).
 
 ``python -m recipes.train resume=FOLDER`` goes on with a training that was stopped, by whatever it was, and comes to the
 same numbers. ``python -m recipes.evaluate run=FOLDER`` audits the network.
+
+Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``)::
+
+    python -m recipes.train -m seed=0,1,2 penalty=none,kl hydra/launcher=joblib hydra.launcher.n_jobs=2
+    python -m recipes.train -m hydra/sweeper=optuna 'penalty.weight=tag(log, interval(0.01, 1))'
+    python -m recipes.train -m seed=range(10) hydra/launcher=submitit_slurm hydra.launcher.partition=gpu \
+        hydra.launcher.gpus_per_node=1 hydra.launcher.timeout_min=240 trainer=gpu
+
+A sweeper minimises ``objective`` (:mod:`recipes.models.objectives`). A job that Slurm has put back into its queue goes
+on from its last checkpoint. One training on several devices is Lightning's: ``trainer.devices=4 trainer.strategy=ddp``.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -56,9 +68,13 @@ class Training:
 
 
 @command("train", prepare=in_folder("resume"))
-def main(config: DictConfig) -> None:
-    """Hydra's entry point."""
-    train(config)
+def main(config: DictConfig) -> float | None:
+    """Hydra's entry point.
+
+    Returns:
+        The objective, for a sweeper; ``None`` in all processes of a training but the first.
+    """
+    return train(config).get("objective")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -73,7 +89,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     if config.resume is None:
         folder = Path(config.output_dir)
-        if rank_zero_only.rank == 0:
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (folder / "config.yaml").is_file():
+            return _train(config, folder, stopped_at(folder / "checkpoints"))
+        if getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(folder)
         return _train(config, folder, Stopped())
     folder = Path(config.resume)
@@ -148,7 +166,7 @@ def _logger(config: DictConfig, stopped: Stopped) -> Any:
     return instantiate(config)
 
 
-def finished(config: DictConfig, training: Training, folder: Path, tested: dict[str, float]) -> dict[str, Any]:
+def finished(config: DictConfig, training: Training, folder: Path, tested: Mapping[str, float]) -> dict[str, Any]:
     """Measure the network, write the files and print the table."""
     summary = _settings(config, training) | {"test_accuracy": tested["test/accuracy"]} | measure(training)
     monitor = training.monitor
@@ -156,6 +174,7 @@ def finished(config: DictConfig, training: Training, folder: Path, tested: dict[
         bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=120)
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
     summary["total_seconds"] = training.point.seconds()
+    summary["objective"] = instantiate(config.objective)(summary, training.module.network, training.data)
     summary |= {"status": FINISHED, "provenance": provenance(config, training.data)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, folder)
@@ -190,12 +209,12 @@ def _settings(config: DictConfig, training: Training) -> dict[str, Any]:
 
 def measure(training: Training) -> dict[str, float]:
     """Return the Fisher spectral norm over the test images, and the bound above it."""
-    metric, network = FisherSpectralNorm(summarize), training.module.network
-    inputs = None
+    metric = FisherSpectralNorm(summarize, sync_on_compute=False)  # this process measures all images
+    network = training.module.network
     for inputs, _ in training.data.test_dataloader():
         metric.update(network, inputs)
     values = {f"lambda_max_{name}": float(value) for name, value in metric.compute().items()}
-    bound = fisher_bound(network, inputs).log10_value
+    bound = fisher_bound(network, training.data.splits["test"][0][0][None]).log10_value
     return values | {"log10_bound": bound, "log10_gap": bound - math.log10(values["lambda_max_max"])}
 
 

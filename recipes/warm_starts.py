@@ -50,7 +50,7 @@ def warm_starts(config: DictConfig) -> pd.DataFrame:
     table = later.drop(columns="epoch").reset_index().to_string(index=False, float_format=lambda value: f"{value:.3g}")
     page = f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n"
     result = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
-    write(folder, "warm_starts", rows=rows, page=page, record=result)
+    write(folder, "warm_starts", config, rows=rows, page=page, record=result)
     show(table, folder)
     return rows
 

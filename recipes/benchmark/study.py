@@ -41,6 +41,7 @@ from fisher_reg import (
 from recipes.competitors import estimators as peers
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
+from recipes.reporting.files import write
 from recipes.reporting.records import without_folders
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Result, Settings
@@ -135,7 +136,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
         "config": without_folders(OmegaConf.to_container(config, resolve=True)),
         "rows": json.loads(rows.to_json(orient="records")),
     }
-    (folder / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(folder, "benchmark", config, record=result)
     draw(rows).savefig(folder / "benchmark.png", dpi=120)
     report(rows, folder)
     return rows

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from recipes.bounds.speed import PEER, available_norms, time_convolution, time_network
 from recipes.bounds.tightness import check, draw, tightness
+from recipes.reporting.files import write
 from recipes.reporting.tables import markdown_table, print_table
 from recipes.runtime.cache import Settings, Work
 from recipes.runtime.command import command
@@ -66,7 +67,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
         "config": OmegaConf.to_container(config, resolve=True),
         **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
     }
-    (folder / "bounds.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(folder, "bounds", config, record=result)
     (folder / "bounds.md").write_text(markdown(frames), encoding="utf-8")
     if config.tightness:
         draw(frames["tightness"], frames["segments"]).savefig(folder / "bounds.png", dpi=120)

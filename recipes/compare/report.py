@@ -18,6 +18,7 @@ from recipes.competitors.measurement import METRICS
 from recipes.reporting.page import Section, render
 from recipes.reporting.records import without_folders
 from recipes.reporting.tables import markdown_table
+from recipes.runtime.environment import provenance
 from recipes.statistics.agreement import SIGNIFICANCE
 
 _MARKERS = "osD^v<>P"
@@ -33,9 +34,8 @@ def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folde
     drawn = figures(found)
     for name, (figure, _) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=120)
-    (folder / "compare.json").write_text(
-        json.dumps({"findings": list(texts), "settings": without_folders(settings)}, indent=2) + "\n"
-    )
+    result = {"findings": list(texts), "settings": without_folders(settings), "provenance": provenance(settings)}
+    (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / "compare.md").write_text(markdown(found, texts), encoding="utf-8")
     (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
 

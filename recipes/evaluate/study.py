@@ -35,7 +35,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace, summarize
 from recipes.attacks import Attack, AttackResult, attack_all, check_pixels
 from recipes.competitors.measurement import Measurement, measure, predict
-from recipes.data.base import ImageData
+from recipes.data.base import ImageData, labels_of
 from recipes.data.chosen import check_noise, chosen_examples, prepared_data
 from recipes.evaluate.audit import Attacked, Audit, Shown, outcome, record
 from recipes.evaluate.page import figures, page, summary
@@ -91,7 +91,7 @@ def audited_images(config: DictConfig, data: ImageData) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: If there are not as many as asked for, or they are not pixels in [0, 1].
     """
-    num_test = len(data.splits["test"])
+    num_test = len(labels_of(data.splits["test"]))
     if not 1 <= config.num_shown <= config.num_images <= num_test:
         raise ValueError(
             f"1 <= num_shown={config.num_shown} <= num_images={config.num_images} <= {num_test} (the test images of "
@@ -122,11 +122,12 @@ def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Te
             progress.update(task, description=name)
             attacked[name] = attack_network(attack, network, images, labels)
             progress.advance(task)
+    settings: Any = OmegaConf.to_container(config, resolve=True)
     weights = "the weights of its factory" if config.checkpoint is None else Path(config.checkpoint).name
     return Audit(
         network=f"{config.model._target_} with {weights}",
         data=f"{len(images)} test images of {config.data._target_}, noise {config.noise:g}.",
-        settings=OmegaConf.to_container(config, resolve=True),
+        settings=settings,
         images=images.cpu(),
         labels=labels.cpu(),
         class_names=tuple(data.class_names),

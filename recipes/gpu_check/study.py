@@ -190,7 +190,7 @@ def _write(config: DictConfig, device: torch.device, folder: Path, sections: dic
         "sections": sections,
     }
     rows = [{"section": name, **row} for name, section in sections.items() for row in section["rows"]]
-    write(folder, "gpu_check", rows=pd.DataFrame(rows), page=markdown(sections), record=plain(result))
+    write(folder, "gpu_check", config, rows=pd.DataFrame(rows), page=markdown(sections), record=plain(result))
 
 
 def _add(

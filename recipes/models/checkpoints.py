@@ -51,9 +51,9 @@ def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
         raise ValueError(f"{target} must make a torch.nn.Module; it made {type(network).__name__}.")
     if config.checkpoint is not None:
         load_weights(network, config.checkpoint, prefix=config.prefix)
-    if config.normalize is not None:
-        network = nn.Sequential(OrderedDict(normalize=Normalize(**config.normalize), network=network))
-    return network.eval()
+    if config.normalize is None:
+        return network.eval()
+    return nn.Sequential(OrderedDict(normalize=Normalize(**config.normalize), network=network)).eval()
 
 
 def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
@@ -205,8 +205,9 @@ def _check(given: Weights, expected: Weights, path: Path) -> None:
         return
     rows = {_rows(given.get(key), expected.get(key)) for key in wrong}
     first = wrong[0]
-    if len(rows) == 1 and None not in rows:
-        ((in_file, in_network),) = rows
+    only = rows.pop() if len(rows) == 1 else None
+    if only is not None:
+        in_file, in_network = only
         raise ValueError(
             f"{path} has {in_file} classes, the network was built for {in_network}: only the last layer differs, from "
             f"{first!r} on, {_shape(given, first)} in the file and {_shape(expected, first)} in the network. Choose "

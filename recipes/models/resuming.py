@@ -59,12 +59,12 @@ class ResumePoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds, and the states of the generators of torch, numpy and Python as plain values."""
-        algorithm, keys, *rest = np.random.get_state()
+        numpy = np.random.get_state(legacy=False)
         return {
             "seconds": self.seconds(),
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
-            "numpy": [algorithm, keys.tolist(), *rest],
+            "numpy": numpy | {"state": {"key": numpy["state"]["key"].tolist(), "pos": numpy["state"]["pos"]}},
             "python": random.getstate(),
         }
 
@@ -73,7 +73,7 @@ class ResumePoint(Checkpoint):
         self._begin -= state_dict["seconds"]
         torch.set_rng_state(state_dict["cpu"].cpu())
         torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda"]])
-        np.random.set_state(tuple(state_dict["numpy"]))
+        np.random.set_state(state_dict["numpy"])
         version, internal, gauss = state_dict["python"]
         random.setstate((version, tuple(internal), gauss))
 

@@ -26,8 +26,9 @@ def run_config(folder: Path) -> DictConfig:
         )
     content = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(content, dict) or "output_dir" not in content:
-        raise FileNotFoundError(f"{path} is not that of a training. Give the folder that recipes.train printed last.")
-    return OmegaConf.create(_moved(content, str(content["output_dir"]), str(folder)))
+        raise FileNotFoundError(f"{path} is not of a training. Give the folder that recipes.train printed last.")
+    moved: dict[str, Any] = _moved(content, str(content["output_dir"]), str(folder))
+    return OmegaConf.create(moved)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -67,7 +68,8 @@ def with_run(config: DictConfig) -> DictConfig:
     own = run_config(folder)
     result = config.copy()
     with open_dict(result):
-        result |= {name: own[name] for name in _TAKEN}
+        for name in _TAKEN:
+            result[name] = own[name]
         result.checkpoint = str(config.checkpoint or last_checkpoint(folder))
     return result
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from recipes.data.base import ImageData
+from recipes.models.checkpoints import load_weights
 from recipes.models.classifier import Classifier
 
 
@@ -18,12 +19,16 @@ def trained_network(config: DictConfig, data: ImageData) -> nn.Module:
 
     Returns:
         The network, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is of another network; see :func:`recipes.models.checkpoints.load_weights`.
     """
-    network = instantiate(config.model, spec=data.spec)
-    module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
+    network: nn.Module = instantiate(config.model, spec=data.spec)
     if config.checkpoint is not None:
-        module.load_state_dict(torch.load(config.checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        load_weights(network, config.checkpoint)
         return network.eval()
+    module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         instantiate(config.trainer).fit(module, train_dataloaders=data.train_dataloader())

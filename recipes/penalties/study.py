@@ -13,7 +13,6 @@ interrupted leaves the first two of the networks that it finished.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +23,7 @@ from rich.console import Console
 from recipes.data.chosen import prepared_data
 from recipes.penalties.report import KEYS, draw, finalists, markdown, short, summarize
 from recipes.penalties.training import attack_again, attack_name, callbacks, train_and_measure
+from recipes.reporting.files import write
 from recipes.reporting.records import without_folders
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
@@ -68,7 +68,7 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     cells = summarize(frame)
     shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
     settings = without_folders(OmegaConf.to_container(OmegaConf.create(shown)))
-    (folder / "penalties.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write(folder, "penalties", config, record=settings)
     draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
     console = Console()
     console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)

@@ -72,7 +72,7 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
     packages = dict.fromkeys(entry.get("distribution", entry.package) for entry in config.modules)
     versions = environment(torch.device("cpu")) | {name: installed(name) for name in packages}
     result = {"environment": versions, "config": settings, "rows": json.loads(frame.to_json(orient="records"))}
-    write(folder, "public_modules", page=markdown(frame), record=result)
+    write(folder, "public_modules", config, page=markdown(frame), record=result)
     show(summary(frame), folder)
     return frame
 

@@ -42,6 +42,7 @@ from recipes.rank.agreement import (
     reproducibility,
 )
 from recipes.rank.measuring import measure
+from recipes.reporting.files import write
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
@@ -89,7 +90,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
         "reproducibility": json.loads(pd.Series(agreements).to_json()),
         "correlations": json.loads(found.to_json(orient="records")),
     }
-    (folder / "rank.json").write_text(json.dumps(result, indent=2) + "\n")
+    write(folder, "rank", config, record=result)
     (folder / "rank.md").write_text(markdown(frame, found), encoding="utf-8")
     draw(frame, found).savefig(folder / "rank.png", dpi=120)
     report(frame, found, folder)

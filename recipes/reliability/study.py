@@ -57,7 +57,7 @@ def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
         "black_box": blackbox.rows(config.seed, config.num_queried),
     }
     setting = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
-    write(folder, "reliability", page=as_markdown(tables), record=setting | {"tables": plain(tables)})
+    write(folder, "reliability", config, page=as_markdown(tables), record=setting | {"tables": plain(tables)})
     show(as_markdown(tables), folder)
     return tables
 

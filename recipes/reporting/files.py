@@ -12,14 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from recipes.reporting.records import without_folders
+from recipes.runtime.environment import provenance
 
 
 def write(
     folder: Path,
     stem: str,
+    config: DictConfig,
     *,
     rows: pd.DataFrame | None = None,
-    record: Any = None,
+    record: dict[str, Any] | None = None,
     page: str | None = None,
     figure: Figure | None = None,
     digits: int = 4,
@@ -29,6 +31,7 @@ def write(
     Args:
         folder: Is made if it is not there.
         stem: Of the files.
+        config: Of the recipe; :func:`~recipes.runtime.environment.provenance` is added to the record.
         rows: Of the table, whose index is left out.
         record: As JSON knows it.
         page: Markdown.
@@ -39,7 +42,8 @@ def write(
     if rows is not None:
         rows.to_csv(folder / f"{stem}.csv", index=False, float_format=f"%.{digits}g")
     if record is not None:
-        (folder / f"{stem}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(record | {"provenance": provenance(config)}, indent=2)
+        (folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
     if page is not None:
         (folder / f"{stem}.md").write_text(page, encoding="utf-8")
     if figure is not None:

@@ -65,7 +65,7 @@ def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(texts)
         # An experiment of the recipe's own may declare keys, as the recipe's YAML does.
         known = set(compose(config_name, [text for text in texts if text.lstrip("+").startswith("experiment=")]))
-        config = compose(config_name, [_one(override) for override in parsed if _is_choice(override)])
+        config = compose(config_name, [text for override in parsed if _is_choice(override) for text in _one(override)])
     except HydraException:
         return texts
     OmegaConf.set_struct(config, False)
@@ -90,12 +90,16 @@ def _is_choice(override: Override) -> bool:
     return not is_setting or override.is_delete()
 
 
-def _one(override: Override) -> str:
-    """Return one value's override of a sweep's."""
+def _one(override: Override) -> list[str]:
+    """Return the override; of a sweep's, that of its first value, if it lists them; none for Hydra itself."""
     text = str(override.input_line)
+    if override.is_hydra_override():
+        return []
     if not override.is_sweep_override():
-        return text
-    return f"{text.split('=')[0]}={next(iter(override.sweep_string_iterator()))}"
+        return [text]
+    if not override.is_choice_sweep():
+        return []
+    return [f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"]
 
 
 def _setting(config: DictConfig, override: Override) -> str:

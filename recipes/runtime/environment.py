@@ -7,12 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 PACKAGES = ("torch", "torchvision", "fisher-reg", "curvlinops-for-pytorch", "plenoptic", "scipy")
 
@@ -41,7 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def provenance(config: DictConfig, data: object = None) -> dict[str, Any]:
+def provenance(config: DictConfig | Mapping[str, Any], data: object = None) -> dict[str, Any]:
     """Return what it takes to make a result again, without folders of this machine.
 
     Args:
@@ -52,10 +53,11 @@ def provenance(config: DictConfig, data: object = None) -> dict[str, Any]:
         ``command``, ``commit``, ``seed``, ``data`` and ``environment``.
     """
     digest = getattr(data, "digest", None)
+    seed = config.get("seed", config.get("seeds"))
     return {
         "command": _command(),
         "commit": commit(),
-        "seed": config.get("seed", config.get("seeds")),
+        "seed": OmegaConf.to_container(seed) if OmegaConf.is_config(seed) else seed,
         "data": digest() if callable(digest) else None,
         "environment": environment(chosen_device(config.get("device"))),
     }

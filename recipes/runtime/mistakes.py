@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 _OURS = ("recipes", "fisher_reg")
 _TOLD = (ValueError, FileNotFoundError, ModuleNotFoundError, MisconfigurationException)
@@ -23,18 +24,22 @@ def message(error: BaseException) -> str | None:
 
     The same types of errors from elsewhere are unexpected.
     """
+    owner = _module(error).split(".")[0]
     if isinstance(error, InstantiationException):
-        cause = error.__cause__
-        if cause is None:
-            return _line(str(error))
-        place = str(error).rsplit("full_key: ", 1)[-1] if "full_key: " in str(error) else ""
-        if message(cause) is not None:
-            return _line(str(cause))
-        # An argument that the target does not take fails at Hydra's call, with no frame of the target's.
-        return _line(f"{place}: {cause}" if place else str(cause)) if _module(cause).startswith("hydra.") else None
-    if isinstance(error, _TOLD) and _module(error).split(".")[0] in _OURS:
+        return _line(str(error)) if error.__cause__ is None else _of_construction(str(error), error.__cause__)
+    if isinstance(error, _TOLD) and owner in _OURS:
         return _line(str(error))
     return None
+
+
+def _of_construction(text: str, cause: BaseException) -> str | None:
+    """Return what to tell of an object that could not be built: also of arguments that it does not take."""
+    owner = _module(cause).split(".")[0]
+    is_argument = isinstance(cause, TypeError) and owner in (*_OURS, "hydra")  # of a call from there
+    if not (is_argument or isinstance(cause, MisconfigurationException)):
+        return message(cause)
+    place = re.search(r"full_key: (\S+)", text)
+    return _line(f"{place[1]}: {cause}" if place else str(cause))
 
 
 def told(task: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,9 +71,10 @@ def end(text: str) -> None:
 
 
 def _module(error: BaseException) -> str:
-    """Return the module whose code raised it."""
+    """Return the module whose code raised an error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return str(frames[-1].f_globals.get("__spec__") and frames[-1].f_globals["__spec__"].name) if frames else ""
+    spec = frames[-1].f_globals.get("__spec__") if frames else None  # a recipe's __name__ is "__main__"
+    return "" if spec is None else str(spec.name)
 
 
 def _line(text: str) -> str:

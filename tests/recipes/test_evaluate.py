@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,12 +102,14 @@ def _check_files(folder, attacks=("pgd", "auto_attack", "carlini_wagner", "minim
 
 def test_a_checkpoint_of_the_training_recipe_is_audited_as_a_user_starts_it(tmp_path):
     train = ["-m", "recipes.train", "experiment=smoke", "trainer.max_epochs=1", "penalty=none", "logger=none"]
-    train += ["callbacks=no_monitor", "model.layers=[1,0,0,0]", f"hydra.run.dir={tmp_path / 'train'}"]
+    train += ["callbacks=no_monitor", "model.layers=[1,0,0,0]", f"hydra.run.dir={tmp_path / 'a training'}"]
     done = subprocess.run([sys.executable, *train], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (checkpoint,) = (tmp_path / "train" / "checkpoints").glob("*.ckpt")
-    checkpoint = checkpoint.rename(tmp_path / "mine.ckpt")
-    done = _run(tmp_path / "audit", f"checkpoint={checkpoint}", "model.layers=[1,0,0,0]")
+    command = shlex.split(re.search(r"Audit: python (.*)", done.stdout)[1])
+    command += [*SMALL, f"hydra.run.dir={tmp_path / 'audit'}"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     record, page = _check_files(tmp_path / "audit")
     assert "Audit of recipes.models.resnet with mine.ckpt" in page

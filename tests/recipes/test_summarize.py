@@ -34,5 +34,5 @@ def test_rows_are_runs_and_the_table_has_means_and_standard_errors(tmp_path):
 
 
 def test_a_folder_without_runs_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no summary.json below"):
+    with pytest.raises(FileNotFoundError, match="no summary.json of a finished run below"):
         read_runs(tmp_path)

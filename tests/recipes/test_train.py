@@ -2,14 +2,21 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from torch.testing import assert_close
+
+from recipes.models.runs import with_run
+from recipes.runtime.command import composed
+from recipes.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,6 +24,29 @@ ROOT = Path(__file__).parents[2]
 def _run(*arguments):
     command = [sys.executable, "-m", "recipes.train", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def _stopped(folder, stop):
+    """Start the run of the fixture, and stop it after its first checkpoint."""
+    arguments = ["experiment=smoke", "model=vgg", f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "recipes.train", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.02)
+    process.send_signal(stop)
+    errors = process.communicate(timeout=600)[1]
+    return process.returncode, errors
+
+
+def _resumed(folder):
+    return train(composed("train", [f"resume={folder}"]))
+
+
+def _rows(folder):
+    with (folder / "curves" / "metrics.csv").open() as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{name: value for name, value in row.items() if name != "fisher/seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +84,92 @@ def test_the_table_shows_the_summary(run):
 
 
 def test_the_checkpoint_is_a_plain_one(run):
-    (path,) = (run[0] / "checkpoints").glob("*.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
+    names = {path.name for path in (run[0] / "checkpoints").iterdir()}
+    assert names == {"epoch_001.ckpt", "last.ckpt"}
+    checkpoint = torch.load(run[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(key.startswith("network.") for key in checkpoint["state_dict"])
+
+
+def test_a_killed_run_is_resumed_to_the_same_bits(run, tmp_path):
+    whole, folder = run[0], tmp_path / "killed"
+    assert _stopped(folder, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (folder / "summary.json").exists()
+    moved = folder.rename(tmp_path / "moved")
+    summary = _resumed(moved)
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (whole, moved))
+    measured = [name for name in first if "seconds" not in name and name != "provenance"]
+    assert [first[name] for name in measured] == [second[name] for name in measured]
+    assert summary == second
+    assert _rows(whole) == _rows(moved)
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, moved))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert_close(one[part], other[part], rtol=0, atol=0)
+    assert not list((moved / "checkpoints").glob("next*"))
+    assert not list((moved / "curves").glob("*.kept"))
+
+
+def test_ctrl_c_leaves_a_summary_and_says_how_to_go_on(tmp_path):
+    status, errors = _stopped(tmp_path / "run", signal.SIGINT)
+    assert status == 130
+    assert f"python -m recipes.train resume={tmp_path}/run" in errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted after epoch 1"
+    assert summary["seed"] == 0
+
+
+def test_a_finished_run_is_not_trained_again(run, capsys):
+    folder, _ = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert _resumed(folder) == summary
+    output = capsys.readouterr().out
+    assert "This training was finished" in output
+    assert f"{summary['log10_gap']:.2f}" in output
+
+
+def test_a_folder_without_a_run_or_with_another_one_is_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no training.*Give the folder"):
+        _resumed(tmp_path)
+    with pytest.raises(ValueError, match=r"has a training already.*resume="):
+        train(composed("train", [f"output_dir={run[0]}"]))
+
+
+def test_a_resumed_run_keeps_its_settings_and_an_audited_one_its_network(run, monkeypatch):
+    monkeypatch.setattr("recipes.train.overrides", lambda: ["resume=x", "seed=3"])
+    with pytest.raises(ValueError, match=r"settings that it was begun with.*leave out seed=3, or"):
+        _resumed(run[0])
+    monkeypatch.setattr("recipes.models.runs.overrides", lambda: ["run=x", "model=vit", "num_images=3"])
+    with pytest.raises(ValueError, match=r"takes data and network from its own config.yaml; leave out model=vit, or"):
+        with_run(composed("evaluate", [f"run={run[0]}"]))
+
+
+def test_a_job_that_slurm_has_requeued_goes_on(run, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    begun = []
+    monkeypatch.setattr("recipes.train._train", lambda config, folder, stopped: begun.append(stopped.epoch))
+    train(composed("train", [f"output_dir={run[0]}"]))
+    assert begun == [1]
+
+
+def test_the_audit_of_a_run_takes_its_data_network_and_last_checkpoint(run):
+    folder, output = run
+    assert f"python -m recipes.evaluate run={folder}" in output
+    config = with_run(composed("evaluate", [f"run={folder}", "num_images=7"]))
+    assert config.model._target_ == "recipes.models.vgg"
+    assert config.checkpoint == str(folder / "checkpoints" / "last.ckpt")
+    assert config.num_images == 7
+    alone = with_run(composed("evaluate", [f"checkpoint={folder}/checkpoints/epoch_001.ckpt"]))
+    assert alone.model == config.model
+    assert alone.checkpoint.endswith("epoch_001.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"has no training.*no config.yaml"):
+        with_run(composed("evaluate", [f"run={folder}/checkpoints"]))
+
+
+def test_the_summary_says_how_it_was_made(run):
+    provenance = json.loads((run[0] / "summary.json").read_text())["provenance"]
+    assert provenance["command"] == f"python -m recipes.train experiment=smoke model=vgg hydra.run.dir={run[0].name}"
+    assert provenance["seed"] == 0
+    assert len(provenance["commit"]) > 10
+    assert provenance["environment"]["torch"] == torch.__version__.split("+")[0]
 
 
 def test_an_unknown_value_shows_hydras_own_message():
@@ -68,6 +181,8 @@ def test_an_unknown_value_shows_hydras_own_message():
 
 def test_missing_data_is_told_before_any_work(tmp_path):
     done = _run("data=npz", "data.path=nowhere.npz", f"hydra.run.dir={tmp_path}")
-    assert done.returncode != 0
-    assert "There is no file" in done.stderr
-    assert "data.path" in done.stderr
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("There is no file")
+    assert "data.path" in line
+    assert not (tmp_path / "config.yaml").exists()

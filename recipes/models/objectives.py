@@ -1,0 +1,62 @@
+"""What a sweep over trainings minimises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from recipes.attacks.libraries import Attack, attack_all
+from recipes.data.base import ImageData
+from recipes.data.chosen import chosen_examples
+
+
+class Objective(Protocol):
+    """From a trained network to a number; the smaller, the better."""
+
+    def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
+        """Return the number; ``summary`` is that of the training."""
+
+
+@dataclass(frozen=True)
+class LambdaAtAccuracy:
+    """The decimal logarithm of the mean of λ over the test images, of networks that are accurate enough.
+
+    A hundredth of accuracy below the floor counts as much as a factor of ten of λ, so that a search is led back above
+    it. It costs nothing, since the training measures both.
+
+    Args:
+        floor: Accuracy on the test images from which on λ alone counts.
+    """
+
+    floor: float = 0.9
+
+    def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
+        """Return the objective."""
+        smallest = torch.finfo(torch.float32).tiny
+        missing = max(0.0, self.floor - float(summary["test_accuracy"]))
+        return math.log10(max(float(summary["lambda_max_mean"]), smallest)) + 100 * missing
+
+
+@dataclass(frozen=True)
+class RobustAccuracy:
+    """Minus the share of test images that are classified rightly under an attack.
+
+    Args:
+        attack: The attack.
+        num_images: Test images, from anywhere in the split; all of them where there are fewer.
+    """
+
+    attack: Attack
+    num_images: int = 200
+
+    def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
+        """Return the objective."""
+        device = next(network.parameters()).device
+        images, labels = chosen_examples(data, self.num_images, torch.Generator().manual_seed(0))
+        found = attack_all(self.attack, network.eval(), images.to(device), labels.to(device))
+        return float(found.fooled.double().mean()) - 1

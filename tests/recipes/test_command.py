@@ -1,0 +1,138 @@
+"""What the command line takes, completes and refuses."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from recipes.models.runs import check_unused
+from recipes.runtime import arguments
+from recipes.runtime.command import CONF, command_line, composed, in_folder
+from recipes.runtime.environment import commit, provenance
+from recipes.runtime.mistakes import message
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((CONF / "experiment").glob("*/*.yaml"))
+RECIPES = sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("data.num_train=300", "data.num_train", 300),
+        ("+data.num_train=300", "data.num_train", 300),
+        ("++data.num_train=300", "data.num_train", 300),
+        ("data.batch_size=8", "data.batch_size", 8),
+        ("callbacks.monitor.every_n_epochs=2", "callbacks.monitor.every_n_epochs", 2),
+        ("trainer.limit_train_batches=3", "trainer.limit_train_batches", 3),
+        ("trainer.max_epochs=3", "trainer.max_epochs", 3),
+        ("penalty.target_lambda=0.5", "penalty.target_lambda", 0.5),
+        ("optimizer.weight_decay=0.1", "optimizer.weight_decay", 0.1),
+    ],
+)
+def test_a_parameter_of_the_target_needs_no_plus(override, key, value):
+    assert OmegaConf.select(composed("train", [override]), key) == value
+
+
+def test_parameters_of_a_factory_are_those_of_the_one_that_was_chosen():
+    factory = ["~model", "model._target_=torchvision.models.resnet18", "model.num_classes=10"]
+    assert composed("evaluate", factory).model == {"_target_": "torchvision.models.resnet18", "num_classes": 10}
+    assert composed("train", ["data=npz", "data.path=x", "data.sha256=a"]).data.sha256 == "a"
+    with pytest.raises(ValueError, match="data has no sha256"):
+        composed("train", ["data.sha256=a"])
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        (
+            "data.num_trian=300",
+            "data has no num_trian. Did you mean data.num_train\\? .*Digits takes image_size,.*num_train",
+        ),
+        ("+data.num_trian=300", "data has no num_trian"),
+        ("trainer.max_epoch=3", "trainer has no max_epoch. Did you mean trainer.max_epochs"),
+        ("penalty.weigth=3", "Did you mean penalty.weight"),
+        ("+ckpt_path=nonexistent", "recipes.train has no ckpt_path; it has callbacks, data,.*Leave it out"),
+        ("+attack=pgd", "recipes.train has no attack; it has"),
+        (
+            "experiment=compare/cpu",
+            "belongs to another recipe: python -m recipes.compare experiment=compare/cpu.*: smoke",
+        ),
+        ("experiment=frontier", "python -m recipes.compare_penalties experiment=frontier"),
+    ],
+)
+def test_a_name_that_nothing_knows_is_refused_with_those_that_are_known(override, text):
+    with pytest.raises(ValueError, match=text):
+        composed("train", [override])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes(recipe):
+    assert composed(recipe, ["seed=1"] if "seed" in composed(recipe) else [])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_need_neither_a_folder_nor_a_plus(path):
+    recipe = path.parent.name
+    config = composed(recipe, [f"experiment={path.stem}"])
+    assert config == composed(recipe, [f"+experiment={recipe}/{path.stem}"])
+    assert config != composed(recipe)
+
+
+def test_flags_and_sweeps_pass_through():
+    given = ["--multirun", "model=vgg,resnet", "data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
+    done = ["--multirun", "model=vgg,resnet", "++data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
+    assert arguments.completed(CONF, "train", given) == done
+    assert arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
+
+
+def test_a_printed_command_means_the_same_after_the_shell_and_hydra():
+    for folder in ("outputs/train/2026-01-01_10-00-00", "multirun/0_model=vgg,seed=1", 'a b/it"s {x}'):
+        words = shlex.split(command_line("evaluate", run=folder))
+        assert words[:3] == ["python", "-m", "recipes.evaluate"]
+        override = OverridesParser.create().parse_override(words[3])
+        assert (override.key_or_group, override.value()) == ("run", folder)
+
+
+def test_the_folder_of_a_resumed_run_is_hydras_own(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no run.*Give the folder"):
+        in_folder("resume")([f"resume={tmp_path}"])
+    (tmp_path / "config.yaml").touch()
+    assert in_folder("resume")([f"resume={tmp_path}"])[1:] == [f"hydra.run.dir={tmp_path}", "hydra.output_subdir=null"]
+    assert in_folder("resume")(["seed=1"]) == ["seed=1"]
+
+
+def test_what_our_code_refuses_is_told_and_the_same_error_of_others_is_not(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="has a training already") as caught:
+        check_unused(tmp_path)
+    assert message(caught.value) == str(caught.value)
+    with pytest.raises(ValueError, match="could not convert") as caught:
+        torch.nn.Linear(float("x"), 2)
+    assert message(caught.value) is None
+
+
+def test_what_cannot_be_built_is_told_in_one_line():
+    with pytest.raises(InstantiationException) as caught:
+        instantiate({"_target_": "recipes.data.sources.Digits", "num_trian": 3})
+    assert "unexpected keyword argument 'num_trian'" in message(caught.value)
+    with pytest.raises(InstantiationException) as caught:
+        instantiate({"_target_": "torch.nn.Linear", "in_features": -1, "out_features": 1})
+    assert message(caught.value) is None
+
+
+def test_provenance_names_no_folder_and_holds_the_digest():
+    class Data:
+        def digest(self):
+            return "abc"
+
+    found = provenance(OmegaConf.create({"seeds": [0, 1], "device": "cpu"}), Data())
+    assert (found["seed"], found["data"], found["environment"]["device"]) == ([0, 1], "abc", "cpu")
+    assert str(ROOT) not in json.dumps(found)
+    assert found["commit"] == commit()

@@ -1,0 +1,56 @@
+"""Several trainings by Hydra's plugins, and one training in several processes."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    "penalty=none",
+    "logger=csv",
+    "callbacks=no_monitor",
+    "model.layers=[1,0,0,0]",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+    "trainer.accelerator=cpu",
+]
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "recipes.train", *TINY, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "launcher"),
+    [
+        ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"]),
+    ],
+)
+def test_two_jobs_of_a_launcher_leave_two_runs(tmp_path, plugin, launcher):
+    pytest.importorskip(f"hydra_plugins.{plugin}", reason="comes with fisher-reg[sweeps]")
+    _run("-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}", *launcher)
+    found = [json.loads((tmp_path / job / "summary.json").read_text()) for job in "01"]
+    assert [summary["seed"] for summary in found] == [0, 1]
+    assert all(summary["status"] == "finished" and summary["objective"] == summary["objective"] for summary in found)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_the_first_one_writes(tmp_path):
+    done = _run("trainer.strategy=ddp", "trainer.devices=2", f"hydra.run.dir={tmp_path}")
+    assert done.stdout.count("Audit: ") == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+    with (tmp_path / "curves" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/loss"]]) == 1
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"epoch_000.ckpt", "last.ckpt"}
