@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from matplotlib.lines import Line2D
 
 from recipes.compare.analysis import PREDICTORS, Analysis, in_decades, predicted, reached
 from recipes.competitors.measurement import METRICS
+from recipes.reporting.files import write as write_files
 from recipes.reporting.page import Section, render
 from recipes.reporting.records import without_folders
 from recipes.reporting.tables import markdown_table
-from recipes.runtime.environment import provenance
 from recipes.statistics.agreement import SIGNIFICANCE
 
 _MARKERS = "osD^v<>P"
@@ -27,16 +26,14 @@ _MAX_POINTS = 4000  # of a scatter plot
 
 def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folder: Path) -> None:
     """Write the files of a run into its folder."""
-    found.networks.to_csv(folder / "networks.csv", index=False, float_format="%.6g")
+    for name, digits in (("networks", 6), ("per_example", 4), ("per_model", 4)):
+        write_files(folder, name, settings, rows=getattr(found, name), digits=digits)
     found.examples.to_csv(folder / "examples.csv.gz", index=False, float_format="%.6g")
-    found.per_example.to_csv(folder / "per_example.csv", index=False, float_format="%.4g")
-    found.per_model.to_csv(folder / "per_model.csv", index=False, float_format="%.4g")
     drawn = figures(found)
     for name, (figure, _) in drawn.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
-    result = {"findings": list(texts), "settings": without_folders(settings), "provenance": provenance(settings)}
-    (folder / "compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "compare.md").write_text(markdown(found, texts), encoding="utf-8")
+        write_files(folder, name, settings, figure=figure)
+    record = {"findings": list(texts), "settings": without_folders(settings)}
+    write_files(folder, "compare", settings, record=record, page=markdown(found, texts))
     (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
 
 

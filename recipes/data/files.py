@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset, pil_loader
 
 from recipes.data.base import ImageData, Split, stratified_split
 from recipes.data.spec import ImageSpec
@@ -310,8 +309,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
-            with Image.open(self.paths[index]) as image:
-                pixels = image.convert("RGB")
+            pixels = pil_loader(self.paths[index])
         except Exception as error:  # a damaged file can raise anything: each decoder of PIL has its own errors
             raise ValueError(f"{self.paths[index]} cannot be decoded as an image ({error}); copy it again.") from error
         return self.transform(pixels), int(self.labels[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from recipes.runtime.environment import provenance
 def write(
     folder: Path,
     stem: str,
-    config: DictConfig,
+    config: DictConfig | Mapping[str, Any],
     *,
     rows: pd.DataFrame | None = None,
     record: dict[str, Any] | None = None,

@@ -17,6 +17,7 @@ import torch
 T = TypeVar("T")
 
 
+# torch.utils.benchmark.Timer gives no result of the call, and starts loops of its own: ours are timed in turns.
 def timed(call: Callable[[], T], device: torch.device, num_rounds: int = 1) -> tuple[T, float]:
     """Return the result of a call and the median of the seconds that it took on the device in ``num_rounds`` calls."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else nullcontext
