@@ -67,7 +67,7 @@ def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
 
 def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str, Settings]]:
     """Return the name of the data set and everything that the numbers depend on, for each network."""
-    everything = OmegaConf.to_container(config, resolve=True)
+    everything: Any = OmegaConf.to_container(config, resolve=True)
     shared = {key: everything[key] for key in ("optimizer", "num_attack_steps", "num_attacked", "num_probes", "device")}
     runs = []
     for seed in everything["seeds"]:
