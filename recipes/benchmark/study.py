@@ -124,7 +124,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     names = [method.name for method in available_methods(config.methods)]
     folder, device = Path(config.output_dir), chosen_device(config.device)
     folder.mkdir(parents=True, exist_ok=True)
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     runs = [{"config": plain, "case": case, "methods": names} for case in plain["cases"]]
     tables: dict[int, pd.DataFrame] = {}
     for index, table in execute("benchmark", runs, run_case, workers, lambda run: run["case"]["name"]):

@@ -82,7 +82,7 @@ def compare(config: DictConfig) -> Analysis:
 
 def plan(config: DictConfig) -> list[Settings]:
     """Return everything that the weights of each network depend on, the first seed of all first."""
-    everything = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
+    everything: Any = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
     return [
         {key: everything[key] for key in _TRAINED_BY}
         | {"dataset": dataset, "model": model, "training": training, "seed": seed}

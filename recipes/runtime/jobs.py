@@ -107,8 +107,11 @@ def folders(config: DictConfig) -> tuple[Path, Path]:
 
 
 def quiet() -> None:
-    """Silence the greetings and hints of Lightning and foolbox, which come once per network."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
+    """Silence the greetings and hints of Lightning and foolbox, which come once per network.
+
+    Where the package ``lightning`` is installed, too, they come by whichever was imported last.
+    """
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
 
