@@ -23,7 +23,7 @@ TINY = [
 
 
 def _run(*arguments):
-    command = [sys.executable, "-m", "recipes.train", *TINY, *arguments]
+    command = [sys.executable, "-m", "recipes.train", *arguments, *TINY]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return done
