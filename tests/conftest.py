@@ -8,6 +8,7 @@ import torch
 
 from tests import cases
 from tests import trained as stored
+from tests.slow import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - hooks
 
 
 @pytest.fixture(autouse=True)
