@@ -56,7 +56,7 @@ def with_run(config: DictConfig) -> DictConfig:
     folder = None if config.run is None else Path(config.run)
     chosen = [text for text in overrides() if text.lstrip("+~").split("=")[0].split(".")[0] in _TAKEN]
     if folder is None and config.checkpoint is not None and not chosen:
-        beside = Path(config.checkpoint).parents[1]
+        beside = Path(config.checkpoint).absolute().parent.parent
         folder = beside if (beside / "config.yaml").is_file() else None
     if folder is None:
         return config
