@@ -50,6 +50,9 @@ class _Same:
         return f"<{type(self.value).__name__} at {id(self.value):x}>"
 
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # torch 2.6 has none
+
+
 def state_of(model: Any) -> State:
     """Describe whatever can be reached from a model, by the path that leads there."""
     state: State = {}
@@ -94,7 +97,7 @@ def state_of_the_process() -> State:
         "hooks of all modules": hooks,
         "modes of torch functions": torch._C._len_torch_function_stack(),
         "modes of dispatch": torch._C._len_torch_dispatch_stack(),
-        "hooks of saved tensors": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        "hooks of saved tensors": _top_hooks(True),
         "level of forward mode": torch.autograd.forward_ad._current_level,
         "cache of parametrizations": (parametrize._cache_enabled, len(parametrize._cache)),
         "filters of warnings": list(warnings.filters),
