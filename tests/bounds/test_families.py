@@ -158,8 +158,8 @@ SMALL = {
 # torchvision's own widths and depths; the smaller image only shortens the time
 FULL = {
     "vgg16_bn": (vgg, lambda: models.vgg16_bn(weights=None, num_classes=10), 32),
-    "resnet50": (resnet, lambda: models.resnet50(weights=None), 64),
-    "densenet121": (densenet, lambda: models.densenet121(weights=None), 64),
+    "resnet50": (resnet, lambda: models.resnet50(weights=None), 32),
+    "densenet121": (densenet, lambda: models.densenet121(weights=None), 32),
     "vit_b_16": (vit, lambda: models.vit_b_16(weights=None), 224),
 }
 

@@ -12,7 +12,7 @@ import fisher_reg as fr
 from tests.bounds.claims import check
 from tests.bounds.random_networks import random_network, refused_networks
 
-COUNT, CHUNK = 200, 10
+COUNT, CHUNK = 100, 10
 LOWEST_SHARE = 0.7
 """Of the networks, with a bound over all inputs. The others are gates, and ways of writing that are refused."""
 
