@@ -96,7 +96,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(folder)
         return _train(config, folder, Stopped())
-    folder = Path(config.resume)
+    folder = Path(config.resume).absolute()  # the command that is printed at the end works from any folder
     config = resumed_config(folder)
     summary = folder / "summary.json"
     if summary.is_file() and (result := json.loads(summary.read_text()))["status"] == FINISHED:
