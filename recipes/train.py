@@ -47,6 +47,7 @@ from fisher_reg import (
 from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
+from recipes.models.objectives import Objective
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
 from recipes.runtime.command import command, command_line, in_folder, overrides
@@ -65,6 +66,7 @@ class Training:
     point: ResumePoint
     monitor: FisherMonitor | None
     regularizer: FisherRegularizer | None
+    objective: Objective
 
 
 @command("train", prepare=in_folder("resume"))
@@ -94,7 +96,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(folder)
         return _train(config, folder, Stopped())
-    folder = Path(config.resume)
+    folder = Path(config.resume).absolute()  # the command that is printed at the end works from any folder
     config = resumed_config(folder)
     summary = folder / "summary.json"
     if summary.is_file() and (result := json.loads(summary.read_text()))["status"] == FINISHED:
@@ -141,7 +143,7 @@ def _train(config: DictConfig, folder: Path, stopped: Stopped) -> dict[str, Any]
 
 
 def assembled(config: DictConfig, folder: Path, stopped: Stopped) -> Training:
-    """Read the data and build the network, the callbacks, the loggers and the trainer."""
+    """Read the data and build the network, the callbacks, the loggers, the trainer and the objective."""
     folder.mkdir(parents=True, exist_ok=True)
     data = prepared_data(config)
     module = Classifier(instantiate(config.model, spec=data.spec), data.spec.num_classes, instantiate(config.optimizer))
@@ -156,7 +158,7 @@ def assembled(config: DictConfig, folder: Path, stopped: Stopped) -> Training:
         for logger in loggers:
             if isinstance(logger, CSVLogger):
                 restore_log(logger, stopped.epoch)
-    return Training(data, module, trainer, point, monitor, regularizer)
+    return Training(data, module, trainer, point, monitor, regularizer, instantiate(config.objective))
 
 
 def _logger(config: DictConfig, stopped: Stopped) -> Any:
@@ -174,7 +176,7 @@ def finished(config: DictConfig, training: Training, folder: Path, tested: Mappi
         bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=120)
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
     summary["total_seconds"] = training.point.seconds()
-    summary["objective"] = instantiate(config.objective)(summary, training.module.network, training.data)
+    summary["objective"] = training.objective(summary, training.module.network, training.data)
     summary |= {"status": FINISHED, "provenance": provenance(config, training.data)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, folder)

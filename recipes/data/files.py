@@ -181,7 +181,7 @@ class ImageNet(ImageFolder):
         if self.num_classes not in (None, len(classes)):
             raise ValueError(
                 f"{self.root / 'train'} has {len(classes)} class folders instead of {self.num_classes}; copy the data "
-                f"set again, or say +data.num_classes={len(classes)} for a part."
+                f"set again, or say data.num_classes={len(classes)} for a part."
             )
         for split, expected in self.num_images.items():
             if expected not in (None, len(files[split])):
@@ -189,7 +189,7 @@ class ImageNet(ImageFolder):
                 fewest = min(classes, key=Counter(classes[label] for _, label in files[split]).__getitem__)
                 raise ValueError(
                     f"{self.root / folder} has {len(files[split])} images instead of {expected}, the fewest in "
-                    f"{fewest}; copy the data set again, or say +data.num_{folder}={len(files[split])} for a part."
+                    f"{fewest}; copy the data set again, or say data.num_{folder}={len(files[split])} for a part."
                 )
         return classes, files
 
@@ -233,7 +233,7 @@ class TinyImageNet(ImageFiles):
         if len(classes) != self.num_classes:
             raise ValueError(
                 f"{self.root / 'wnids.txt'} names {len(classes)} classes instead of {self.num_classes}; copy the data "
-                "set again, or say +data.num_classes=…"
+                "set again, or say data.num_classes=…"
             )
         train = []
         for label, wnid in enumerate(classes):
@@ -243,7 +243,7 @@ class TinyImageNet(ImageFiles):
         if len(annotations) != self.num_val:
             raise ValueError(
                 f"{self.root / 'val' / 'val_annotations.txt'} annotates {len(annotations)} images instead of "
-                f"{self.num_val}; copy the data set again, or say +data.num_val=…"
+                f"{self.num_val}; copy the data set again, or say data.num_val=…"
             )
         test = zip(
             _exactly(self.root / "val" / "images", list(annotations), ".JPEG"), annotations.values(), strict=True

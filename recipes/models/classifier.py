@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
             images = torch.cat([images, self.attack(self.network, images, labels)])
             labels = labels.repeat(2)
         loss = nn.functional.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -63,7 +63,7 @@ class Classifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         self.val_accuracy(logits, labels)
-        self.log("val/loss", nn.functional.cross_entropy(logits, labels))
+        self.log("val/loss", nn.functional.cross_entropy(logits, labels), sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
     - ``node.name=value`` becomes ``++node.name=value`` if the node's ``_target_`` has that parameter and the YAML does
       not name it.
     - ``experiment=name`` becomes ``experiment=recipe/name``.
+    - In a sweep, what is the same in all jobs is left out of the names of their folders.
     - What Hydra cannot compose is left for it to refuse.
 
     Args:
@@ -56,7 +58,29 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
     with initialize_config_dir(str(conf), version_base="1.3"):
         texts = _completed(conf, config_name, [arguments[place] for place in places])
     changed = dict(zip(places, texts, strict=True))
-    return [changed.get(place, text) for place, text in enumerate(arguments)]
+    done = [changed.get(place, text) for place, text in enumerate(arguments)]
+    return done + _without_constants(texts) if {"-m", "--multirun"} & set(arguments) else done
+
+
+def folder_name(overrides: str) -> str:
+    """Return Hydra's ``override_dirname`` without ``+`` and as one folder, whatever its values are."""
+    return re.sub(r"(^|,)\++", r"\1", overrides).replace("/", "-")
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def _without_constants(texts: Sequence[str]) -> list[str]:
+    """Return the setting by which Hydra leaves what is not swept out of the names of folders."""
+    option = "hydra.job.config.override_dirname.exclude_keys"
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(texts))
+    except HydraException:
+        return []
+    constant = [one for one in parsed if not (one.is_hydra_override() or one.is_sweep_override())]
+    if not constant or any(one.key_or_group == option for one in parsed):
+        return []
+    return [f"{option}=[{','.join(repr(one.key_or_group) for one in constant)}]"]
 
 
 def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:

@@ -92,6 +92,16 @@ def test_flags_and_sweeps_pass_through():
     assert arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
 
 
+def test_folders_of_a_sweep_are_named_by_what_is_swept():
+    done = arguments.completed(
+        CONF, "train", ["-m", "data.num_train=300,400", "seed=1", "~callbacks", "hydra.verbose=true"]
+    )
+    assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks']"
+    assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks"]
+    assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
+    assert arguments.folder_name("++data.num_train=300,+a.b=c/d,seed=1") == "data.num_train=300,a.b=c-d,seed=1"
+
+
 def test_a_printed_command_means_the_same_after_the_shell_and_hydra():
     for folder in ("outputs/train/2026-01-01_10-00-00", "multirun/0_model=vgg,seed=1", 'a b/it"s {x}'):
         words = shlex.split(command_line("evaluate", run=folder))

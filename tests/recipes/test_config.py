@@ -43,7 +43,7 @@ def _compose(tmp_path, *overrides):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_resolves(tmp_path, choice):
     extra = [f"data.path={tmp_path / 'x.npz'}"] if choice == "data=npz" else []
-    added = "+" if choice.startswith("attack=") else ""  # which recipes.train does not know
+    added = "+" if choice.startswith(("attack=", "engine=")) else ""  # which recipes.train does not know
     OmegaConf.to_container(_compose(tmp_path, added + choice, *extra), resolve=True, throw_on_missing=True)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
@@ -20,6 +19,7 @@ from recipes.evaluate.audit import correlation, ranking, share
 from recipes.evaluate.reading import verdict
 from recipes.evaluate.study import evaluate
 from recipes.reporting.records import plain, without_folders
+from recipes.runtime.command import composed
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -70,8 +70,7 @@ def _run(folder, *arguments):
 
 
 def _audit(folder, *arguments):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return evaluate(compose("evaluate", [*SMALL, f"output_dir={folder}", *arguments]))
+    return evaluate(composed("evaluate", [*SMALL, f"output_dir={folder}", *arguments]))
 
 
 def _check_files(folder, attacks=("pgd", "auto_attack", "carlini_wagner", "minimal")):
@@ -112,9 +111,9 @@ def test_a_checkpoint_of_the_training_recipe_is_audited_as_a_user_starts_it(tmp_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record, page = _check_files(tmp_path / "audit")
-    assert "Audit of recipes.models.resnet with mine.ckpt" in page
+    assert "Audit of recipes.models.resnet with last.ckpt" in page
     assert "Traceback" not in done.stderr
-    assert record["settings"]["checkpoint"] == "mine.ckpt"
+    assert record["settings"]["checkpoint"] == "last.ckpt"
     images = record["images"]
     assert record["accuracy"]["value"] == np.mean(images["correct"])
     order = np.argsort(images["lambda"])[::-1]
@@ -134,13 +133,13 @@ def test_a_checkpoint_of_the_training_recipe_is_audited_as_a_user_starts_it(tmp_
 @pytest.mark.parametrize(
     "factory",
     [
-        ("~model", "+model._target_=torchvision.models.resnet18", "+model.num_classes=3"),
+        ("~model", "model._target_=torchvision.models.resnet18", "model.num_classes=3"),
         (
             "~model",
-            "+model._target_=timm.create_model",
-            "+model.model_name=vit_tiny_patch16_224",
-            "+model.img_size=32",
-            "+model.num_classes=3",
+            "model._target_=timm.create_model",
+            "model.model_name=vit_tiny_patch16_224",
+            "model.img_size=32",
+            "model.num_classes=3",
         ),
     ],
     ids=["torchvision", "timm"],
@@ -161,7 +160,7 @@ def test_a_network_that_this_project_did_not_train_runs_untouched(tmp_path, fact
 
 def test_a_lightning_module_is_its_own_network(tmp_path):
     _npz(tmp_path / "grey.npz", num_channels=1)
-    factory = ["~model", "+model._target_=tests.recipes.test_checkpoints.Module"]
+    factory = ["~model", "model._target_=tests.recipes.test_checkpoints.Module"]
     record = _audit(tmp_path / "audit", "data=npz", f"data.path={tmp_path / 'grey.npz'}", "noise=0.1", *factory)
     _check_files(tmp_path / "audit")
     assert record["settings"]["noise"] == 0.1
@@ -169,10 +168,10 @@ def test_a_lightning_module_is_its_own_network(tmp_path):
 
 def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
     _npz(tmp_path / "grey.npz", num_channels=1)
-    factory = ["~model", f"+model._target_={__name__}.Brightness"]
+    factory = ["~model", f"model._target_={__name__}.Brightness"]
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
     with pytest.warns(UserWarning, match="ProjectedGradient could do nothing to 6 of the 6 images"):
-        _audit(tmp_path / "masked", *data, *factory, "+model.scale=1e6")
+        _audit(tmp_path / "masked", *data, *factory, "model.scale=1e6")
     record, page = _check_files(tmp_path / "masked")
     assert record["attacks"]["pgd"]["num_masked"] == 6
     assert "ProjectedGradient could do nothing" in record["attacks"]["pgd"]["warnings"][0]
@@ -181,7 +180,7 @@ def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
     assert "λ is exactly zero at 9 of 9 images" in page
     assert record["num_saturated"] == 9
 
-    record = _audit(tmp_path / "open", *data, *factory, "+model.scale=4")
+    record = _audit(tmp_path / "open", *data, *factory, "model.scale=4")
     assert [found["num_masked"] for found in record["attacks"].values()] == [0, 0, 0, 0]
     assert not any(found["warnings"] for found in record["attacks"].values())
     assert not any("exactly zero" in text for text in record["reading"])
@@ -192,7 +191,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
     monkeypatch.setattr("recipes.evaluate.study.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="K=10 outputs, the data 3 classes"):
-        _audit(tmp_path, *data, "~model", "+model._target_=tests.recipes.test_evaluate.Ten")
+        _audit(tmp_path, *data, "~model", "model._target_=tests.recipes.test_evaluate.Ten")
     with pytest.raises(ValueError, match=r"num_shown=2 <= num_images=13 <= 12 \(the test images"):
         _audit(tmp_path, *data, "num_images=13")
     with pytest.raises(ValueError, match="noise is a share"):

@@ -143,11 +143,11 @@ def test_imagenet_is_counted(tmp_path):
     _folder(tmp_path, ("train", "val"), ("n01", "n02"))
     (tmp_path / "val" / "n02" / "3.png").unlink()
     for arguments, message in (
-        ({}, "train has 2 class folders instead of 1000; copy .* or say [+]data.num_classes=2"),
-        ({"num_classes": 2}, "train has 20 images instead of 1281167, .* or say [+]data.num_train=20"),
+        ({}, "train has 2 class folders instead of 1000; copy .* or say data.num_classes=2"),
+        ({"num_classes": 2}, "train has 20 images instead of 1281167, .* or say data.num_train=20"),
         (
             {"num_classes": 2, "num_train": 20, "num_val": 20},
-            "val has 19 images instead of 20, the fewest in n02; copy .* or say [+]data.num_val=19",
+            "val has 19 images instead of 20, the fewest in n02; copy .* or say data.num_val=19",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -190,7 +190,7 @@ def test_the_missing_image_of_tiny_imagenet_is_named(tmp_path, name):
         ("val_9.JPEG\tn01\t0", r"Line 7 of .*val_annotations.txt is .*four numbers, separated by tabs"),
         (
             "val_6.JPEG\tn01\t0\t0\t9\t9",
-            "annotates 7 images instead of 6; copy the data set again, or say [+]data.num_val",
+            "annotates 7 images instead of 6; copy the data set again, or say data.num_val",
         ),
     ],
 )
@@ -204,7 +204,7 @@ def test_wrong_annotations_of_tiny_imagenet_are_named(tmp_path, line, message):
 
 def test_tiny_imagenet_is_counted(tmp_path):
     arguments = _tiny_imagenet(tmp_path)
-    with pytest.raises(ValueError, match="wnids.txt names 3 classes instead of 200; .* or say [+]data.num_classes="):
+    with pytest.raises(ValueError, match="wnids.txt names 3 classes instead of 200; .* or say data.num_classes="):
         TinyImageNet(str(tmp_path)).setup()
     with pytest.raises(ValueError, match=r"n01/images has 1 images beyond the 3 expected, n01_3.JPEG for one; copy"):
         TinyImageNet(**arguments | {"num_per_class": 3}).setup()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -43,6 +44,18 @@ def test_two_jobs_of_a_launcher_leave_two_runs(tmp_path, plugin, launcher):
     found = [json.loads((tmp_path / job / "summary.json").read_text()) for job in "01"]
     assert [summary["seed"] for summary in found] == [0, 1]
     assert all(summary["status"] == "finished" and summary["objective"] == summary["objective"] for summary in found)
+
+
+@pytest.mark.slow
+def test_optuna_minimises_the_objective(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="comes with fisher-reg[sweeps]")
+    sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path}"]
+    _run("-m", *sweep, "optimizer.lr=tag(log, interval(0.001, 0.1))")
+    found = [json.loads(path.read_text())["objective"] for path in tmp_path.glob("*/summary.json")]
+    assert len(found) == 2
+    assert OmegaConf.load(tmp_path / "optimization_results.yaml").best_value == min(found)
+    assert all("+" not in path.name and "limit" not in path.name for path in tmp_path.iterdir())
+    assert len(list(tmp_path.glob("[01]_optimizer.lr=0.*"))) == 2
 
 
 @pytest.mark.slow

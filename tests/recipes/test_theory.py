@@ -29,7 +29,8 @@ def test_every_rate_is_the_one_of_theory(folder):
     summary = json.loads((folder / "theory.json").read_text())
     assert summary["label_variance_slope"] == pytest.approx(-0.5, abs=0.05)
     for direction in ("top_eigenvector", "random_direction"):
-        assert summary[f"divergence_slope_{direction}"] == pytest.approx(2, abs=0.02)
+        # log(1 + deviation) has slopes up to 0.1 / 1.1 where the deviation reaches 10 % and the fit ends
+        assert summary[f"divergence_slope_{direction}"] == pytest.approx(2, abs=0.05)
         assert summary[f"deviation_slope_{direction}"] == pytest.approx(1, abs=0.15)
         assert 1e-3 < summary[f"breaks_at_{direction}"] < 10
     assert summary["breaks_at_top_eigenvector"] < summary["breaks_at_random_direction"]
