@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from recipes.reporting.files import show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.settings import resolved
 
 LEVELS = ("global", "domain", "local")
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
@@ -66,7 +67,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     result = {
         "environment": environment(device) | {name: installed(name) for name in ("timm", "transformers")},
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": resolved(config),
         "shares": shares(frame),
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),

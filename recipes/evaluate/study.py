@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -45,6 +45,7 @@ from recipes.models.runs import with_run
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, provenance
 from recipes.runtime.jobs import quiet
+from recipes.runtime.settings import resolved
 
 
 @command("evaluate")
@@ -122,7 +123,7 @@ def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Te
             progress.update(task, description=name)
             attacked[name] = attack_network(attack, network, images, labels)
             progress.advance(task)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+    settings = resolved(config)
     weights = "the weights of its factory" if config.checkpoint is None else Path(config.checkpoint).name
     return Audit(
         network=f"{config.model._target_} with {weights}",

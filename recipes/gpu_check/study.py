@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from recipes.data.spec import ImageSpec
@@ -35,6 +35,7 @@ from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
 from recipes.runtime.jobs import quiet
+from recipes.runtime.settings import resolved
 
 Rows = list[dict[str, Any]]
 
@@ -134,7 +135,7 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = DictConfig(OmegaConf.to_container(config))  # takes keys that the configuration leaves out
+        settings = DictConfig(resolved(config))  # takes keys that the configuration leaves out
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from recipes.attacks.libraries import Attack, attack_all
+from recipes.attacks import Attack, attack_all
 from recipes.data.base import ImageData
 from recipes.data.chosen import chosen_examples
 
