@@ -28,9 +28,8 @@ from typing import Any
 import pandas as pd
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,6 +38,8 @@ from recipes.reporting.files import show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
+from recipes.runtime.progress import track
+from recipes.runtime.settings import resolved
 
 LEVELS = ("global", "domain", "local")
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
@@ -55,18 +56,15 @@ def coverage(config: DictConfig) -> pd.DataFrame:
     folder, device = Path(config.output_dir), chosen_device(config.device)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries, about their own arguments
-        task = progress.add_task("", total=len(config.models))
-        for entry in config.models:
-            progress.update(task, description=f"{entry.library} {entry.name}")
+        for entry in track(config.models, "bounds", lambda entry: f"{entry.library} {entry.name}"):
             rows.append(measure(entry, config, device))
             pd.DataFrame(rows).to_csv(folder / "coverage.csv", index=False, float_format="%.6g")
-            progress.advance(task)
     frame = pd.DataFrame(rows)
     result = {
         "environment": environment(device) | {name: installed(name) for name in ("timm", "transformers")},
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": resolved(config),
         "shares": shares(frame),
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),

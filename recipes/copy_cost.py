@@ -22,6 +22,7 @@ from fisher_reg import deployed, fisher_spectral_norm
 from recipes.reporting.files import settings_of, show, write
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
+from recipes.runtime.progress import track
 from recipes.runtime.timing import timed
 
 
@@ -34,7 +35,8 @@ def main(config: DictConfig) -> None:
 def copy_cost(config: DictConfig) -> pd.DataFrame:
     """Measure every network, write the files, and return the rows of ``copy_cost.csv``."""
     folder, device = Path(config.output_dir), chosen_device(config.device)
-    rows = pd.DataFrame([measure(name, network, config, device) for name, network in config.networks.items()])
+    networks = track([*config.networks], "copies")
+    rows = pd.DataFrame([measure(name, config.networks[name], config, device) for name in networks])
     result = {"environment": environment(device), "config": settings_of(config), "rows": rows.to_dict("records")}
     write(folder, "copy_cost", config, rows=rows, record=result)
     show(rows.to_string(index=False), folder)

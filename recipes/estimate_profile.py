@@ -28,6 +28,7 @@ from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
 from recipes.runtime.environment import environment
+from recipes.runtime.progress import track
 from recipes.runtime.timing import silent_stderr, timed
 
 KINDS = {
@@ -54,7 +55,7 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     folder = Path(config.output_dir)
     passes, operations = list[dict[str, Any]](), list[dict[str, Any]]()
     plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
-    for case in config.cases:
+    for case in track(config.cases, "profile", lambda case: str(case.name)):
         case_config: Any = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
         data = prepared_data(case_config)
         network = trained_network(case_config, data)

@@ -12,9 +12,9 @@ Leaves ``penalty_cost.csv``, ``penalty_cost.md`` and ``penalty_cost.json`` (vers
 from __future__ import annotations
 
 import copy
-import logging
+import math
 import time
-import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,6 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,6 +34,8 @@ from recipes.reporting.files import settings_of, show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment
+from recipes.runtime.jobs import quiet
+from recipes.runtime.progress import Progress
 from recipes.runtime.timing import peak_memory
 
 PLAIN = "none"
@@ -62,9 +63,7 @@ class StepTimer(pl.Callback):
 @command("penalty_cost")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
+    quiet()
     penalty_cost(config)
 
 
@@ -76,12 +75,9 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
     """
     folder = Path(config.output_dir)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress:
-        task = progress.add_task("", total=len(config.networks) * len(config.methods) * config.num_rounds)
+    with Progress("penalty cost", len(config.networks) * len(config.methods) * config.num_rounds) as progress:
         for name, network in config.networks.items():
-            progress.update(task, description=name)
-            for row in measure(config, network, partial(progress.advance, task)):
-                rows.append({"network": name, **row})
+            rows += [{"network": name, **row} for row in measure(config, network, partial(progress.advance, name))]
     frame = pd.DataFrame(rows)
     result = {"environment": environment(device_of(config)), "config": settings_of(config)}
     write(folder, "penalty_cost", config, rows=frame, page=markdown(frame), record=result)
@@ -89,19 +85,12 @@ def penalty_cost(config: DictConfig) -> pd.DataFrame:
     return frame
 
 
-def measure(config: DictConfig, network: DictConfig, advance: Any) -> list[dict[str, Any]]:
+def measure(config: DictConfig, network: DictConfig, advance: Callable[[], None]) -> list[dict[str, Any]]:
     """Return the ratios of all methods on a network."""
     data = prepared_data(config)
     batch = next(iter(data.train_dataloader()))
     built = instantiate(network, spec=data.spec)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in config.methods}
-    for _ in range(config.num_rounds):
-        for name, method in config.methods.items():
-            num_steps = method.cycle * (1 + config.num_cycles)
-            timer = StepTimer()
-            fit(config, data.spec.num_classes, built, method.callback, batch, num_steps, [timer])
-            seconds[name].append(timer.seconds[method.cycle :])
-            advance()
+    seconds = step_seconds(config, data.spec.num_classes, built, batch, config.num_rounds, advance=advance)
     times = {name: mean_of_medians(rounds, config.methods[name].cycle) for name, rounds in seconds.items()}
     memory = {
         name: peak_memory(
@@ -118,6 +107,39 @@ def measure(config: DictConfig, network: DictConfig, advance: Any) -> list[dict[
         }
         for name in config.methods
     ]
+
+
+def step_seconds(
+    config: DictConfig,
+    num_classes: int,
+    network: nn.Module,
+    batch: list[Tensor],
+    num_rounds: int,
+    *,
+    max_seconds: float = math.inf,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, list[list[float]]]:
+    """Return the seconds of training steps by method, of each of its rounds; the methods take turns.
+
+    Args:
+        config: Its ``methods`` and ``num_cycles``; a round begins with one more cycle, which warms up.
+        num_classes: Of the data.
+        network: Is copied for each training.
+        batch: Images and labels of every step.
+        num_rounds: Of each method.
+        max_seconds: After which no round begins but the first of each method.
+        advance: Called after each training.
+    """
+    seconds: dict[str, list[list[float]]] = {name: [] for name in config.methods}
+    begin = time.perf_counter()
+    for number in range(num_rounds):
+        for name, method in config.methods.items():
+            if number == 0 or time.perf_counter() - begin <= max_seconds:
+                timer, num_steps = StepTimer(), method.cycle * (1 + config.num_cycles)
+                fit(config, num_classes, network, method.callback, batch, num_steps, [timer])
+                seconds[name].append(timer.seconds[method.cycle :])
+            advance()
+    return seconds
 
 
 def mean_of_medians(rounds: list[list[float]], cycle: int) -> float:

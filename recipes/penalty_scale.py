@@ -9,10 +9,8 @@ Leaves ``penalty_scale.csv`` (a row per network), ``penalty_scale.md`` and ``pen
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fisher_reg import KLPenalty
 from recipes.data.chosen import prepared_data
@@ -22,6 +20,7 @@ from recipes.reporting.tables import markdown_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders
+from recipes.runtime.settings import merged, resolved
 
 _KEYS = ["data", "model", "method"]
 
@@ -53,15 +52,14 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
 
 def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
     """Return the penalty that one training batch of a data set suggests."""
-    resolved = OmegaConf.to_container(data, resolve=True)  # interpolations need their parent
-    prepared = prepared_data(OmegaConf.create({"seed": config.seed, "data": resolved}))
+    prepared = prepared_data(merged({"seed": config.seed, "data": resolved(data)}))
     images, labels = next(iter(prepared.train_dataloader()))
     return KLPenalty.from_batch(images, labels, share=config.share)
 
 
 def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str, Settings]]:
     """Return the name of the data set and everything that the numbers depend on, for each network."""
-    everything: Any = OmegaConf.to_container(config, resolve=True)
+    everything = resolved(config)
     shared = {key: everything[key] for key in ("optimizer", "num_attack_steps", "num_attacked", "num_probes", "device")}
     runs = []
     for seed in everything["seeds"]:
@@ -78,7 +76,7 @@ def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str,
     return runs
 
 
-def methods(own: KLPenalty) -> dict[str, dict[str, Any] | None]:
+def methods(own: KLPenalty) -> dict[str, Settings | None]:
     """Return what is compared: the callback of each method."""
     return {"none": None} | {
         name: {
@@ -94,7 +92,7 @@ def _described(run: Settings) -> str:
     return f"{run['model']}, {run['method']}"
 
 
-def _row(name: str, run: Settings, result: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, run: Settings, result: Settings) -> Settings:
     penalty = run["callback"]["penalty"]["step"] if run["callback"] else float("nan")
     (attack,) = run["attacks"]
     measured = {key: result[key] for key in ("clean", "lambda_mean", "lambda_median")}

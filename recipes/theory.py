@@ -17,7 +17,7 @@ no expansion holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from recipes.models.training import trained_network
 from recipes.reporting.files import write
 from recipes.reporting.tables import print_table
 from recipes.runtime.command import command
+from recipes.runtime.progress import track
 
 BREAKS = 0.1
 """Relative deviation of the divergence from the quadratic form at which the expansion counts as broken."""
@@ -60,14 +61,12 @@ def check(config: DictConfig) -> dict[str, float]:
     images = fixed_images(data, config.num_images, config.noise)
     pairs = fisher_eigenpairs(network, images, data.spec.num_classes)
     first, last = config.log10_lengths
-    curves = pd.concat(
-        [
-            label_variance(network, images, pairs, config.num_labels, config.num_repeats),
-            divergence(network, images, pairs, np.logspace(first, last, config.num_lengths)),
-            trace_variance(network, images, pairs, config.num_probes, config.num_repeats),
-        ],
-        ignore_index=True,
-    )
+    parts: dict[str, Callable[[], pd.DataFrame]] = {
+        "labels": lambda: label_variance(network, images, pairs, config.num_labels, config.num_repeats),
+        "divergence": lambda: divergence(network, images, pairs, np.logspace(first, last, config.num_lengths)),
+        "trace": lambda: trace_variance(network, images, pairs, config.num_probes, config.num_repeats),
+    }
+    curves = pd.concat([parts[name]() for name in track([*parts], "theory")], ignore_index=True)
     summary = summarize(curves)
     write(folder, "theory", config, rows=curves, record=summary, figure=draw(curves, summary), digits=6)
     report(summary, folder)

@@ -28,12 +28,13 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from fisher_reg import Categorical, Exact, InputFisher, Lanczos, evaluation_operator, fisher_spectral_norm
-from recipes.data.base import ImageData
+from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
 from recipes.reporting.files import settings_of, show, write
 from recipes.runtime.command import command
 from recipes.runtime.counted import Counted, Passes
 from recipes.runtime.environment import environment
+from recipes.runtime.progress import track
 
 
 @command("warm_starts")
@@ -45,7 +46,9 @@ def main(config: DictConfig) -> None:
 def warm_starts(config: DictConfig) -> pd.DataFrame:
     """Measure while each network trains, write the files, and return the rows of ``warm_starts.csv``."""
     folder = Path(config.output_dir)
-    rows = pd.DataFrame([row for name in config.networks for row in _of_a_network(name, config)])
+    rows = pd.DataFrame(
+        [row for name in track([*config.networks], "warm starts") for row in _of_a_network(name, config)]
+    )
     later = rows[rows.epoch > 0].groupby(["network", "search"], sort=False).mean(numeric_only=True)
     table = later.drop(columns="epoch").reset_index().to_string(index=False, float_format=lambda value: f"{value:.3g}")
     page = f"Means over the epochs from the second one on.\n\n```\n{table}\n```\n"
@@ -56,10 +59,7 @@ def warm_starts(config: DictConfig) -> pd.DataFrame:
 
 
 def _of_a_network(name: str, config: DictConfig) -> list[dict[str, Any]]:
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    data: ImageData = instantiate(config.data)
-    data.prepare_data()
-    data.setup()
+    data = prepared_data(config)
     network = instantiate(config.networks[name], spec=data.spec)
     module = Classifier(network, data.spec.num_classes, instantiate(config.optimizer))
     images = torch.cat([batch[0] for batch in data.val_dataloader()])[: config.num_images]

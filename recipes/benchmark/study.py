@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -41,13 +41,13 @@ from fisher_reg import (
 from recipes.competitors import estimators as peers
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
-from recipes.reporting.files import write
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, write
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Result, Settings
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
 from recipes.runtime.jobs import Workers, execute
+from recipes.runtime.settings import merged, resolved
 from recipes.runtime.timing import peak_memory, timed
 
 T = TypeVar("T")
@@ -87,7 +87,8 @@ def _interval(model: nn.Module, images: Tensor, num_exact: int = 16) -> Tensor:
 
 def _queries(model: nn.Module, images: Tensor, estimator: BlackBox | BlackBoxMax) -> Tensor:
     def predict(images: Tensor) -> Tensor:
-        return model(images).softmax(1)
+        logits: Tensor = model(images)
+        return logits.softmax(1)
 
     return blackbox_spectral_norm(predict, images, estimator=estimator).eigenvalue
 
@@ -124,7 +125,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
     names = [method.name for method in available_methods(config.methods)]
     folder, device = Path(config.output_dir), chosen_device(config.device)
     folder.mkdir(parents=True, exist_ok=True)
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain = resolved(config)
     runs = [{"config": plain, "case": case, "methods": names} for case in plain["cases"]]
     tables: dict[int, pd.DataFrame] = {}
     for index, table in execute("benchmark", runs, run_case, workers, lambda run: run["case"]["name"]):
@@ -133,7 +134,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
         rows.to_csv(folder / "benchmark.csv", index=False, float_format="%.4g")
     result = {
         "environment": environment(device),
-        "config": without_folders(OmegaConf.to_container(config, resolve=True)),
+        "config": settings_of(config),
         "rows": json.loads(rows.to_json(orient="records")),
     }
     write(folder, "benchmark", config, record=result)
@@ -170,7 +171,7 @@ def run_case(settings: Settings, _: Path) -> Result:
     """
     case, methods = settings["case"], [method for method in METHODS if method.name in settings["methods"]]
     model = settings["config"]["networks"][case["network"]]
-    config = OmegaConf.merge(settings["config"], {"model": model, "data": case["data"]})
+    config = merged(settings["config"], {"model": model, "data": case["data"]})
     device = chosen_device(config.device)
     data = prepared_data(config)
     network = trained_network(config, data).to(device)

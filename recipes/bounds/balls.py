@@ -9,6 +9,7 @@ steps uphill on the largest eigenvalue.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pandas as pd
 import torch
@@ -33,7 +34,7 @@ def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: i
     everywhere = fisher_bound(network, images).log10_value
     rows = []
     for radius in radii:
-        found, seconds = timed(lambda radius=radius: local_fisher_bound(network, images, radius=radius), images.device)
+        found, seconds = timed(partial(local_fisher_bound, network, images, radius=radius), images.device)
         attacked = strongest(network, images, radius, num_attacks)
         gained = everywhere - found.log10_value
         rows.append(
@@ -108,9 +109,10 @@ def attack_classes(network: nn.Module, images: Tensor, radii: Tensor, num_attack
 
 def _within(point: Tensor, images: Tensor, radius: float) -> Tensor:
     offset = point - images
-    length = torch.linalg.vector_norm(offset.flatten(1), dim=1).view(-1, 1, 1, 1)
+    length: Tensor = torch.linalg.vector_norm(offset.flatten(1), dim=1).view(-1, 1, 1, 1)
     return images + offset * (radius / length).clamp_max(1.0) * (1 - 1e-12)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return vectors / torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(-1, 1, 1, 1).clamp_min(1e-300)
+    length: Tensor = torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(-1, 1, 1, 1)
+    return vectors / length.clamp_min(1e-300)

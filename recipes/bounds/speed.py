@@ -10,13 +10,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from rich.console import Console
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
@@ -26,12 +25,10 @@ from fisher_reg.bounds.operator_norms import Geometry, conv_norm
 from recipes.competitors.measures import product_bound
 from recipes.runtime.cache import Settings
 from recipes.runtime.environment import chosen_device, installed
+from recipes.runtime.settings import merged
 from recipes.runtime.timing import timed
 
-T = TypeVar("T")
-
-
-LEVELS = {"global": fisher_bound, "local": product_bound}
+LEVELS: dict[str, Callable[..., Any]] = {"global": fisher_bound, "local": product_bound}
 PEER = "orthogonium"
 
 
@@ -91,7 +88,7 @@ def time_convolution(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
         Rows of ``convolutions``, one per way; ``excess`` is relative to the reference, which is described by
         :func:`reference_norm`.
     """
-    config, case = OmegaConf.create(settings["config"]), OmegaConf.create(settings["piece"])
+    config, case = merged(settings["config"]), merged(settings["piece"])
     device = chosen_device(config.device)
     torch.manual_seed(config.seed)
     conv = instantiate(case.conv).to(device)
@@ -135,7 +132,8 @@ def reference_norm(conv: nn.Conv2d, size: int, max_dense_side: int) -> tuple[flo
         return float(torch.linalg.eigvalsh(rows @ rows.T)[-1].sqrt()), "exact"
 
     def gram(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        outputs, pull = torch.func.vjp(conv, torch.from_numpy(vector).view(1, *shape))
+        pulled: Any = torch.func.vjp(conv, torch.from_numpy(vector).view(1, *shape))
+        outputs, pull = pulled  # their types allow for a third part
         gradient: Tensor = pull(outputs)[0]
         return gradient.flatten().numpy()
 
@@ -151,7 +149,7 @@ def time_network(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
     Returns:
         Rows of ``networks``, one per level; ``layers`` is the table of the shares of the layers.
     """
-    config, part = OmegaConf.create(settings["config"]), settings["piece"]
+    config, part = merged(settings["config"]), settings["piece"]
     device = chosen_device(config.device)
     torch.manual_seed(config.seed)
     network = without_zero_layers(instantiate(part)).to(device).eval()

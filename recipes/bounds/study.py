@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.bounds.speed import PEER, available_norms, time_convolution, time_network
@@ -31,6 +31,7 @@ from recipes.runtime.cache import Settings, Work
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
 from recipes.runtime.jobs import Workers, execute
+from recipes.runtime.settings import resolved
 
 
 @command("bounds")
@@ -57,14 +58,14 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     frames: dict[str, pd.DataFrame] = {}
-    for title, (pieces, work) in _parts(OmegaConf.to_container(config, resolve=True)).items():
+    for title, (pieces, work) in _parts(resolved(config)).items():
         tables: dict[int, dict[str, pd.DataFrame]] = {}
         for index, tables[index] in execute(title, pieces, work, workers, _described):
             frames |= _written([tables[index] for index in sorted(tables)], folder)
     device = chosen_device(config.device)
     result = {
         "environment": environment(device) | {PEER: installed(PEER)},
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": resolved(config),
         **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
     }
     write(folder, "bounds", config, record=result)

@@ -9,16 +9,17 @@ little noise, which keeps them off the kinks of max pooling.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fisher_reg import Tightening, blockwise_fisher_bound, fisher_spectral_norm
@@ -28,6 +29,7 @@ from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import share_correct, trained_network
 from recipes.runtime.cache import Settings
 from recipes.runtime.environment import chosen_device
+from recipes.runtime.settings import merged
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
@@ -56,8 +58,8 @@ def tightness(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
     Returns:
         Rows of ``segments``, of ``balls`` and of ``tightness``.
     """
-    config, family = OmegaConf.create(settings["config"]), settings["piece"]
-    part = OmegaConf.merge(config, {"model": config.networks[family], "checkpoint": config.checkpoints.get(family)})
+    config, family = merged(settings["config"]), settings["piece"]
+    part = merged(config, {"model": config.networks[family], "checkpoint": config.checkpoints.get(family)})
     data, device = prepared_data(part), chosen_device(config.device)
     network = trained_network(part, data).to(device)
     facts = {"network": family, "accuracy": share_correct(network, data, device)}
@@ -83,7 +85,7 @@ def _steps(config: DictConfig) -> dict[str, dict[str, Tightening]]:
     }
 
 
-def cumulative(steps: Sequence[Mapping[str, object]]) -> dict[str, Tightening]:
+def cumulative(steps: Sequence[Mapping[str, Any]]) -> dict[str, Tightening]:
     """Return the tightening at each step: what the steps so far set; before the first everything is off.
 
     Args:
@@ -96,7 +98,7 @@ def cumulative(steps: Sequence[Mapping[str, object]]) -> dict[str, Tightening]:
         >>> cumulative([{"name": "a", "tightening": {"folded": True}}, {"name": "b", "tightening": {}}])["b"].merged
         False
     """
-    settings = {field.name: type(field.default)() for field in fields(Tightening)}
+    settings = {name: type(value)() for name, value in asdict(Tightening()).items()}
     result = {}
     for step in steps:
         settings |= step["tightening"]

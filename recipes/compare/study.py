@@ -37,6 +37,7 @@ from recipes.data.chosen import check_noise, prepared_data
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
 _TRAINED_BY = ("optimizer", "trainer", "annealed", "device")
@@ -70,7 +71,7 @@ def compare(config: DictConfig) -> Analysis:
         for index, result in execute(stage, todo, work, workers, _described, cache):
             results[index][stage] = result
     found = analyse(networks_frame(results), examples_frame(results), list(config.attacks), config.num_resamples)
-    settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(_SHOWN)), resolve=True)
+    settings = resolved(OmegaConf.masked_copy(config, list(_SHOWN)))
     texts = findings(found)
     write(found, texts, settings, folder)
     console = Console()
@@ -82,7 +83,7 @@ def compare(config: DictConfig) -> Analysis:
 
 def plan(config: DictConfig) -> list[Settings]:
     """Return everything that the weights of each network depend on, the first seed of all first."""
-    everything: Any = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
+    everything = resolved(config, output_dir=config.cache_dir)
     return [
         {key: everything[key] for key in _TRAINED_BY}
         | {"dataset": dataset, "model": model, "training": training, "seed": seed}
@@ -120,7 +121,7 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     instantiate(config.effort)
     quiet()
     for name, data_config in config.datasets.items():
-        data = prepared_data(OmegaConf.create({"data": data_config, "seed": 0}))
+        data = prepared_data(merged({"data": data_config, "seed": 0}))
         num_test = len(data.splits["test"])
         if not 1 <= config.num_images <= num_test:
             raise ValueError(
@@ -145,7 +146,7 @@ def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
     if stage == "training":
         return run
     needed = ["num_images", "noise", {"attacks": "attacks", "metrics": "effort"}[stage]]
-    part = OmegaConf.to_container(OmegaConf.masked_copy(config, needed), resolve=True)
+    part = resolved(OmegaConf.masked_copy(config, needed))
     return stamped({"run": run} | part, STAGES[stage])
 
 

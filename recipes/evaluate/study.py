@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -45,6 +44,8 @@ from recipes.models.runs import with_run
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, provenance
 from recipes.runtime.jobs import quiet
+from recipes.runtime.progress import Progress
+from recipes.runtime.settings import resolved
 
 
 @command("evaluate")
@@ -108,21 +109,21 @@ def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Te
     """Measure and attack the network at the images."""
     attacks: dict[str, Attack] = {name: instantiate(node) for name, node in (config.attacks or {}).items()}
     effort = instantiate(config.effort)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("λ, bounds and baselines", total=len(attacks) + 2)
+    with Progress("audit", len(attacks) + 2) as progress:
+        progress.describe("λ, bounds and baselines")
         measurement = measure(network, images, labels, effort)
         solver = Lanczos(num_steps=20, is_exact=True)
         result, trace = fisher_spectral_norm_and_trace(network, images, solver=solver)
         effective_rank = torch.where(result.eigenvalue > 0, trace / result.eigenvalue, 0.0)
-        progress.update(task, advance=1, description="the most sensitive images")
+        progress.advance("λ, bounds and baselines")
         shown = most_sensitive(config, network, images, measurement)
-        progress.advance(task)
+        progress.advance("the most sensitive images")
         attacked = {}
         for name, attack in attacks.items():
-            progress.update(task, description=name)
+            progress.describe(name)
             attacked[name] = attack_network(attack, network, images, labels)
-            progress.advance(task)
-    settings: Any = OmegaConf.to_container(config, resolve=True)
+            progress.advance(name)
+    settings = resolved(config)
     weights = "the weights of its factory" if config.checkpoint is None else Path(config.checkpoint).name
     return Audit(
         network=f"{config.model._target_} with {weights}",

@@ -13,7 +13,6 @@ written anew after each section, and exits with 1 if a number is wrong or could 
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from typing import Any, cast
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from recipes.data.spec import ImageSpec
@@ -35,6 +34,8 @@ from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
 from recipes.runtime.jobs import quiet
+from recipes.runtime.progress import track
+from recipes.runtime.settings import resolved
 
 Rows = list[dict[str, Any]]
 
@@ -43,7 +44,6 @@ Rows = list[dict[str, Any]]
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     quiet()
-    logging.getLogger("lightning").setLevel(logging.ERROR)  # its hints come by whichever package was imported last
     if wrong(gpu_check(config)):
         sys.exit(1)
 
@@ -56,7 +56,7 @@ def gpu_check(config: DictConfig) -> dict[str, dict[str, Any]]:
     """
     folder, device = Path(config.output_dir), chosen_device(config.device)
     sections: dict[str, dict[str, Any]] = {}
-    for name in config.sections:
+    for name in track(config.sections, "check"):
         begin, error = time.perf_counter(), None
         rows: Rows = []
         try:
@@ -134,7 +134,7 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = DictConfig(OmegaConf.to_container(config))  # takes keys that the configuration leaves out
+        settings = DictConfig(resolved(config))  # takes keys that the configuration leaves out
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:

@@ -26,7 +26,7 @@ from fisher_reg import (
 from fisher_reg.evaluation import WithSideInputs, deployed, differentiable, in_fast_layout, strictly
 from fisher_reg.measurement import measure
 from recipes.competitors.estimators import paper_white_box
-from recipes.penalty_cost import StepTimer, fit, mean_of_medians
+from recipes.penalty_cost import fit, mean_of_medians, step_seconds
 from recipes.runtime.timing import peak_memory, timed
 
 Call = Callable[[], object]
@@ -143,15 +143,7 @@ def of_steps(config: DictConfig, network: nn.Module, batch: list[Tensor], max_se
     Returns:
         A row per method: ``steps`` is its time in steps of the first method.
     """
-    seconds: dict[str, list[list[float]]] = {name: [] for name in config.methods}
-    begin = time.perf_counter()
-    for number in range(config.num_step_rounds):
-        for name, method in config.methods.items():
-            if number > 0 and time.perf_counter() - begin > max_seconds:
-                continue
-            timer = StepTimer()
-            fit(config, _NUM_CLASSES, network, method.callback, batch, method.cycle * (1 + config.num_cycles), [timer])
-            seconds[name].append(timer.seconds[method.cycle :])
+    seconds = step_seconds(config, _NUM_CLASSES, network, batch, config.num_step_rounds, max_seconds=max_seconds)
     times = {name: mean_of_medians(rounds, config.methods[name].cycle) for name, rounds in seconds.items()}
     plain = times[next(iter(config.methods))]
     return [

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import pandas as pd
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.data.chosen import prepared_data
 from recipes.penalties.report import KEYS, draw, finalists, markdown, short, summarize
 from recipes.penalties.training import attack_again, attack_name, callbacks, train_and_measure
-from recipes.reporting.files import write
-from recipes.reporting.records import without_folders
+from recipes.reporting.files import settings_of, write
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders
+from recipes.runtime.settings import merged, resolved
 
 _SETTINGS = ("data", "optimizer", "trainer", "attacks", "num_attack_steps", "num_attacked", "num_probes", "device")
 
@@ -59,16 +59,16 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
         frame = _written(pd.DataFrame(rows), folder)
     robust = attack_name(config.attacks[0])
     if config.auto_attacks:
-        best, auto = finalists(frame, config.max_clean_loss, robust), OmegaConf.to_container(config.auto_attacks)
+        best, auto = finalists(frame, config.max_clean_loss, robust), resolved(config)["auto_attacks"]
         chosen = [run for run in runs if (run["model"], run["method"], run["strength"]) in best]
         again = [stamped({"run": run, "auto": auto}, attack_again) for run in chosen]
         found = execute("AutoAttack on the best", again, attack_again, workers, _described, cache)
         added = pd.DataFrame([_named(chosen[index]) | row for index, row in found])
         frame = _written(frame.merge(added, how="left"), folder)
     cells = summarize(frame)
-    shown = {key: config[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
-    settings = without_folders(OmegaConf.to_container(OmegaConf.create(shown)))
-    write(folder, "penalties", config, record=settings)
+    settings = settings_of(config)
+    shown = {key: settings[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
+    write(folder, "penalties", config, record=shown)
     draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
     console = Console()
     console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)
@@ -96,7 +96,7 @@ def _named(run: Settings) -> Settings:
 
 def plan(config: DictConfig) -> list[Settings]:
     """Return everything that the numbers of each network depend on, the first seed of all methods first."""
-    everything = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
+    everything = resolved(config, output_dir=config.cache_dir)
     return [
         {key: everything[key] for key in _SETTINGS}
         | {"model": name, "network": network, "method": method, "strength": strength, "seed": seed}
@@ -120,7 +120,7 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
         raise ValueError("There is nothing to train: give models, methods with strengths, and seeds.")
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; standard errors would be too small.")
-    data = prepared_data(OmegaConf.create(runs[0] | {"data": config.data}))
+    data = prepared_data(merged(runs[0], {"data": config.data}))
     wanted = max(config.num_attacked, config.num_probes)
     if not 1 <= wanted <= len(data.splits["test"]):
         raise ValueError(

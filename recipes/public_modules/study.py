@@ -31,7 +31,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.loggers.logger import DummyLogger
 from rich.console import Console
 from torch import Tensor
@@ -44,6 +44,7 @@ from recipes.reporting.files import show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment, installed
+from recipes.runtime.settings import resolved
 
 _EQUAL = 0.05  # the tolerance of the default solver
 _LENGTH = 100  # of a message in the table
@@ -68,7 +69,7 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
         Console().print(f"{entry.package} {entry.name}: {rows[-1]['status']}", highlight=False, soft_wrap=True)
         pd.DataFrame(rows).to_csv(folder / "public_modules.csv", index=False)
     frame = pd.DataFrame(rows)
-    settings = OmegaConf.to_container(config, resolve=True)
+    settings = resolved(config)
     packages = dict.fromkeys(entry.get("distribution", entry.package) for entry in config.modules)
     versions = environment(torch.device("cpu")) | {name: installed(name) for name in packages}
     result = {"environment": versions, "config": settings, "rows": json.loads(frame.to_json(orient="records"))}

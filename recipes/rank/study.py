@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pandas as pd
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.data.chosen import check_noise, prepared_data
@@ -47,6 +47,7 @@ from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
 _SETTINGS = ("data", "trainer", "optimizer", "solver", "num_images", "num_blockwise_images", "noise", "device")
@@ -85,7 +86,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
     found = correlations(frame, config.num_resamples)
     agreements = {target: reproducibility(frame, target) for target in ("lambda_median", "lambda_max")}
     result = {
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": resolved(config),
         "notes": notes(frame),
         "reproducibility": json.loads(pd.Series(agreements).to_json()),
         "correlations": json.loads(found.to_json(orient="records")),
@@ -105,10 +106,8 @@ def settings(config: DictConfig, model: DictConfig, seed: int) -> Settings:
     """
     if model.family not in config.networks:
         raise ValueError(f"{model.name} is of an unknown family {model.family!r}; there are {list(config.networks)}.")
-    everything = OmegaConf.to_container(OmegaConf.merge(config, {"output_dir": config.cache_dir}), resolve=True)
-    network = everything["networks"][model.family] | OmegaConf.to_container(
-        model.get("overrides") or OmegaConf.create()
-    )
+    everything = resolved(config, output_dir=config.cache_dir)
+    network = everything["networks"][model.family] | resolved(model.get("overrides") or DictConfig({}))
     kept = {key: everything[key] for key in _SETTINGS}
     return kept | {"model": network, "seed": seed, "checkpoint": None}
 
@@ -127,7 +126,7 @@ def check(config: DictConfig, networks: list[Settings]) -> None:
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{key} must have at least one entry, and none twice; got {values}.")
     check_noise(config.noise)
-    data = prepared_data(OmegaConf.create(networks[0]))
+    data = prepared_data(merged(networks[0]))
     num_test = len(data.splits["test"])
     if not 1 <= config.num_blockwise_images <= config.num_images <= num_test:
         raise ValueError(

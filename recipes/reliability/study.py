@@ -10,6 +10,7 @@ quarter of an hour on two CPU cores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from recipes.reporting.records import plain
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment
+from recipes.runtime.progress import track
 
 TITLES = {
     "interval": "Interval on synthetic spectra: promised and observed failures",
@@ -41,21 +43,22 @@ def main(config: DictConfig) -> None:
 def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
     """Make the tables, write the files, and return the rows."""
     folder = Path(config.output_dir)
-    tables = {
-        "interval": spectra.interval_rows(
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "interval": lambda: spectra.interval_rows(
             config.num_spectra,
             config.num_outputs,
             config.num_batches,
             list(config.failure_probabilities),
             config.seed,
         ),
-        "ritz": spectra.ritz_rows(config.num_ritz_values, config.seed),
-        "solvers": [
+        "ritz": lambda: spectra.ritz_rows(config.num_ritz_values, config.seed),
+        "solvers": lambda: [
             *solvers.network_rows(config.num_images, config.seed),
             *solvers.model_rows(config.num_models, config.seed),
         ],
-        "black_box": blackbox.rows(config.seed, config.num_queried),
+        "black_box": lambda: blackbox.rows(config.seed, config.num_queried),
     }
+    tables = {name: parts[name]() for name in track([*parts], "reliability")}
     setting = {"environment": environment(torch.device("cpu")), "config": settings_of(config)}
     write(folder, "reliability", config, page=as_markdown(tables), record=setting | {"tables": plain(tables)})
     show(as_markdown(tables), folder)

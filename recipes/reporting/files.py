@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.reporting.records import without_folders
 from recipes.runtime.environment import provenance
+from recipes.runtime.settings import resolved
 
 
 def write(
@@ -53,7 +54,7 @@ def write(
 
 def settings_of(config: DictConfig) -> Any:
     """Return a configuration as JSON knows it, with file names instead of paths."""
-    return without_folders(OmegaConf.to_container(config, resolve=True))
+    return without_folders(resolved(config))
 
 
 def show(text: str, folder: Path) -> None:

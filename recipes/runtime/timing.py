@@ -35,9 +35,10 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Return the bytes that ``call`` holds at most beyond those held before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before: int = torch.cuda.memory_allocated(device)
         call()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -46,8 +47,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         profile.export_chrome_trace(path)
         events = json.loads(Path(path).read_text())["traceEvents"]
     events = [event for event in events if event.get("name") == "[memory]"]
-    held = [event["args"]["Total Allocated"] for event in sorted(events, key=lambda event: event["ts"])]
-    first = min(events, key=lambda event: event["ts"])["args"]
+    held: list[int] = [event["args"]["Total Allocated"] for event in sorted(events, key=lambda event: event["ts"])]
+    first: dict[str, int] = min(events, key=lambda event: event["ts"])["args"]
     return max(held) - (first["Total Allocated"] - first["Bytes"])
 
 

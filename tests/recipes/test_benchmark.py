@@ -1,8 +1,6 @@
 """The benchmark as a user starts it, small; its peers; and the table that the README shows."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +12,16 @@ from PIL import Image
 from torch import nn
 
 from fisher_reg import Exact, fisher_spectral_norm
-from recipes.benchmark.study import METHODS, available_methods
+from recipes.benchmark.study import METHODS, available_methods, benchmark
 from recipes.competitors import estimators as peers
 from recipes.performance_table import inserted
-from recipes.runtime.environment import environment
+from recipes.runtime.command import composed
+from recipes.runtime.environment import environment, installed
 from recipes.runtime.timing import peak_memory
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["num_images=8", "num_peer_images=1", "num_rounds=2", "max_seconds=0.5", "trainer.max_epochs=1"]
+SMALL += ["data.num_train=256", "data.num_workers=0", "networks.vgg.layers=[8,M,8,M]"]
 CASES = "cases=[{name: one, network: vgg, data: {num_digits: 1}},{name: two, network: vgg, data: {num_digits: 2}}]"
 CPU = torch.device("cpu")
 
@@ -29,10 +29,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, "-m", "recipes.benchmark", *SMALL, CASES, f"hydra.run.dir={folder}", "device=cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "one: K = 10" in done.stdout
+    benchmark(composed("benchmark", [*SMALL, CASES, f"output_dir={folder}", "device=cpu"]))
     return folder
 
 
@@ -67,7 +64,7 @@ def test_an_unknown_method_is_named():
 
 
 def test_methods_of_absent_packages_are_left_out_aloud(monkeypatch, capsys):
-    monkeypatch.setattr(peers, "installed", lambda name: None)
+    monkeypatch.setattr("recipes.benchmark.study.installed", lambda name: None)
     assert {method.source for method in available_methods(None)} == {"fisher_reg", "paper"}
     assert "curvlinops-for-pytorch, plenoptic" in capsys.readouterr().out
 
@@ -79,7 +76,7 @@ def classifier():
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method.source not in ("fisher_reg", "paper")])
 def test_peers_compute_the_same_number(method, classifier):
-    if peers.installed(method.source) is None:
+    if installed(method.source) is None:
         pytest.skip(f"{method.source} is not installed")
     images = torch.rand(2, 3, 4, 4)
     exact = fisher_spectral_norm(classifier, images, solver=Exact()).eigenvalue

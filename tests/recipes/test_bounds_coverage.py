@@ -1,9 +1,9 @@
 """The recipe that counts the classifiers with a bound: its list of models, its files, and what it says of refusals."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from recipes.bounds_coverage import hugging_face, markdown, missing, narrowed, operation, shares, summary, varied
+from recipes.bounds_coverage import (
+    coverage,
+    hugging_face,
+    markdown,
+    missing,
+    narrowed,
+    operation,
+    shares,
+    summary,
+    varied,
+)
+from recipes.runtime.command import composed
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -41,12 +52,10 @@ ABSENT = "{library: no_such_library, name: absent, size: 8, network: {_target_: 
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coverage")
     models = f"models=[{','.join([*TINY, ABSENT])}]"
-    command = [sys.executable, "-m", "recipes.bounds_coverage", f"hydra.run.dir={folder}", models, "num_classes=3"]
-    done = subprocess.run(
-        command, cwd=CONF.parent, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "local 2 of 4. Violations: 0, in 2 models that have a bound and lambda. Not installed: 1." in done.stdout
+    with redirect_stdout(StringIO()) as output:
+        coverage(composed("bounds_coverage", [f"output_dir={folder}", models, "num_classes=3"]))
+    said = "local 2 of 4. Violations: 0, in 2 models that have a bound and lambda. Not installed: 1."
+    assert said in output.getvalue()
     return folder
 
 

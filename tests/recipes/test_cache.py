@@ -60,11 +60,11 @@ def test_a_result_that_cannot_be_read_is_computed_again(tmp_path, caplog):
 
 def test_processes_that_begin_a_cache_at_once_lose_nothing(tmp_path):
     code = "import sys; from pathlib import Path; from recipes.runtime.cache import kept; from tests.recipes.test_cache"
-    code += " import work; [kept({'n': n}, work, Path(sys.argv[1])) for n in range(50)]"
+    code += " import work; [kept({'n': n}, work, Path(sys.argv[1])) for n in range(10)]"
     command = [sys.executable, "-c", code, str(tmp_path)]
     processes = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for _ in range(2)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    assert len(list(tmp_path.rglob("output.pkl"))) == 50
+    assert len(list(tmp_path.rglob("output.pkl"))) == 10
     assert not [path for path in tmp_path.rglob("*") if "thread" in path.name]
 
 

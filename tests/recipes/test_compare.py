@@ -1,14 +1,13 @@
-"""The comparison as a user starts it, small; killed in each of its stages; and its statistics on made-up rows."""
+"""The comparison, small; killed in each of its stages; and its statistics on made-up rows."""
 
 import ast
 import json
 import math
-import os
+import multiprocessing
 import re
-import signal
-import subprocess
-import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +44,9 @@ from tests import cases
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "+datasets.digits.num_train=300",
+    "+datasets.digits.num_train=128",
     "+datasets.digits.batch_size=32",
-    "+datasets.digits.num_workers=1",
+    "+datasets.digits.num_workers=0",
     "+datasets.digits.train_transform._target_=torchvision.transforms.RandomHorizontalFlip",
     "~models.DenseNet",
     "~models.ResNet",
@@ -55,9 +54,9 @@ SMALL = [
     "models.VGG.layers=[8,M,16,M]",
     "models.ViT.num_layers=1",
     "trainings.pgd.attack.num_steps=2",
-    "trainer.max_epochs=6",
+    "trainer.max_epochs=3",
     "seeds=[0]",
-    "num_images=20",
+    "num_images=10",
     "effort.clever.num_batches=5",
     "effort.clever.batch_size=2",
     "+effort.num_clever=4",
@@ -68,24 +67,17 @@ SMALL = [
 ]
 
 
-def _start(folder, *overrides):
-    command = [sys.executable, "-m", "recipes.compare", f"hydra.run.dir={folder}/run"]
-    command += [f"cache_dir={folder}/cache", *SMALL, *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-
-
-def _finish(process):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output[-3000:]
-    return output
+# A process that has imported the recipe and done nothing else: those that are killed begin as copies of it.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["recipes.compare.study"])
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, _finish(_start(folder))
+    with redirect_stdout(StringIO()) as output:
+        compare(_config(folder))
+    return folder, output.getvalue()
 
 
 def _tables(folder):
@@ -98,7 +90,7 @@ def test_a_run_leaves_its_files_and_its_page(study):
     folder, output = study
     tables = _tables(folder)
     assert len(tables["networks.csv"]) == 2 * 2
-    assert len(tables["examples.csv.gz"]) == 2 * 2 * 20
+    assert len(tables["examples.csv.gz"]) == 2 * 2 * 10
     assert set(METRICS) <= set(tables["networks.csv"])
     assert tables["examples.csv.gz"].groupby("model")["clever"].count().tolist() == [8, 8]
     assert tables["networks.csv"].filter(like="success_").stack().between(0, 1).all()
@@ -122,7 +114,7 @@ def test_what_is_measured_and_attacked_is_the_trained_network(study):
     config = _config(folder)
     data = instantiate(config.datasets.digits)
     data.setup()
-    images, labels = chosen_examples(data, 20, torch.Generator().manual_seed(0), config.noise)
+    images, labels = chosen_examples(data, 10, torch.Generator().manual_seed(0), config.noise)
     for run in plan(config):
         network = instantiate(run["network"], spec=data.spec)
         network.load_state_dict(torch.load(weights_path(stamped(run, train), folder / "cache"), weights_only=True))
@@ -143,20 +135,21 @@ def test_a_run_that_is_killed_in_each_stage_ends_with_the_same_numbers(study, tm
         "metrics": lambda: _done(cache, "metrics"),
     }
     for stage, begun in stages.items():
-        process = _start(tmp_path)
+        process = SERVER.Process(target=compare, args=(_config(tmp_path),))
+        process.start()
         deadline = time.monotonic() + 300
         while not begun():
-            assert process.poll() is None, (stage, process.communicate()[0][-3000:])
+            assert process.is_alive(), stage
             assert time.monotonic() < deadline, stage
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         if stage == "training":
             assert begun()  # an epoch is kept, and its training was not finished
             assert len(_done(cache, "training")) < 4
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("output.pkl")}
     assert len(_done(cache, "metrics")) < 4
-    _finish(_start(tmp_path, "num_processes=2"))
+    compare(_config(tmp_path))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for name, frame in _tables(tmp_path).items():
         pd.testing.assert_frame_equal(frame, _tables(finished)[name], check_exact=True)
@@ -224,7 +217,7 @@ def test_the_presets_compose_with_all_their_networks(experiment):
         ("attacks.pgd.epsilon=0.5", {"attacks"}),
         ("effort.num_clever=5", {"metrics"}),
         ("noise=0.1", {"attacks", "metrics"}),
-        ("num_images=19", {"attacks", "metrics"}),
+        ("num_images=9", {"attacks", "metrics"}),
         ("num_processes=2", set()),
         ("num_resamples=30", set()),
     ],

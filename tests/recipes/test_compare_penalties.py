@@ -2,8 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +20,7 @@ from recipes.data.spec import ImageSpec
 from recipes.penalties.report import draw, finalists, markdown, short, summarize
 from recipes.penalties.study import compare_penalties, plan
 from recipes.penalties.training import attack_name, callbacks
+from recipes.runtime.command import composed
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -39,17 +40,16 @@ SMALL = [
 
 
 def _run(folder, *overrides):
-    command = [sys.executable, "-m", "recipes.compare_penalties", f"hydra.run.dir={folder}/run"]
-    command += [f"cache_dir={folder}/cache", *SMALL, *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    own = [f"output_dir={folder}/run", f"cache_dir={folder}/cache"]
+    compare_penalties(composed("compare_penalties", [*own, *SMALL, *overrides]))
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    done = _run(folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout
+    with redirect_stdout(StringIO()) as output:
+        _run(folder)
+    return folder, output.getvalue()
 
 
 def test_the_study_leaves_its_table_and_its_figure(study):
@@ -79,8 +79,7 @@ def test_what_is_finished_is_not_done_again(study):
     texts = {path: (path / "metadata.json").read_text() for path in results}
     lost = next(path for path, text in texts.items() if '"strength\\": 0.2' in text and "attack_again" not in text)
     shutil.rmtree(lost)
-    done = _run(folder, "num_processes=2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    _run(folder)
     again = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*") if path.is_file()}
     changed = {path for path in again if again[path] != kept[path]}
     assert {path for path in changed if path.suffix != ".pt"} == {lost / "output.pkl", lost / "metadata.json"}

@@ -1,19 +1,14 @@
-import subprocess
-import sys
-
 import pandas as pd
 import pytest
 
-from recipes.estimate_profile import kind_of
+from recipes.estimate_profile import estimate_profile, kind_of
+from recipes.runtime.command import composed
 
 
 def test_passes_and_operations_of_an_estimate_are_taken_apart(tmp_path):
     cases = "cases=[{name: VGG, network: vgg, data: {num_digits: 1, num_train: 64}}]"
-    command = [sys.executable, "-m", "recipes.estimate_profile", f"hydra.run.dir={tmp_path}", cases]
-    done = subprocess.run(
-        [*command, "num_images=4", "num_rounds=1"], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    small = [cases, "num_images=4", "num_rounds=1"]
+    estimate_profile(composed("estimate_profile", [f"output_dir={tmp_path}", *small]))
     passes = pd.read_csv(tmp_path / "estimate_passes.csv").set_index("pass")
     steps = passes.loc[["backward pass", "difference quotient"], "calls"]
     assert (steps >= 2).all()

@@ -1,13 +1,8 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
-from recipes.penalty_cost import mean_of_medians
-
-ROOT = Path(__file__).parents[2]
+from recipes.penalty_cost import mean_of_medians, penalty_cost
+from recipes.runtime.command import composed
 
 
 def test_the_cost_of_a_method_is_measured_beside_the_plain_step(tmp_path):
@@ -16,10 +11,8 @@ def test_the_cost_of_a_method_is_measured_beside_the_plain_step(tmp_path):
     dropped += ("jacobian", "vat", "input_gradient", "few_per_cent", "kl_every_5th", "kl_half_of_batch", "kl_linf")
     dropped += ("gradient_norm", "nuclear_norm")
     small = ["num_rounds=1", "num_cycles=1", "~networks.ResNet", "~networks.DenseNet", "data=digits"]
-    command = [sys.executable, "-m", "recipes.penalty_cost", f"hydra.run.dir={tmp_path}", *small, "~data.num_digits"]
-    command += [f"~methods.{name}" for name in dropped]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    small += [f"output_dir={tmp_path}", "~data.num_digits", *(f"~methods.{name}" for name in dropped)]
+    penalty_cost(composed("penalty_cost", small))
     frame = pd.read_csv(tmp_path / "penalty_cost.csv")
     assert set(frame.network) == {"VGG", "ViT"}
     assert list(frame.method[:4]) == list(kept)

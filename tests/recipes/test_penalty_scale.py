@@ -1,8 +1,6 @@
 """The study of whether a penalty means the same on other images, at a tiny size."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from fisher_reg import KLPenalty
-from recipes.penalty_scale import chosen_penalty, methods, plan
+from recipes.penalty_scale import chosen_penalty, methods, penalty_scale, plan
+from recipes.runtime.command import composed
 
 ROOT = Path(__file__).parents[2]
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -20,9 +19,7 @@ _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 def test_each_network_is_attacked_with_the_length_that_its_data_suggest(tmp_path):
     small = ["~models.ViT", "seeds=[0]", "epochs={digits_8: 1, digits_16: 1}", "num_attacked=16", "num_attack_steps=2"]
     small += ["num_probes=8", "+trainer.limit_train_batches=3", f"cache_dir={tmp_path}/cache"]
-    command = [sys.executable, "-m", "recipes.penalty_scale", f"hydra.run.dir={tmp_path}", *small]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    penalty_scale(composed("penalty_scale", [f"output_dir={tmp_path}", *small]))
     frame = pd.read_csv(tmp_path / "penalty_scale.csv")
     assert list(frame.method) == ["default", "from_batch", "none"] * 2
     own = frame[frame.method == "from_batch"].set_index("data")

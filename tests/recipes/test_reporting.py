@@ -33,11 +33,13 @@ def test_a_printed_table_shows_the_same_cells():
 
 def test_only_the_files_that_are_given_are_written(tmp_path):
     folder = tmp_path / "new"
-    write(folder, "one", rows=FRAME, page="# ü\n", record={"a": 1})
+    write(folder, "one", {"seed": 3}, rows=FRAME, page="# ü\n", record={"a": 1})
     assert sorted(path.name for path in folder.iterdir()) == ["one.csv", "one.json", "one.md"]
     assert (folder / "one.csv").read_text().splitlines()[1] == "a | b,3,1.235"
-    assert json.loads((folder / "one.json").read_text()) == {"a": 1}
-    write(folder, "two", figure=Figure())
+    record = json.loads((folder / "one.json").read_text())
+    assert record["a"] == 1
+    assert record["provenance"]["seed"] == 3
+    write(folder, "two", {}, figure=Figure())
     assert (folder / "two.png").read_bytes().startswith(b"\x89PNG")
 
 

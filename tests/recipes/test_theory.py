@@ -1,27 +1,24 @@
 """The theory recipe as a user starts it, small, and what it must find."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from recipes.theory import BREAKS
-
-ROOT = Path(__file__).parents[2]
+from recipes.runtime.command import composed
+from recipes.theory import BREAKS, check
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theory")
     small = ["num_images=8", "num_repeats=40", "num_labels=[8,64,512]", "num_probes=[1,8]", "num_lengths=16"]
-    command = [sys.executable, "-m", "recipes.theory", "trainer.max_epochs=2", *small, f"hydra.run.dir={folder}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "what theory says" in done.stdout
+    with redirect_stdout(StringIO()) as output:
+        check(composed("theory", ["trainer.max_epochs=2", *small, f"output_dir={folder}"]))
+    assert "what theory says" in output.getvalue()
     return folder
 
 

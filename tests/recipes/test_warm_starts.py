@@ -1,14 +1,12 @@
-import subprocess
-import sys
-
 import pandas as pd
+
+from recipes.runtime.command import composed
+from recipes.warm_starts import warm_starts
 
 
 def test_every_search_is_counted_and_compared_with_the_exact_eigenvalue(tmp_path):
     short = ["~model@networks.vit", "trainer.max_epochs=2", "num_images=24"]
-    command = [sys.executable, "-m", "recipes.warm_starts", f"hydra.run.dir={tmp_path}", *short]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm_starts(composed("warm_starts", [f"output_dir={tmp_path}", *short]))
     rows = pd.read_csv(tmp_path / "warm_starts.csv")
     assert list(rows[rows.epoch == 1].search) == ["cold", "cold, 1 step", "warm", "warm, 1 step", "perfect"]
     certified = rows[rows.search.isin(["cold", "warm", "perfect"])]
