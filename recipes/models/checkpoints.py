@@ -79,8 +79,8 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
         )
 
 
-# timm's reader knows the prefixes of DataParallel and torch.compile alone. In a LightningModule the prefix is the name of
-# an attribute, whatever it is, and the file may hold other networks besides.
+# timm's reader knows the prefixes of DataParallel and torch.compile alone. In a LightningModule the prefix is the name
+# of an attribute, whatever it is, and the file may hold other networks besides.
 def load_weights(network: nn.Module, path: str | Path, *, prefix: str | None = None) -> None:
     """Load every weight of a network from a file that holds tensors only: nothing in it is executed.
 
