@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.attacks.base import Attack, attackable, check_pixels
+from recipes.attacks.ensembles import AutoAttack
 
 _CHUNK = 100
 
@@ -58,11 +59,11 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
         parts.append((attacked, fooled, moved.norm(dim=1), ~fooled & (slope.flatten(1).abs().amax(1) == 0)))
     result = AttackResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     if bool(result.masked.any()):
+        advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, whose Square needs none"
         warnings.warn(
             f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
             f"{int((~result.fooled).sum())} images that survived it: the gradient is exactly zero there. Masked "
-            "gradients (a saturated softmax, rounding in the network) are not robustness; try AutoAttack, whose Square "
-            "needs none.",
+            f"gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
             stacklevel=2,
         )
     return result

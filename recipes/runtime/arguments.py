@@ -89,18 +89,29 @@ def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(texts)
         # An experiment of the recipe's own may declare keys, as the recipe's YAML does.
         known = set(compose(config_name, [text for text in texts if text.lstrip("+").startswith("experiment=")]))
+        _check_names(conf, config_name, parsed, {str(name) for name in known})
         config = compose(config_name, [text for override in parsed if _is_choice(override) for text in _one(override)])
     except HydraException:
         return texts
     OmegaConf.set_struct(config, False)
     done = [override.input_line if _is_choice(override) else _setting(config, override) for override in parsed]
-    unknown = sorted(set(map(str, config)) - set(map(str, known)))
-    if unknown:
-        raise ValueError(
-            f"recipes.{config_name} has no {', '.join(unknown)}; it has {', '.join(sorted(map(str, known)))}. Leave it "
-            "out, or correct its name."
-        )
+    for name in sorted(set(map(str, config)) - set(map(str, known))):
+        raise ValueError(_unknown(config_name, name, set(map(str, known))))
     return [str(text) for text in done]
+
+
+def _check_names(conf: Path, recipe: str, overrides: Iterable[Override], known: set[str]) -> None:
+    """Refuse a first name that is neither a key of the recipe nor a group of configurations."""
+    for override in overrides:
+        name = re.split(r"[./@]", str(override.key_or_group))[0]
+        if not (override.is_hydra_override() or override.is_delete() or name in known or (conf / name).is_dir()):
+            raise ValueError(_unknown(recipe, name, known))
+
+
+def _unknown(recipe: str, name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.7)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    return f"recipes.{recipe} has no {name}.{meant} It has {', '.join(sorted(known))}."
 
 
 def _is_override(text: str) -> bool:
@@ -175,9 +186,10 @@ def _names(target: Callable[..., Any]) -> list[str] | None:
 
 def _refusal(path: str, name: str, target: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, 1)
-    meant = f"Did you mean {path}.{close[0]}? " if close else ""
+    if close:
+        return f"{path} has no {name}. Did you mean {path}.{close[0]}?"
     shown = ", ".join(other for other in names if other not in _OF_HYDRA)
-    return f"{path} has no {name}. {meant}{target} takes {shown}."
+    return f"{path} has no {name}. {target} takes {shown}."
 
 
 def _experiment(conf: Path, config_name: str, text: str) -> str:

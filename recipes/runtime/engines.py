@@ -105,15 +105,12 @@ class Ray(Engine):
         import ray
         from ray.util.joblib.ray_backend import RayBackend
 
-        class Streaming(RayBackend):
-            """Ray's backend hands results over as they come; it only inherits that it could not."""
-
-            supports_return_generator = True
-
+        # Ray's backend hands results over as they come; it only inherits that it could not.
+        streaming = type("Streaming", (RayBackend,), {"supports_return_generator": True})
         own: dict[str, Any] = {} if self.address else {"num_cpus": num_processes, "include_dashboard": False}
         ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
         try:
-            joblib.register_parallel_backend("ray", Streaming)
+            joblib.register_parallel_backend("ray", streaming)
             with joblib.parallel_config("ray", n_jobs=num_processes):
                 yield
         finally:

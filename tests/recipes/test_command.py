@@ -53,13 +53,16 @@ def test_parameters_of_a_factory_are_those_of_the_one_that_was_chosen():
     [
         (
             "data.num_trian=300",
-            "data has no num_trian. Did you mean data.num_train\\? .*Digits takes image_size,.*num_train",
+            "data has no num_trian. Did you mean data.num_train\\?",
         ),
         ("+data.num_trian=300", "data has no num_trian"),
         ("trainer.max_epoch=3", "trainer has no max_epoch. Did you mean trainer.max_epochs"),
         ("penalty.weigth=3", "Did you mean penalty.weight"),
-        ("+ckpt_path=nonexistent", "recipes.train has no ckpt_path; it has callbacks, data,.*Leave it out"),
-        ("+attack=pgd", "recipes.train has no attack; it has"),
+        ("data.colour=red", "data has no colour. .*Digits takes image_size,.*num_train"),
+        ("+ckpt_path=nonexistent", "recipes.train has no ckpt_path. It has callbacks, data,"),
+        ("+attack=pgd", "recipes.train has no attack. It has"),
+        ("seeed=1", "recipes.train has no seeed. Did you mean seed\\? It has callbacks"),
+        ("modle=vit", "recipes.train has no modle. Did you mean model\\?"),
         (
             "experiment=compare/cpu",
             "belongs to another recipe: python -m recipes.compare experiment=compare/cpu.*: smoke",
