@@ -51,7 +51,7 @@ from recipes.models.objectives import Objective
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
 from recipes.runtime.command import command, command_line, in_folder, overrides
-from recipes.runtime.environment import provenance
+from recipes.runtime.provenance import provenance
 
 FINISHED = "finished"
 
@@ -177,7 +177,7 @@ def finished(config: DictConfig, training: Training, folder: Path, tested: Mappi
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
     summary["total_seconds"] = training.point.seconds()
     summary["objective"] = training.objective(summary, training.module.network, training.data)
-    summary |= {"status": FINISHED, "provenance": provenance(config, training.data)}
+    summary |= {"status": FINISHED, "provenance": provenance(config)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report(summary, folder)
     return summary
@@ -192,7 +192,7 @@ def interrupted(config: DictConfig, training: Training, folder: Path) -> None:
     if training.trainer.is_global_zero:
         num_epochs = stopped_at(folder / "checkpoints").epoch + 1
         status = {"status": f"interrupted after epoch {num_epochs}", "total_seconds": training.point.seconds()}
-        summary = _settings(config, training) | status | {"provenance": provenance(config, training.data)}
+        summary = _settings(config, training) | status | {"provenance": provenance(config)}
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"Stopped after epoch {num_epochs}. Go on with: {command_line('train', resume=folder)}", file=sys.stderr)
     raise SystemExit(130)

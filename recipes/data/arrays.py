@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from typing import Any
 
@@ -46,6 +47,15 @@ class ArrayData(ImageData):
     @abstractmethod
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return images (uint8, or float in [0, 1]; ``(N, H, W)`` or ``(N, H, W, C)``) and labels per split."""
+
+    def digest(self) -> str:
+        """Return a digest of the arrays before anything is left out."""
+        digest = hashlib.sha256()
+        for split, pair in sorted(self.arrays().items()):
+            digest.update(split.encode())
+            for array in pair:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def load(self) -> tuple[dict[str, Split], ImageSpec]:
         """Convert the arrays to tensors ``(N, C, H, W)``.

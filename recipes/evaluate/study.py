@@ -42,9 +42,10 @@ from recipes.evaluate.reading import reading
 from recipes.models.checkpoints import built_network, check_network
 from recipes.models.runs import with_run
 from recipes.runtime.command import command
-from recipes.runtime.environment import chosen_device, provenance
+from recipes.runtime.environment import chosen_device
 from recipes.runtime.jobs import quiet
 from recipes.runtime.progress import Progress
+from recipes.runtime.provenance import provenance
 from recipes.runtime.settings import resolved
 
 
@@ -73,7 +74,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     check_network(network, images[:1], data.spec.num_classes)
     audit = measured(config, data, network, images, labels)
     texts = reading(audit)
-    result = record(audit, texts) | {"provenance": provenance(config, data)}
+    result = record(audit, texts) | {"provenance": provenance(config)}
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "audit.html").write_text(page(audit, texts), encoding="utf-8")

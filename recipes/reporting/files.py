@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from recipes.reporting.records import without_folders
-from recipes.runtime.environment import provenance
+from recipes.runtime.provenance import provenance
 from recipes.runtime.settings import resolved
 
 
@@ -33,7 +33,7 @@ def write(
     Args:
         folder: Is made if it is not there.
         stem: Of the files.
-        config: Of the recipe; :func:`~recipes.runtime.environment.provenance` is added to the record.
+        config: Of the recipe; :func:`~recipes.runtime.provenance.provenance` is added to the record.
         rows: Of the table, whose index is left out.
         record: As JSON knows it.
         page: Markdown.

@@ -41,7 +41,7 @@ def stamped(settings: Settings, work: Work) -> Settings:
     }
     stamp |= {name: installed(name) for name in ("torch", "fisher-reg")}
     if "data" in settings:
-        stamp["data"] = _data_digest(json.dumps(settings["data"], sort_keys=True))
+        stamp["data"] = data_digest(json.dumps(settings["data"], sort_keys=True))
     return settings | {"stamp": stamp}
 
 
@@ -119,7 +119,8 @@ def _targets(settings: Any) -> Iterator[str]:
 
 
 @cache
-def _data_digest(data: str) -> str | None:
+def data_digest(data: str) -> str | None:
+    """Return the digest of a data set from its settings as JSON."""
     digest: str | None = instantiate(json.loads(data)).digest()
     return digest
 

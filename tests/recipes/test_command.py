@@ -11,11 +11,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from recipes.data.sources import Digits
 from recipes.models.runs import check_unused
 from recipes.runtime import arguments
 from recipes.runtime.command import CONF, command_line, composed, in_folder
-from recipes.runtime.environment import commit, provenance
 from recipes.runtime.mistakes import message
+from recipes.runtime.provenance import commit, provenance
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*/*.yaml"))
@@ -141,11 +142,11 @@ def test_what_cannot_be_built_is_told_in_one_line():
 
 
 def test_provenance_names_no_folder_and_holds_the_digest():
-    class Data:
-        def digest(self):
-            return "abc"
-
-    found = provenance(OmegaConf.create({"seeds": [0, 1], "device": "cpu"}), Data())
-    assert (found["seed"], found["data"], found["environment"]["device"]) == ([0, 1], "abc", "cpu")
+    digits, numbers = ({"_target_": f"recipes.data.sources.{name}"} for name in ("Digits", "Numbers"))
+    found = provenance(OmegaConf.create({"seeds": [0, 1], "device": "cpu", "datasets": {"a": digits, "b": numbers}}))
+    assert (found["seed"], found["environment"]["device"]) == ([0, 1], "cpu")
+    assert found["data"]["a"] != found["data"]["b"]
+    assert provenance({"data": digits})["data"] == found["data"]["a"] == Digits().digest()
+    assert provenance({})["data"] == {}
     assert str(ROOT) not in json.dumps(found)
     assert found["commit"] == commit()
