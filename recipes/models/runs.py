@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from recipes.models.resuming import LAST
-from recipes.runtime.command import overrides
+from recipes.runtime.command import command_line, overrides
 
 _TAKEN = ("data", "model")
 
@@ -82,7 +82,8 @@ def check_unused(folder: Path) -> None:
     """
     if (folder / "config.yaml").exists():
         raise ValueError(
-            f"{folder} has a training already: go on with it by resume={folder}, or give another hydra.run.dir."
+            f"{folder} has a training already: go on with it by {command_line('train', resume=folder)}, or give "
+            "another hydra.run.dir."
         )
 
 

@@ -94,7 +94,11 @@ def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
     except HydraException:
         return texts
     OmegaConf.set_struct(config, False)
-    done = [override.input_line if _is_choice(override) else _setting(config, override) for override in parsed]
+    done = []
+    for override in parsed:
+        if not _is_choice(override) and _knows_all(parsed):
+            _check_place(config, override)
+        done.append(override.input_line if _is_choice(override) else _setting(config, override))
     for name in sorted(set(map(str, config)) - set(map(str, known))):
         raise ValueError(_unknown(config_name, name, set(map(str, known))))
     return [str(text) for text in done]
@@ -135,6 +139,33 @@ def _one(override: Override) -> list[str]:
     if not override.is_choice_sweep():
         return []
     return [f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"]
+
+
+def _knows_all(overrides: Iterable[Override]) -> bool:
+    """Whether :func:`_one` has composed all that the command line chooses."""
+    chosen = [override for override in overrides if _is_choice(override)]
+    return all(override.key_or_group != "hydra.searchpath" for override in chosen) and all(
+        override.is_hydra_override() or override.is_delete() or bool(_one(override)) for override in chosen
+    )
+
+
+def _check_place(config: DictConfig, override: Override) -> None:
+    """Refuse a value below a node that is not there, and a new name in a node that has no ``_target_``."""
+    path, _, name = override.key_or_group.rpartition(".")
+    node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
+    if override.type in _ADDED or name == "_target_" or _has_target(node):
+        return
+    if not isinstance(node, DictConfig):
+        raise ValueError(
+            f"{path}.{name} cannot be set: the configuration has no settings below {path}. To build an object there, "
+            f"give {path}._target_=… first."
+        )
+    if name not in node.keys():  # noqa: SIM118 (`in` resolves the value)
+        close = difflib.get_close_matches(name, map(str, node), 1)
+        meant = f" Did you mean {path}.{close[0]}?" if close else ""
+        raise ValueError(
+            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one by +{path}.{name}=…."
+        )
 
 
 def _setting(config: DictConfig, override: Override) -> str:

@@ -64,6 +64,10 @@ def test_parameters_of_a_factory_are_those_of_the_one_that_was_chosen():
         ("+attack=pgd", "recipes.train has no attack. It has"),
         ("seeed=1", "recipes.train has no seeed. Did you mean seed\\? It has callbacks"),
         ("modle=vit", "recipes.train has no modle. Did you mean model\\?"),
+        ("callbacks.x=1", "callbacks has no x. It has checkpoint, monitor. Add one by \\+callbacks.x="),
+        ("callbacks.monitr=null", "callbacks has no monitr. Did you mean callbacks.monitor"),
+        ("penalty.penalty.step=1", "no settings below penalty.penalty. .* give penalty.penalty._target_=… first"),
+        ("seed.x=1", "seed.x cannot be set: the configuration has no settings below seed"),
         (
             "experiment=compare/cpu",
             "belongs to another recipe: python -m recipes.compare experiment=compare/cpu.*: smoke",
@@ -74,6 +78,11 @@ def test_parameters_of_a_factory_are_those_of_the_one_that_was_chosen():
 def test_a_name_that_nothing_knows_is_refused_with_those_that_are_known(override, text):
     with pytest.raises(ValueError, match=text):
         composed("train", [override])
+
+
+def test_an_object_is_built_where_the_yaml_has_none_once_its_target_is_given():
+    given = ["penalty.penalty._target_=fisher_reg.KLPenalty", "penalty.penalty.step=0.3"]
+    assert composed("train", given).penalty.penalty == {"_target_": "fisher_reg.KLPenalty", "step": 0.3}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -120,6 +129,14 @@ def test_the_folder_of_a_resumed_run_is_hydras_own(tmp_path):
     (tmp_path / "config.yaml").touch()
     assert in_folder("resume")([f"resume={tmp_path}"])[1:] == [f"hydra.run.dir={tmp_path}", "hydra.output_subdir=null"]
     assert in_folder("resume")(["seed=1"]) == ["seed=1"]
+
+
+def test_the_command_that_goes_on_with_a_training_is_quoted(tmp_path):
+    folder = tmp_path / "a b=c"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    with pytest.raises(ValueError, match='python -m recipes.train \'resume="[^"]*a b=c"\''):
+        check_unused(folder)
 
 
 def test_what_our_code_refuses_is_told_and_the_same_error_of_others_is_not(tmp_path):
