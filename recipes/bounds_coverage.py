@@ -34,12 +34,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fisher_reg import Exact, LogitsOf, NoBoundError, UpperBound, fisher_bound, fisher_spectral_norm, local_fisher_bound
-from recipes.reporting.files import show, write
+from recipes.reporting.files import settings_of, show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment, installed
 from recipes.runtime.progress import track
-from recipes.runtime.settings import resolved
 
 LEVELS = ("global", "domain", "local")
 _ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
@@ -64,7 +63,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     result = {
         "environment": environment(device) | {name: installed(name) for name in ("timm", "transformers")},
-        "config": resolved(config),
+        "config": settings_of(config),
         "shares": shares(frame),
         "missing": json.loads(missing(frame).to_json(orient="records")),
         "models": json.loads(frame.to_json(orient="records")),

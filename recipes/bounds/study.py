@@ -25,7 +25,7 @@ from rich.console import Console
 
 from recipes.bounds.speed import PEER, available_norms, time_convolution, time_network
 from recipes.bounds.tightness import check, draw, tightness
-from recipes.reporting.files import write
+from recipes.reporting.files import settings_of, write
 from recipes.reporting.tables import markdown_table, print_table
 from recipes.runtime.cache import Settings, Work
 from recipes.runtime.command import command
@@ -65,7 +65,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     device = chosen_device(config.device)
     result = {
         "environment": environment(device) | {PEER: installed(PEER)},
-        "config": resolved(config),
+        "config": settings_of(config),
         **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
     }
     write(folder, "bounds", config, record=result)

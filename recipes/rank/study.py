@@ -42,7 +42,7 @@ from recipes.rank.agreement import (
     reproducibility,
 )
 from recipes.rank.measuring import measure
-from recipes.reporting.files import write
+from recipes.reporting.files import settings_of, write
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
@@ -86,7 +86,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
     found = correlations(frame, config.num_resamples)
     agreements = {target: reproducibility(frame, target) for target in ("lambda_median", "lambda_max")}
     result = {
-        "config": resolved(config),
+        "config": settings_of(config),
         "notes": notes(frame),
         "reproducibility": json.loads(pd.Series(agreements).to_json()),
         "correlations": json.loads(found.to_json(orient="records")),

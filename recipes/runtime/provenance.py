@@ -50,8 +50,16 @@ def commit() -> str:
 
 def _command() -> str:
     """Return the command as it was given, with the last part alone of absolute paths."""
-    words = [re.sub(r"(?<![\w.~-])~?/(?:[^/\s'\",=]+/)+", "", word) for word in sys.orig_argv[1:]]
-    return shlex.join(["python", *words])
+    return shlex.join(["python", *map(_without_folder, sys.orig_argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    """Return an argument, or the value of an override, with the last part alone if it is an absolute path."""
+    key, separator, value = word.partition("=") if "=" in word else ("", "", word)
+    bare = value.strip("'\"")
+    if Path(bare).is_absolute():
+        return f"{key}{separator}{Path(bare).name}"
+    return re.sub(r"(?<![\w.~-])~?/(?:[^/\s'\",=]+/)+", "", word)
 
 
 def _digests(config: DictConfig | Mapping[str, Any]) -> Any:

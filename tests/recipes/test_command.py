@@ -16,7 +16,7 @@ from recipes.models.runs import check_unused
 from recipes.runtime import arguments
 from recipes.runtime.command import CONF, command_line, composed, in_folder
 from recipes.runtime.mistakes import message
-from recipes.runtime.provenance import commit, provenance
+from recipes.runtime.provenance import _without_folder, commit, provenance
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((CONF / "experiment").glob("*/*.yaml"))
@@ -167,3 +167,18 @@ def test_provenance_names_no_folder_and_holds_the_digest():
     assert provenance({})["data"] == {}
     assert str(ROOT) not in json.dumps(found)
     assert found["commit"] == commit()
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("run=/home/my user/b c=d/run 1", "run=run 1"),
+        ('run="/home/me/run"', "run=run"),
+        ("data.path=x.npz", "data.path=x.npz"),
+        ("/usr/lib/recipes/train.py", "train.py"),
+        ("trainer.max_epochs=3", "trainer.max_epochs=3"),
+        ("datasets={a: {path: /home/me/x.npz}}", "datasets={a: {path: x.npz}}"),
+    ],
+)
+def test_the_recorded_command_has_no_folder_of_the_machine(word, kept):
+    assert _without_folder(word) == kept
