@@ -1,5 +1,8 @@
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs; what tests start is interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes, and for those that they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
