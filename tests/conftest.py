@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 
@@ -13,10 +14,20 @@ from tests import cases
 from tests import trained as stored
 from tests.slow import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - hooks
 
+NAMES = ("lightning", "lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
+LEVELS = {name: logging.getLogger(name).level for name in NAMES}
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _loud():
+    """Undo what a recipe that ran in this process did to the loggers."""
+    for name, level in LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")
