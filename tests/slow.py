@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 0.5
+SECONDS = 0.2
 SHARED_SECONDS = 4.0  # more than reading the digits and the stored networks takes
 FILE = Path(__file__).with_name("slow.txt")
 
