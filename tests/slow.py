@@ -1,4 +1,4 @@
-"""Which tests are slow: those named in ``slow.txt``, so that ``python -m pytest -m "not slow"`` takes two minutes.
+"""Which tests are slow: those named in ``slow.txt``, which ``python -m pytest -m "not slow"`` leaves out.
 
 ``python -m pytest --write-slow`` writes the file again from the seconds of that run: a line is a test function one of
 whose cases took :data:`SECONDS` or more, or a file in which that much goes into what its tests share.
