@@ -21,8 +21,8 @@ class MarginTempered(Likelihood):
     :math:`T = (z_{(1)} - z_{(2)}) / \text{margin}` puts the two largest logits ``margin`` apart, so that
     :math:`\tilde\lambda`, the largest eigenvalue of :math:`J^\top \Sigma(z / T) J / T^2`, does not change when all
     logits are multiplied by a number. The Fisher eigenvalue of :class:`Categorical` does: a confident network has a
-    small one and is fooled as easily. With two classes at distance :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|`
-    from the linearised boundary, :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
+    small one, and adversarial examples are as near. With two classes at distance
+    :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|` from the linearised boundary, :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
 
     In nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
     has no margin, and :math:`\tilde\lambda` is as large as the precision allows. Classes that a mask rules out, by

@@ -119,7 +119,7 @@ def _on_survivors(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> np.ndarray:
-    """Attack anew, from the given images, those that are still classified correctly; keep what fools."""
+    """Attack anew, from the given images, those that are still classified correctly; keep what is misclassified."""
     left = np.flatnonzero(classifier.predict(attacked).argmax(1) == labels)
     if len(left) == 0:
         return attacked

@@ -57,7 +57,7 @@ class ProjectedGradient:
 class CarliniWagner:
     r"""Carlini and Wagner's attack in the Euclidean norm (arXiv 1608.04644), by foolbox.
 
-    Adam on :math:`\|\delta\|^2 + c \max(z_y - \max_{k \ne y} z_k, 0)`. It has no radius: what it fools at all it moves
+    Adam on :math:`\|\delta\|^2 + c \max(z_y - \max_{k \ne y} z_k, 0)`. It has no radius: what it succeeds on it moves
     as little as it can.
 
     Attributes:
@@ -73,7 +73,7 @@ class CarliniWagner:
     num_searches: int = 1
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest fooling images that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
         attack = foolbox.attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.num_searches,
             steps=self.num_steps,
@@ -89,7 +89,7 @@ class CarliniWagner:
 
 @dataclass(frozen=True)
 class MinimalPerturbation:
-    """Search for the nearest fooling image, Euclidean (DDN, arXiv 1811.09600), by foolbox; nothing to tune.
+    """Search for the nearest adversarial example, Euclidean (DDN, arXiv 1811.09600), by foolbox; nothing to tune.
 
     Attributes:
         num_steps: Forward and backward passes.
@@ -98,7 +98,7 @@ class MinimalPerturbation:
     num_steps: int = 100
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest fooling images that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
         with _foolbox(network, images) as model:
             return foolbox.attacks.DDNAttack(steps=self.num_steps).run(model, images.detach().clone(), labels.clone())
 

@@ -20,21 +20,21 @@ class AttackResult:
 
     Attributes:
         images: Attacked images ``(B, C, H, W)``.
-        fooled: Whether the network misclassifies them, ``(B,)``.
+        misclassified: Whether the network misclassifies them, ``(B,)``.
         euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
         masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero, so that no attack that
-            follows it could do anything. Most attacks give back what they cannot fool: that alone is no sign.
+            follows it could do anything. Most attacks give back what they do not change: that alone is no sign.
     """
 
     images: Tensor
-    fooled: Tensor
+    misclassified: Tensor
     euclidean: Tensor
     masked: Tensor
 
     @property
     def accuracy(self) -> float:
         """Share of the images that are still classified correctly."""
-        return float((~self.fooled).double().mean())
+        return float((~self.misclassified).double().mean())
 
 
 def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> AttackResult:
@@ -54,15 +54,17 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
             leaf = attacked.detach().clone().requires_grad_()
             logits = network(leaf)
             (slope,) = torch.autograd.grad(nn.functional.cross_entropy(logits, known, reduction="sum"), leaf)
-        fooled = logits.argmax(1) != known
+        misclassified = logits.argmax(1) != known
         moved = (attacked - part).flatten(1)
-        parts.append((attacked, fooled, moved.norm(dim=1), ~fooled & (slope.flatten(1).abs().amax(1) == 0)))
+        parts.append(
+            (attacked, misclassified, moved.norm(dim=1), ~misclassified & (slope.flatten(1).abs().amax(1) == 0))
+        )
     result = AttackResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     if bool(result.masked.any()):
         advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, whose Square needs none"
         warnings.warn(
             f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
-            f"{int((~result.fooled).sum())} images that survived it: the gradient is exactly zero there. Masked "
+            f"{int((~result.misclassified).sum())} images that survived it: the gradient is exactly zero there. Masked "
             f"gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
             stacklevel=2,
         )

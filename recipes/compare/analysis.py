@@ -1,4 +1,4 @@
-"""Which networks fall by each metric, how far the nearest fooling images are, and where λ fails.
+"""Which networks fall by each metric, how far the nearest adversarial examples are, and where λ fails.
 
 * Per image (:mod:`recipes.compare.powers`): how well a metric orders the images of a network.
 * Per model: Spearman's rho and Kendall's tau between the metric (the median over the images that are classified
@@ -26,7 +26,7 @@ from recipes.competitors.measurement import METRICS, SATURATED
 from recipes.statistics.agreement import Pair, Statistic, agreement, grid, interval, mean_over_seeds, p_value, rho, tau
 
 NEAREST = "minimal"
-"""The attack whose distances count as those of the nearest fooling images."""
+"""The attack whose distances count as those of the nearest adversarial examples."""
 CONFIDENCE_BINS = (0.0, 0.9, 0.99, SATURATED, 1.0)
 PREDICTORS = {
     "lambda": "√(2c/λ)",
@@ -43,11 +43,11 @@ class Analysis:
 
     Attributes:
         networks: A row per network: accuracy, seconds, ``success_<attack>``, ``distance``, and medians of the metrics.
-        examples: A row per network and image, with ``distance`` to the nearest fooling image, infinite if none is
+        examples: A row per network and image, with ``distance`` to the nearest adversarial example, infinite if none is
             known.
         per_example: A row per metric and target.
         per_model: A row per metric, target and statistic, over all data sets and for each.
-        distances: A row per predictor of the distance to the nearest fooling image.
+        distances: A row per predictor of the distance to the nearest adversarial example.
         saturation: A row per range of confidence, over all networks.
         confident: A row per network with confident images and others: what becomes of both.
     """
@@ -62,9 +62,11 @@ class Analysis:
 
 
 def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[str], num_resamples: int) -> Analysis:
-    """Ask everything; ``attacks`` are names of columns ``fooled_<attack>`` of the examples."""
+    """Ask everything; ``attacks`` are names of columns ``misclassified_<attack>`` of the examples."""
     judged = [name for name in attacks if name != NEAREST]
-    examples = examples.assign(distance=examples[f"distance_{NEAREST}"].where(examples[f"fooled_{NEAREST}"], math.inf))
+    examples = examples.assign(
+        distance=examples[f"distance_{NEAREST}"].where(examples[f"misclassified_{NEAREST}"], math.inf)
+    )
     right = examples[examples.correct]
     networks = networks.merge(network_summary(right, judged), on=NETWORK, how="left")
     return Analysis(
@@ -81,7 +83,7 @@ def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[st
 def network_summary(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
     """Return, per network, the success of the attacks on what it classifies correctly, and medians there."""
     groups = right.groupby(NETWORK, sort=False)
-    summary = {f"success_{name}": groups[f"fooled_{name}"].mean() for name in attacks}
+    summary = {f"success_{name}": groups[f"misclassified_{name}"].mean() for name in attacks}
     summary |= {name: groups[name].median() for name in ("distance", *METRICS)}
     return pd.DataFrame(summary).reset_index()
 
@@ -139,7 +141,7 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reached(right: pd.DataFrame) -> pd.DataFrame:
-    """Return the images with a known nearest fooling image about which every predictor says something."""
+    """Return the images with a known nearest adversarial example about which every predictor says something."""
     found = right[np.isfinite(right.distance) & (right.distance > 0)]
     return found[(np.isfinite(found[list(PREDICTORS)]) & (found[list(PREDICTORS)] > 0)).all(axis=1)]
 
@@ -160,7 +162,7 @@ def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def distance_table(right: pd.DataFrame) -> pd.DataFrame:
-    """Compare distances to the nearest fooling image with what each predictor says.
+    """Compare distances to the nearest adversarial example with what each predictor says.
 
     Returns:
         A row per predictor: medians over networks of the median of distance over prediction, of its ``spread`` (the
@@ -187,7 +189,7 @@ def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFram
     groups = right.groupby(bins, observed=True)
     table = pd.DataFrame({"num_examples": groups.size()})
     for name in attacks:
-        table[f"fooled_{name}"] = groups[f"fooled_{name}"].mean()
+        table[f"misclassified_{name}"] = groups[f"misclassified_{name}"].mean()
     for name in ("lambda", "lambda_tempered", "distance"):
         table[name] = groups[name].median()
     table.insert(0, "confidence", [f"{part.left:g} to {part.right:g}" for part in table.index])
@@ -197,14 +199,16 @@ def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFram
 def confident_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
     """Return, for each network with at least five confident and five other images, what becomes of both."""
     rows = []
-    columns = [*(f"fooled_{name}" for name in attacks), "lambda", "lambda_tempered", "distance"]
+    columns = [*(f"misclassified_{name}" for name in attacks), "lambda", "lambda_tempered", "distance"]
     for key, part in right.groupby(NETWORK, sort=False):
         sides = {"confident": part[part.confidence > SATURATED], "other": part[part.confidence <= SATURATED]}
         if min(map(len, sides.values())) >= _MIN_IMAGES:
             row = dict(zip(NETWORK, key, strict=True))
             for side, images in sides.items():
                 shares = images[columns].astype(float)
-                summary = {c: shares[c].mean() if c.startswith("fooled_") else shares[c].median() for c in columns}
+                summary = {
+                    c: shares[c].mean() if c.startswith("misclassified_") else shares[c].median() for c in columns
+                }
                 row |= {f"{side}_num": len(images)} | {f"{side}_{name}": value for name, value in summary.items()}
             rows.append(row)
     return pd.DataFrame(rows)

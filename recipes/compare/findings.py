@@ -30,9 +30,9 @@ def _accuracy(found: Analysis) -> list[str]:
     cells = found.networks.groupby("dataset", sort=False).accuracy
     ranges = "; ".join(f"{name} {part.min():.2f} to {part.max():.2f}" for name, part in cells)
     texts = [f"{len(found.networks)} networks; accuracy on all test images: {ranges}."]
-    missed = int((found.examples.correct & ~found.examples[f"fooled_{NEAREST}"]).sum())
+    missed = int((found.examples.correct & ~found.examples[f"misclassified_{NEAREST}"]).sum())
     if missed:
-        texts.append(f"No fooling image was found for {missed} images; they count as the farthest ones.")
+        texts.append(f"No adversarial example was found for {missed} images; they count as the farthest ones.")
     return texts
 
 
@@ -58,7 +58,7 @@ def _powers(question: str, table: pd.DataFrame) -> list[str]:
         said = [_said(part, name) for name in ("lambda", "lambda_tempered")]
         if ranked.index[0] not in ("lambda", "lambda_tempered"):
             said.append(f"the largest of {len(ranked)}, chosen afterwards: {_said(part, ranked.index[0])}")
-        goal = "nearness of the nearest fooling image" if target == "distance" else f"to {target}"
+        goal = "nearness of the nearest adversarial example" if target == "distance" else f"to {target}"
         texts.append(f"{question} ({goal}, {part.statistic.iloc[0]}): {'; '.join(text for text in said if text)}.")
     return texts
 
@@ -78,8 +78,8 @@ def _distances(distances: pd.DataFrame) -> list[str]:
         constant = row.get("c", math.nan)
         law = "" if math.isnan(constant) else f" (c has median {row.c:.2g}, {row.c_low:.2g} to {row.c_high:.2g})"
         texts.append(
-            f"Distance to the nearest fooling image over {row.title}{law}: median {row.median_ratio:.2f}, and 90 % of "
-            f"the images of a network lie within {row.spread:.2f} decades."
+            f"Distance to the nearest adversarial example over {row.title}{law}: median {row.median_ratio:.2f}, and "
+            f"90 % of the images of a network lie within {row.spread:.2f} decades."
         )
     return texts
 
@@ -88,10 +88,13 @@ def _confident(found: Analysis) -> list[str]:
     table = found.confident
     if table.empty:
         return [f"No network has enough images of confidence above {SATURATED} beside others to compare them."]
-    attacks = [name.removeprefix("confident_fooled_") for name in table if name.startswith("confident_fooled_")]
+    attacks = [
+        name.removeprefix("confident_misclassified_") for name in table if name.startswith("confident_misclassified_")
+    ]
     middle = table.drop(columns=NETWORK).median()
     falls = ", ".join(
-        f"{middle[f'confident_fooled_{name}']:.0%} to {name} (others {middle[f'other_fooled_{name}']:.0%})"
+        f"{middle[f'confident_misclassified_{name}']:.0%} to {name} "
+        f"(others {middle[f'other_misclassified_{name}']:.0%})"
         for name in attacks
     )
     by_lambda = math.sqrt(middle.other_lambda / middle.confident_lambda)
@@ -99,7 +102,7 @@ def _confident(found: Analysis) -> list[str]:
     return [
         f"Saturation: {len(table)} networks have images of confidence above {SATURATED} and others. Medians over these "
         f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
-        f"others, as if the fooling images of the confident ones lay {by_lambda:.2g} times as far; they lie "
+        f"others, as if the adversarial examples of the confident ones lay {by_lambda:.2g} times as far; they lie "
         f"{middle.confident_distance / middle.other_distance:.2g} times as far, and λ at equal margins says "
         f"{by_tempered:.2g}. Of the confident ones fall {falls}.",
         _pooled(found.saturation, attacks),
@@ -108,7 +111,7 @@ def _confident(found: Analysis) -> list[str]:
 
 def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
     first, last = saturation.iloc[0], saturation.iloc[-1]
-    falls = ", ".join(f"{last[f'fooled_{name}']:.0%} to {name}" for name in attacks)
+    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} to {name}" for name in attacks)
     return (
         f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
         f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; {falls} fall all the "

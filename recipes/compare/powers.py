@@ -24,7 +24,7 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
 
     Args:
         examples: A row per network and image, in the same order of images for all networks of a data set, with
-            ``correct``, ``fooled_<attack>``, the metrics, and ``distance``, infinite where nothing fooled the network.
+            ``correct``, ``misclassified_<attack>``, the metrics, and ``distance``, infinite where no attack succeeded.
         attacks: Whose falls are to be told: by the area under the ROC curve (chance is 1/2), among the images that the
             network classifies correctly. The target ``distance`` is Spearman's correlation with nearness.
         num_resamples: Draws.
@@ -47,7 +47,7 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
                 if target == "distance":
                     values[tuple(place)] = rank_correlations(score, -part.distance.to_numpy(), known, draw)
                 else:
-                    values[tuple(place)] = areas(score, part[f"fooled_{target}"].to_numpy(), known, draw)
+                    values[tuple(place)] = areas(score, part[f"misclassified_{target}"].to_numpy(), known, draw)
             defined = int(np.isfinite(values[..., 0]).sum())
             if defined:
                 chance = 0.0 if target == "distance" else 0.5
@@ -76,10 +76,10 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 # sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, in 400 times the seconds: it takes one draw.
-def areas(score: Array, fooled: Array, known: Array, draws: Array) -> Array:
+def areas(score: Array, misclassified: Array, known: Array, draws: Array) -> Array:
     """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)
-    fell, stood = known & fooled, known & ~fooled
+    fell, stood = known & misclassified, known & ~misclassified
     if len(np.unique(score[known])) < 2:
         return np.full(len(draws), np.nan)
     one, other = score[fell][:, None], score[stood]

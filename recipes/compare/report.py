@@ -44,7 +44,7 @@ def tables(found: Analysis) -> dict[str, pd.DataFrame]:
             found.per_example, found.per_model, found.networks
         ),
         "The networks: means over seeds": network_table(found),
-        "Predicted distance to the nearest fooling image": found.distances.drop(columns="predictor"),
+        "Predicted distance to the nearest adversarial example": found.distances.drop(columns="predictor"),
         "Confidence, and what falls all the same (over all networks and data sets)": found.saturation,
     }
 
@@ -103,8 +103,8 @@ def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, s
     ]
     lead = [
         "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
-        "attack, tell which images and which networks are fooled? Positive correlations and areas above one half: the "
-        "more sensitive is easier to fool. Intervals are 95 % bootstrap intervals: over images, models and seeds "
+        "attack, tell which images an attack changes, and how far a network's adversarial examples are? Positive "
+        "correlations and areas above one half: the more sensitive is easier to attack. Intervals are 95 % bootstrap intervals: over images, models and seeds "
         "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
         "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
         "CLEVER and the blockwise bound see fewer images than the others."
@@ -118,12 +118,13 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         "metric_against_attack": (
             draw_success(found.networks),
             "Each point is a network. Above: median λ over the images; below: at equal margins, which the confidence "
-            "of a network does not change. Upwards: median distance to the nearest fooling image, in pixel units.",
+            "of a network does not change. Upwards: median distance to the nearest adversarial example, in pixel "
+            "units.",
         ),
         "ranking": (
             draw_ranking(found.networks),
             "Order of the models and trainings of each data set by median λ, by λ at equal margins, and by the median "
-            "distance to the nearest fooling image; the most sensitive on top.",
+            "distance to the nearest adversarial example; the most sensitive on top.",
         ),
         "white_box_against_black_box": (
             draw_black_box(found.examples),
@@ -131,19 +132,19 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         ),
         "distance": (
             draw_distances(found.examples),
-            "Distance to the nearest fooling image over what each predictor says; a point per image that the network "
-            "classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
+            "Distance to the nearest adversarial example over what each predictor says; a point per image that the "
+            "network classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
         ),
         "power": (
             draw_power(found),
-            "Rank correlation with the nearness of the nearest fooling image, over the examples of a network (mean "
-            "over networks) and over the networks of a data set (mean over data sets), with 95 % intervals.",
+            "Rank correlation with the nearness of the nearest adversarial example, over the examples of a network "
+            "(mean over networks) and over the networks of a data set (mean over data sets), with 95 % intervals.",
         ),
     }
 
 
 def draw_success(networks: pd.DataFrame) -> Figure:
-    """Draw the distance to the nearest fooling image over λ: a column of panels per data set."""
+    """Draw the distance to the nearest adversarial example over λ: a column of panels per data set."""
     datasets, models, trainings = (list(networks[name].unique()) for name in ("dataset", "model", "training"))
     figure = Figure(figsize=(3.6 * len(datasets) + 0.6, 7.4), layout="constrained")
     panels = figure.subplots(2, len(datasets), squeeze=False)
@@ -158,7 +159,7 @@ def draw_success(networks: pd.DataFrame) -> Figure:
                 axes.plot(part[metric], part.distance, linestyle="none", alpha=0.8, **style)
             axes.set(xscale="log", yscale="log", xlabel=f"median of {METRICS[metric].title}", title=dataset)
             axes.grid(alpha=0.3)
-        line[0].set_ylabel("distance to the nearest fooling image")
+        line[0].set_ylabel("distance to the nearest adversarial example")
     handles = [Line2D([], [], color=f"C{index}", linewidth=4, label=name) for index, name in enumerate(models)]
     for index, name in enumerate(trainings):
         handles.append(Line2D([], [], color="k", marker=_MARKERS[index % len(_MARKERS)], linestyle="none", label=name))
@@ -206,7 +207,7 @@ def draw_black_box(examples: pd.DataFrame) -> Figure:
 
 
 def draw_distances(examples: pd.DataFrame) -> Figure:
-    """Draw the distances to the nearest fooling images over their predictions, a panel per predictor."""
+    """Draw the distances to the nearest adversarial examples over their predictions, a panel per predictor."""
     found = reached(examples[examples.correct])
     figure = Figure(figsize=(4.2 * len(PREDICTORS), 4.2), layout="constrained")
     panels = figure.subplots(1, len(PREDICTORS), sharex=True, sharey=True)
@@ -220,7 +221,7 @@ def draw_distances(examples: pd.DataFrame) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel=title)
         axes.set(xlim=(ends[0] / 10, ends[1] * 10), ylim=(ends[0] / 1.5, ends[1] * 1.5))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("distance to the nearest fooling image")
+    panels[0].set_ylabel("distance to the nearest adversarial example")
     _strong_legend(panels[0])
     return figure
 

@@ -26,7 +26,7 @@ def attack(settings: Settings, cache: Path) -> Result:
     for name, options in settings["attacks"].items():
         torch.manual_seed(settings["run"]["seed"])
         result = attack_all(instantiate(options), network, images, labels)
-        parts = {"fooled": result.fooled, "distance": result.euclidean, "masked": result.masked}
+        parts = {"misclassified": result.misclassified, "distance": result.euclidean, "masked": result.masked}
         found[name] = {key: value.tolist() for key, value in parts.items()}
     return found
 

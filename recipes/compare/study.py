@@ -99,8 +99,8 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     """Refuse what would fail or mislead after hours of training.
 
     Raises:
-        ValueError: If nothing is to be done, the nearest fooling images are not searched, a seed occurs twice, there
-            are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
+        ValueError: If nothing is to be done, the nearest adversarial examples are not searched, a seed occurs twice,
+            there are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
             its constructor says.
     """
     if not runs or not config.attacks:

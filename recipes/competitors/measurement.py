@@ -46,12 +46,12 @@ _MAX_EXACT = 64  # classes up to which the trace is not sampled
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per image that might tell how easily the network is fooled there.
+    """A number per image that might tell how easily the network is attacked there.
 
     Attributes:
         title: For tables and figures.
         unit: Of the number.
-        sign: 1 if a larger value should mean easier to fool, -1 if harder.
+        sign: 1 if a larger value should mean easier to attack, -1 if harder.
     """
 
     title: str

@@ -129,16 +129,16 @@ def share(hits: Tensor) -> dict[str, Any]:
     return {"value": test.statistic, "low": low, "high": high, "count": len(hits)}
 
 
-def ranking(values: Tensor, fooled: Tensor) -> dict[str, float] | None:
-    """Return the ROC-AUC of ``values`` for telling the fooled images, with a 95 % bootstrap interval.
+def ranking(values: Tensor, misclassified: Tensor) -> dict[str, float] | None:
+    """Return the ROC-AUC of ``values`` for telling the misclassified images, with a 95 % bootstrap interval.
 
     Returns:
-        Nothing if all images were fooled, or none. ``p`` is that of Mann and Whitney's test: unlike the interval, it
-        knows that two images can be in order by chance.
+        Nothing if all images are misclassified, or none. ``p`` is that of Mann and Whitney's test: unlike the interval,
+        it knows that two images can be in order by chance.
     """
-    if bool(fooled.all()) or not bool(fooled.any()):
+    if bool(misclassified.all()) or not bool(misclassified.any()):
         return None
-    sides = values[fooled].numpy(), values[~fooled].numpy()
+    sides = values[misclassified].numpy(), values[~misclassified].numpy()
     return {"value": float(_area(*sides)), **_interval(sides, _area), "p": float(mannwhitneyu(*sides).pvalue)}
 
 
@@ -179,20 +179,20 @@ def _interval(sides: tuple[Array, Array], statistic: Callable[..., Array], *, pa
 def outcome(audit: Audit, name: str) -> dict[str, Any]:
     """Return what an attack did, as plain numbers.
 
-    Among them how λ orders the images that were right: those that an attack within a radius fooled before those that it
-    did not, as ROC-AUC; or, without a radius, by the distance to the fooling image, as Spearman's correlation.
+    Among them how λ orders the images that were right: those that an attack within a radius changed before those that
+    it did not, as ROC-AUC; or, without a radius, by the distance to the adversarial example, as Spearman's correlation.
     """
     attacked, correct = audit.attacks[name], audit.correct
     result, values = attacked.result, audit.measurement.values["lambda"]
-    broken = correct & result.fooled
+    broken = correct & result.misclassified
     distances = result.euclidean[broken]
     return {
-        "accuracy": share(~result.fooled),
+        "accuracy": share(~result.misclassified),
         "num_correct": int(correct.sum()),
-        "num_fooled": int(broken.sum()),
+        "num_adversarial": int(broken.sum()),
         "median_distance": float(distances.quantile(0.5)) if len(distances) else math.nan,
         "num_masked": int(attacked.result.masked.sum()),
-        "auc_of_lambda": None if attacked.ball is None else ranking(values[correct], result.fooled[correct]),
+        "auc_of_lambda": None if attacked.ball is None else ranking(values[correct], result.misclassified[correct]),
         "correlation_of_lambda": None if attacked.ball else correlation(values[broken], distances),
     }
 
@@ -218,7 +218,7 @@ def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
                     "seconds": attacked.seconds,
                 }
                 | outcome(audit, name)
-                | {key: getattr(attacked.result, key) for key in ("fooled", "euclidean")}
+                | {key: getattr(attacked.result, key) for key in ("misclassified", "euclidean")}
                 for name, attacked in audit.attacks.items()
             },
             "wide_interval_share": float((audit.interval_width > WIDE).double().mean()),

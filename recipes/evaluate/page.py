@@ -109,7 +109,10 @@ def attack_table(audit: Audit) -> pd.DataFrame | None:
         found = outcome(audit, name)
         area, link = found["auc_of_lambda"], found["correlation_of_lambda"]
         row: dict[str, Any] = {"attack": name, "accuracy under it": percent(found["accuracy"])}
-        row |= {"fooled": f"{found['num_fooled']} of {found['num_correct']}", "distance": found["median_distance"]}
+        row |= {
+            "misclassified": f"{found['num_adversarial']} of {found['num_correct']}",
+            "distance": found["median_distance"],
+        }
         row |= {"masked": found["num_masked"], "ROC-AUC of λ": "–" if area is None else brackets(area)}
         row |= {"correlation with distance": "–" if link is None else brackets(link), "seconds": attacked.seconds}
         rows.append(row)
@@ -161,6 +164,6 @@ def _about_attacks(audit: Audit) -> Iterator[str]:
         yield from (f"Warning: {text}" for text in attacked.warnings)
     yield (
         "Fooled are images that were right; distances are Euclidean in pixel units, their median. How λ orders the "
-        "images that were right: ROC-AUC for those fooled within a radius, Spearman's correlation for how far an "
-        "attack without one had to go. In brackets 95 % intervals, Wilson's or by the bootstrap over these images."
+        "images that were right: ROC-AUC for those misclassified within a radius, Spearman's correlation for how far "
+        "an attack without one had to go. In brackets 95 % intervals, Wilson's or by the bootstrap over these images."
     )

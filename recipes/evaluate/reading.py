@@ -88,17 +88,17 @@ def _saturation(audit: Audit) -> list[str]:
 
 def _attacks(audit: Audit) -> list[str]:
     if not audit.attacks:
-        return ["No attack was run: nothing here says how easily the network is fooled on purpose."]
+        return ["No attack was run: nothing here says how easily an attack succeeds."]
     texts = []
     for name, attacked in audit.attacks.items():
         found = outcome(audit, name)
         if attacked.ball is not None:
             texts.append(f"Under {name} ({attacked.ball}) {of_all(found['accuracy'])} stay right.")
-        elif found["num_fooled"]:
+        elif found["num_adversarial"]:
             texts.append(
-                f"{name}, which goes as far as it must, fooled {found['num_fooled']} of the {found['num_correct']} "
-                f"images that were right, half of them within {found['median_distance']:.2g} pixel units. Nearer "
-                "fooling images may exist."
+                f"{name}, which goes as far as it must, succeeded on {found['num_adversarial']} of the "
+                f"{found['num_correct']} images that were right, half of them within {found['median_distance']:.2g} pixel units. Nearer "
+                "adversarial examples may exist."
             )
         if found["num_masked"]:
             texts.append(
@@ -116,13 +116,13 @@ def _rankings(audit: Audit) -> list[str]:
         if area is not None:
             says = verdict(area, 0.5, "is higher at", "is lower at", "does not tell")
             texts.append(
-                f"λ {says} the images that {name} fooled ({found['num_fooled']} of {found['num_correct']}; ROC-AUC "
-                f"{interval(area)}, chance is 0.5)."
+                f"λ {says} the images on which {name} succeeded ({found['num_adversarial']} of {found['num_correct']}; "
+                f"ROC-AUC {interval(area)}, chance is 0.5)."
             )
         if link is not None:
             says = verdict(link, 0, "farther from", "nearer to", "neither nearer to nor farther from")
             texts.append(
-                f"Images of larger λ are {says} what {name} fooled the network with (Spearman's correlation with the "
+                f"Images of larger λ are {says} the adversarial examples of {name} (Spearman's correlation with the "
                 f"distance {interval(link)})."
             )
     if audit.attacks and not texts:

@@ -184,7 +184,7 @@ def log(audit: Audit, texts: list[str], folder: Path) -> None:
         for name in audit.attacks:
             found = outcome(audit, name)
             writer.add_scalar(f"attack/{name}/accuracy", found["accuracy"]["value"])
-            if found["num_fooled"]:
+            if found["num_adversarial"]:
                 writer.add_scalar(f"attack/{name}/median_distance", found["median_distance"])
         if bool((values > 0).any()):
             writer.add_histogram("fisher/log10_lambda_max", values[values > 0].log10())

@@ -59,4 +59,4 @@ class RobustAccuracy:
         device = next(network.parameters()).device
         images, labels = chosen_examples(data, self.num_images, torch.Generator().manual_seed(0))
         found = attack_all(self.attack, network.eval(), images.to(device), labels.to(device))
-        return float(found.fooled.double().mean()) - 1
+        return float(found.misclassified.double().mean()) - 1

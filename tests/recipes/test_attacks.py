@@ -81,19 +81,19 @@ def test_every_attack_knows_two_classes_and_more(num_classes):
     labels = network(images).argmax(1)
     for attack, _, epsilon in ATTACKS.values():
         result = attack_all(attack, network, images, labels)
-        assert result.fooled.any()
+        assert result.misclassified.any()
         assert result.accuracy == (network(result.images).argmax(1) == labels).double().mean()
         assert (result.euclidean <= epsilon * 64**0.5 * 1.001).all()
 
 
-def test_the_nearest_fooling_image_of_a_linear_network_lies_at_its_boundary():
+def test_the_nearest_adversarial_example_of_a_linear_network_lies_at_its_boundary():
     torch.manual_seed(0)
     weight = torch.randn(2, 12)
     network, images = _linear(weight), 0.3 + 0.4 * torch.rand(20, 1, 3, 4)
     logits = network(images)
     distance = (logits[:, 0] - logits[:, 1]).abs() / (weight[0] - weight[1]).norm()
     found = attack_all(MinimalPerturbation(), network, images, logits.argmax(1))
-    assert found.fooled.all()
+    assert found.misclassified.all()
     assert (found.euclidean >= distance * (1 - 1e-5)).all()
     assert_close(found.euclidean, distance, rtol=0.1, atol=0.01)
     carlini = attack_all(CarliniWagner(10.0, 200, num_searches=5), network, images, logits.argmax(1))
@@ -138,7 +138,7 @@ def test_examples_made_for_one_network_are_not_those_of_another(digits):
         torch.manual_seed(1)
         made.append(attack_all(MinimalPerturbation(20), network, images, network(images).argmax(1)))
     for network, result in zip(networks, made, strict=True):
-        assert ((network(result.images).argmax(1) != network(images).argmax(1)) == result.fooled).all()
+        assert ((network(result.images).argmax(1) != network(images).argmax(1)) == result.misclassified).all()
     assert (made[0].images - made[1].images).abs().amax() > 1e-3
 
 

@@ -258,7 +258,9 @@ def _rows(num_networks=4, num_images=60, num_datasets=1):
             distance = np.exp(generator.normal(size=num_images) - network)
             frame = pd.DataFrame({name: generator.random(num_images) for name in METRICS})
             frame = frame.assign(linearised_distance=distance, lambda_tempered=distance**-2.0, log10_global=3.0)
-            frame = frame.assign(fooled_pgd=distance < np.median(distance), fooled_minimal=True, masked_pgd=False)
+            frame = frame.assign(
+                misclassified_pgd=distance < np.median(distance), misclassified_minimal=True, masked_pgd=False
+            )
             frame = frame.assign(distance_minimal=distance, masked_minimal=False, distance_pgd=1.0)
             frame = frame.assign(correct=True, confidence=generator.uniform(0.1, 0.9, num_images), blackbox_error=0.0)
             names = {"dataset": f"d{dataset}", "model": f"m{network}", "training": "standard", "seed": 0}
@@ -306,16 +308,16 @@ def test_only_images_that_were_right_are_judged():
     wrong = examples.index % 3 == 0
     examples.loc[wrong, "correct"] = False
     examples.loc[wrong, "linearised_distance"] = 1e6
-    examples.loc[wrong, "fooled_pgd"] = True
+    examples.loc[wrong, "misclassified_pgd"] = True
     found = analyse(networks, examples, ATTACKS, 20)
     assert found.per_example.set_index(["metric", "target"]).value["linearised_distance", "pgd"] == pytest.approx(1)
     assert found.networks.linearised_distance.max() < 1e6
 
 
-def test_an_image_that_nothing_fooled_is_the_farthest_and_not_the_nearest():
+def test_an_image_without_an_adversarial_example_is_the_farthest_and_not_the_nearest():
     networks, examples = _rows()
     hard = (examples.model == "m0") & (examples.groupby("model").cumcount() < 40)
-    examples.loc[hard, "fooled_minimal"] = False
+    examples.loc[hard, "misclassified_minimal"] = False
     examples.loc[hard, "distance_minimal"] = 0.0
     examples.loc[hard, "lambda_tempered"] = 1e-9
     found = analyse(networks, examples, ATTACKS, 20)
@@ -323,22 +325,22 @@ def test_an_image_that_nothing_fooled_is_the_farthest_and_not_the_nearest():
     models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
     assert models.set_index(["metric", "target"]).value["lambda_tempered", "distance"] == pytest.approx(1)
     assert found.per_example.set_index(["metric", "target"]).value["lambda_tempered", "distance"] == pytest.approx(1)
-    assert any("No fooling image was found for 40 images" in text for text in findings(found))
+    assert any("No adversarial example was found for 40 images" in text for text in findings(found))
     assert found.distances.num_left_out.tolist() == [40] * 3
 
 
 def test_areas_and_correlations_of_drawn_images_are_those_of_the_libraries():
     generator = np.random.default_rng(0)
     score, nearness = generator.integers(8, size=(2, 40)).astype(float)
-    fooled, known = generator.random((2, 40)) < 0.6
+    misclassified, known = generator.random((2, 40)) < 0.6
     draws = generator.integers(40, size=(5, 40))
     score[3] = math.inf
     for draw, area, link in zip(
-        draws, areas(score, fooled, known, draws), rank_correlations(score, nearness, known, draws), strict=True
+        draws, areas(score, misclassified, known, draws), rank_correlations(score, nearness, known, draws), strict=True
     ):
         chosen = draw[known[draw]]
         ranks = rankdata(score[chosen])
-        assert area == pytest.approx(roc_auc_score(fooled[chosen], ranks))
+        assert area == pytest.approx(roc_auc_score(misclassified[chosen], ranks))
         assert link == pytest.approx(spearmanr(ranks, nearness[chosen]).statistic)
 
 
@@ -352,7 +354,7 @@ def test_an_area_is_undefined_where_all_fall_or_the_score_is_constant():
 
 def test_networks_where_an_attack_fells_everything_are_counted_and_said():
     networks, examples = _rows()
-    examples.loc[examples.model == "m1", "fooled_pgd"] = True
+    examples.loc[examples.model == "m1", "misclassified_pgd"] = True
     found = analyse(networks, examples, ATTACKS, 20)
     row = found.per_example.set_index(["metric", "target"]).loc[("lambda", "pgd")]
     assert (row.num_networks, row.num_all) == (3, 4)
@@ -368,7 +370,7 @@ def _null(seed, num_models=12, num_images=50):
     for model in range(num_models):
         frame = pd.DataFrame({name: 1.0 for name in METRICS}, index=range(num_images))
         frame["lambda"] = metric + 0.3 * generator.normal(size=num_images)
-        frame["fooled_pgd"] = hard + 0.3 * generator.normal(size=num_images) > 0
+        frame["misclassified_pgd"] = hard + 0.3 * generator.normal(size=num_images) > 0
         frames.append(frame.assign(correct=True, distance=1.0, dataset="d", model=model, training="t", seed=0))
     return pd.concat(frames, ignore_index=True)
 
@@ -420,7 +422,7 @@ def test_confident_images_are_compared_with_others_of_the_same_network():
     assert bins.num_examples.tolist() == [160, 80]
     networks, _ = _rows()
     said = [text for text in findings(analyse(networks, examples, ATTACKS, 5)) if text.startswith("Saturation")]
-    assert "as if the fooling images of the confident ones lay 1e+02 times as far" in said[0]
+    assert "as if the adversarial examples of the confident ones lay 1e+02 times as far" in said[0]
 
 
 def test_masked_images_are_said():

@@ -228,8 +228,8 @@ def test_pixels_that_slip_past_the_data_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_order_of_lambda_is_judged_by_closed_forms():
-    values, fooled = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([False, True, False, True])
-    assert ranking(values, fooled)["value"] == 0.75  # 3 of the 4 pairs
+    values, misclassified = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([False, True, False, True])
+    assert ranking(values, misclassified)["value"] == 0.75  # 3 of the 4 pairs
     perfect = ranking(values, torch.tensor([False, False, True, True]))
     assert (perfect["low"], perfect["value"], perfect["high"]) == (1, 1, 1)
     assert_close(perfect["p"], 1 / 3)  # 2 of the 6 ways to choose two of four are as far from the middle
