@@ -1,8 +1,9 @@
-"""Short texts for ``repr``: what a value is in one line, whatever the size of the tensors in it."""
+"""Short texts of results: one line for ``repr``, a small table for ``print``."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,40 @@ def spread(values: Tensor) -> str:
     return f"median {known.median():.4g}, largest {known.max():.4g}"
 
 
+def table(title: str, columns: Mapping[str, Tensor], footer: str = "") -> str:
+    """Return columns of numbers ``(B,)`` as text: a row per example, the first eight of them.
+
+    Example:
+        >>> import torch
+        >>> print(table("2 examples", {"λ": torch.tensor([0.5, 12.0]), "converged": torch.tensor([True, False])}))
+        2 examples
+        example    λ  converged
+              0  0.5        yes
+              1   12         no
+    """
+    count = len(next(iter(columns.values())))
+    shown = min(count, _MOST_ROWS)
+    cells = [["example", *map(str, range(shown))]]
+    cells += [[name, *map(_cell, values[:shown].tolist())] for name, values in columns.items()]
+    widths = [max(map(len, column)) for column in cells]
+    rows = [
+        "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
+        for row in zip(*cells, strict=True)
+    ]
+    if count > shown:
+        rows.append(f"… and {examples(count - shown)} more")
+    return "\n".join([title, *rows, *([footer] if footer else [])])
+
+
 _MOST_VALUES = 4
+_MOST_ROWS = 8
 _LONGEST = 90
+
+
+def _cell(value: float | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}"
 
 
 def _kind(value: Tensor | np.ndarray) -> str:

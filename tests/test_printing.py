@@ -49,6 +49,11 @@ def _network():
     return cases.tiny_network()
 
 
+def _many_classes():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 30))
+
+
 def _inputs(count=8):
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
 
@@ -185,3 +190,46 @@ def test_a_monitor_shows_its_last_number(tmp_path):
     trainer = cases.trainer(tmp_path, callbacks=[monitor])
     trainer.fit(cases.Plain(_network()), cases.tiny_batches(), cases.tiny_batches(seed=1))
     _checked(monitor, f"lambda_max_mean={monitor.history[-1]['fisher/lambda_max_mean']:.4g}")
+
+
+def test_an_estimate_prints_a_row_per_example_with_its_interval():
+    solver = Lanczos(num_steps=20, is_exact=True, failure_probability=1e-6)
+    result = fisher_spectral_norm(_many_classes(), _inputs(3), solver=solver)
+    lines = str(result).splitlines()
+    assert lines[1].split() == ["example", "λ", "lower", "upper", "residual", "converged"]
+    found = result.interval(1e-6)
+    for i, line in enumerate(lines[2:5]):
+        cells = line.split()
+        wanted = [i, result.eigenvalue[i], found.lower[i], found.upper[i], result.residual[i]]
+        assert [float(cell) for cell in cells[:5]] == pytest.approx([float(number) for number in wanted], rel=1e-3)
+        assert cells[5] == "yes"
+    assert lines[5] == "lower <= λ <= upper, except with probability 1e-06 for each example"
+    assert len(lines) == 6
+
+
+def test_a_long_batch_prints_eight_rows_and_what_is_left():
+    lines = str(fisher_spectral_norm(_network(), _inputs(20), solver=Exact())).splitlines()
+    assert len(lines) == 12
+    assert lines[-2:] == ["… and 12 examples more", "lower <= λ <= upper, certain up to round-off"]
+
+
+def test_an_estimate_by_difference_quotients_promises_no_upper_end():
+    result = fisher_spectral_norm(_many_classes(), _inputs(2))
+    assert not result.residual_is_exact
+    assert str(result).splitlines()[1].split() == ["example", "λ", "residual", "converged"]
+    assert str(result).splitlines()[-1] == "λ is an estimate from below"
+
+
+def test_several_eigenvalues_print_side_by_side():
+    lines = str(fisher_eigenpairs(_network(), _inputs(2), 2)).splitlines()
+    assert lines[1].split() == ["example", "λ_1", "λ_2", "largest", "residual", "converged"]
+
+
+def test_an_estimate_by_queries_prints_its_errors_and_why_a_number_is_missing():
+    network = _network()
+    found = blackbox_spectral_norm(lambda x: network(x).softmax(1), _inputs(2), estimator=BlackBox(num_queries=40))
+    assert "standard error" in str(found)
+    assert "40 queries each" in str(found)
+    with pytest.warns(UserWarning, match="no answer differs"):
+        missing = blackbox_spectral_norm(lambda x: torch.eye(3)[torch.zeros(len(x)).long()], _inputs(2))
+    assert "example 1: NaN, since no answer differs from the one at the input" in str(missing)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisher_reg.blackbox.questions import Questions
 from fisher_reg.blackbox.service import Service
-from fisher_reg.printing import examples, spread
+from fisher_reg.printing import examples, spread, table
 
 CONSTANT = "no answer differs from the one at the input"
 UNRESOLVED = "the answers do not resolve the step"
@@ -58,6 +58,11 @@ class BlackBoxResult:
             f"BlackBoxResult({examples(len(self.eigenvalue))}: eigenvalue {spread(self.eigenvalue)}; "
             f"{missing} without a number; {self.num_queries} queries each)"
         )
+
+    def __str__(self) -> str:
+        columns = {"λ": self.eigenvalue, "standard error": self.standard_error, "trace": self.trace, "step": self.step}
+        reasons = [f"example {i}: NaN, since {why}" for i, why in enumerate(self.reason) if why]
+        return table(f"Largest eigenvalue λ of F by {self.num_queries} queries each", columns, "\n".join(reasons[:8]))
 
 
 class BlackBoxEstimator(Protocol):

@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fisher_reg.printing import examples, short_repr, spread
+from fisher_reg.printing import examples, short_repr, spread, table
 from fisher_reg.solvers.linalg import cat_padded, symmetric_eigen
 
 
@@ -70,6 +70,17 @@ class Interval:
             f"Interval({examples(len(self.lower))}: lower {spread(self.lower)}; upper {spread(self.upper)}; "
             f"failure_probability={self.failure_probability:g})"
         )
+
+    def __str__(self) -> str:
+        columns = {"lower": self.lower, "upper": self.upper, "relative width": self.relative_width}
+        return table("lower <= λ <= upper", columns, self.certainty)
+
+    @property
+    def certainty(self) -> str:
+        """How certain ``upper`` is, in words."""
+        if self.failure_probability == 0:
+            return "certain up to round-off"
+        return f"except with probability {self.failure_probability:g} for each example"
 
     @property
     def relative_width(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisher_reg.printing import examples, spread
+from fisher_reg.printing import examples, spread, table
 from fisher_reg.solvers.interval import Interval, RandomStart, check_probability, majorant
 from fisher_reg.solvers.linalg import cat_padded
 from fisher_reg.solvers.protocols import FactoredOperator
@@ -84,6 +84,23 @@ class EigenResult:
         return (
             f"EigenResult({count}: eigenvalue {spread(top)}; {int((~self.converged).sum())} not converged; "
             f"{self.num_matvecs} matvecs by {type(self.solver).__name__})"
+        )
+
+    def __str__(self) -> str:
+        by = f"{self.num_matvecs} matrix-vector products by {type(self.solver).__name__}"
+        if self.eigenvalue.ndim > 1:
+            values = {f"λ_{i + 1}": value for i, value in enumerate(self.eigenvalue.unbind(1))}
+            columns = values | {"largest residual": self.residual.amax(1), "converged": self.converged.all(1)}
+            return table(f"Largest eigenvalues of F, {by}", columns)
+        columns, footer = {"λ": self.eigenvalue}, "λ is an estimate from below"
+        if self.residual_is_exact:
+            found = self.interval()
+            columns |= {"lower": found.lower, "upper": found.upper}
+            footer = f"lower <= λ <= upper, {found.certainty}"
+        return table(
+            f"Largest eigenvalue λ of F, {by}",
+            columns | {"residual": self.residual, "converged": self.converged},
+            footer,
         )
 
     @property
