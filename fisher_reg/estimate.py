@@ -1,4 +1,4 @@
-"""How sensitive is a prediction to its input: the numbers that users ask for."""
+"""Estimates of the sensitivity of a prediction to its input: eigenvalues, trace and effective rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from fisher_reg.solvers import (
 from fisher_reg.trace import Hutchinson
 
 _MAX_EXACT_TRACE = 16
-"""Outputs up to which the exact trace takes no more passes than the sampled one: about 4 + 4 of Lanczos, 8 samples."""
+"""Up to this many outputs the exact trace costs no more than the sampled one: about 4 + 4 passes, and 8 samples."""
 
 
 def fisher_spectral_norm(
@@ -63,34 +63,35 @@ def fisher_spectral_norm(
     ``eps`` can cause. No labels are needed. F is never formed.
 
     Args:
-        model: Maps ``(B, *S)`` to logits ``(B, K)``, each example by itself. Of a module the deployed function is
-            meant (running statistics of batch norm, no dropout), whatever mode it is in. It is only read: a copy of it
-            runs, which shares the parameters. Another callable is taken as it is found.
+        model: Maps ``(B, *S)`` to logits ``(B, K)``, each example independently. A module is evaluated as the deployed
+            function (running statistics of batch norm, no dropout), in whichever mode it is. It is not modified: the
+            call runs a copy that shares the parameters. Any other callable is called unchanged.
         inputs: ``(B, *S)``, floating point; not modified. Half precision is promoted to float32, and TensorFloat-32 is
             off during the call.
-        solver: :class:`Exact` (``K`` backward passes), :class:`Lanczos` (a few pairs of passes, whatever ``K``) or
-            :class:`PowerIteration`. By default the cheaper of the first two; the result says which.
+        solver: :class:`Exact` (``K + 1`` backward passes), :class:`Lanczos` (a few pairs of passes, for any ``K``) or
+            :class:`PowerIteration`. By default the cheaper of the first two; ``result.solver`` is the one used.
         likelihood: :class:`Categorical`, :class:`Bernoulli` or :class:`Gaussian`.
-        input_std: If ``model`` is fed ``(pixels - mean) / std``, pass that ``std`` to get the Fisher matrix in
-            pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`: a number, a list of one per channel, or a tensor
-            that is broadcastable to one example ``*S``.
+        input_std: If the inputs of ``model`` are ``(pixels - mean) / std``, pass that ``std`` to get the Fisher matrix
+            with respect to pixels, :math:`\mathrm{diag}(1/s) F \mathrm{diag}(1/s)`: a number, a list with one number
+            per channel, or a tensor that is broadcastable to one example ``*S``.
         side_inputs: More arguments of the model (an attention mask, a class embedding): one tensor, a tuple for
-            ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them follow their
-            examples wherever a part of the batch is evaluated; they are not differentiated.
-        generator: Source of the small random part of the start vector; by default a fixed one.
-        memory_budget: Bytes of the autograd graph and of the solver's vectors at once; a larger batch goes in parts,
-            which gives the same numbers. None is :data:`fisher_reg.chunks.DEFAULT_MEMORY_BUDGET`, 4 GiB, and on a CUDA
-            device at most half of the memory that is free. A batch of 16 examples or more is measured (by a forward of
-            two examples and one of one) where the budget is less than 1,024 numbers per number of ``inputs``. If it
-            does not fit, one forward without gradient shows whether its parts have the logits that they have in it; a
-            model that takes only the whole batch gets it whole.
+            ``model(inputs, *side_inputs)``, or a mapping for keywords. Tensors ``(B, ...)`` among them are indexed with
+            the examples if only a part of the batch is evaluated; they are not differentiated.
+        generator: Generator of the random part of the start vector; by default a fixed one.
+        memory_budget: Largest number of bytes of the autograd graph and the solver's vectors together. A larger batch
+            is split into parts, which gives the same numbers. By default
+            :data:`fisher_reg.chunks.DEFAULT_MEMORY_BUDGET`, 4 GiB, and on a CUDA device at most half of the free
+            memory. The memory is measured (by forwards of two examples and of one) for a batch of 16 examples or more,
+            if the budget is less than 1,024 numbers per entry of ``inputs``. If the batch does not fit, one forward
+            without gradient tests whether the parts have the same logits as in the whole batch. If not, the batch is
+            not split.
 
     Returns:
         Fields with leading axis ``B``. ``eigenvalue`` is in nats per squared input unit, carries no gradient, and never
         exceeds the true value beyond round-off; one eigenvalue of F lies within ``residual`` of it.
 
     Raises:
-        TypeError: For a class or a name where an object is meant, as in ``solver=Lanczos``.
+        TypeError: For a class or a name instead of an object, as in ``solver=Lanczos``.
         ValueError: If ``inputs`` is not a non-empty floating-point batch, or the logits are not ``(B, K)`` with finite
             values and ``K`` large enough for the likelihood.
         NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
@@ -129,19 +130,19 @@ def fisher_eigenpairs(
 ) -> EigenResult:
     r"""Estimate the ``num_eigenpairs`` largest eigenvalues of the input-space Fisher matrix and their eigenvectors.
 
-    F has rank ``K - 1`` at most for one label out of ``K``; pairs beyond the rank are zero.
+    For a categorical distribution F has rank at most ``K - 1``; pairs beyond the rank are zero.
 
     Args:
-        model: As in :func:`fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        num_eigenpairs: How many, at most ``K``.
-        solver: :class:`Exact` (default; ``K`` backward passes) or :class:`Lanczos` (``num_eigenpairs`` forward and
+        num_eigenpairs: Number of eigenpairs, at most ``K``.
+        solver: :class:`Exact` (default; ``K + 1`` backward passes) or :class:`Lanczos` (``num_eigenpairs`` forward and
             backward passes per step).
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
-        generator: Source of the random part of the start vectors.
-        memory_budget: Bytes of graph and solver at once.
+        generator: Generator of the random part of the start vectors.
+        memory_budget: Largest number of bytes of graph and vectors.
 
     Returns:
         Fields with leading axes ``(B, num_eigenpairs)``, descending; ``eigenvector`` is ``(B, num_eigenpairs, *S)``.
@@ -182,20 +183,20 @@ def fisher_effective_rank(
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""Estimate :math:`\mathrm{tr} F / \lambda_\max(F)`, per example: how many directions move the prediction.
+    r"""Estimate :math:`\mathrm{tr} F / \lambda_\max(F)`, per example: the effective number of sensitive directions.
 
     Between 1 and the rank of F. Also called intrinsic dimension, and the stable rank of ``A``.
 
     Args:
-        model: As in :func:`fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        solver: Of the denominator.
-        estimator: Of the numerator, as in :func:`fisher_trace`.
+        solver: The solver of the eigenvalue.
+        estimator: The estimator of the trace, as in :func:`fisher_trace`.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation; it changes the ratio.
         side_inputs: More arguments of the model.
-        generator: Source of both.
-        memory_budget: Bytes of graph and solver at once.
+        generator: Generator for the solver and the estimator.
+        memory_budget: Largest number of bytes of graph and vectors.
 
     Returns:
         ``(B,)``; zero where F is zero.
@@ -229,23 +230,24 @@ def fisher_spectral_norm_and_trace(
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
 ) -> tuple[EigenResult, Tensor]:
-    """Estimate both at the cost of one: the trace is known on the solver's search space, and only the rest is sampled.
+    """Estimate both together: the trace is exact on the solver's search space, and only the rest is sampled.
 
     Args:
-        model: As in :func:`fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        solver: By default :class:`Exact` where the trace takes all ``K`` passes anyway, else as there.
+        solver: By default :class:`Exact` if the trace takes ``K`` passes anyway, else as in
+            :func:`fisher_spectral_norm`.
         estimator: As in :func:`fisher_trace`; the solver of a :class:`Hutchinson` is not used.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
-        generator: Source of both.
-        memory_budget: Bytes of graph and solver at once.
+        generator: Generator for the solver and the estimator.
+        memory_budget: Largest number of bytes of graph and vectors.
 
     Returns:
-        As :func:`fisher_spectral_norm`, and the trace ``(B,)``, never below the eigenvalue. Difference quotients of the
-        default solver shape its search space, so that a sampled trace depends on the batch by their error, about 1e-3
-        of what is sampled; ``solver=Lanczos(is_exact=True)`` takes none.
+        The result of :func:`fisher_spectral_norm`, and the trace ``(B,)``, never below the eigenvalue. The search space
+        of the default solver depends on difference quotients. Their error depends on the batch, and changes a sampled
+        trace by about 1e-3 of the sampled part; ``solver=Lanczos(is_exact=True)`` uses no difference quotients.
 
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
@@ -280,7 +282,7 @@ def solved_with_trace(
 
 
 def method_with_trace(num_outputs: int, *, solver: Solver | None, estimator: TraceEstimator | None) -> object:
-    """Return what keeps the most vectors in :func:`solved_with_trace`."""
+    """Return the solver or estimator that keeps the most vectors in :func:`solved_with_trace`."""
     estimator = estimator or automatic_trace_estimator(num_outputs)
     return estimator if isinstance(estimator, Exact) else solver or automatic_solver(num_outputs)
 
@@ -298,20 +300,20 @@ def fisher_trace(
 ) -> Tensor:
     r"""Estimate the trace of the input-space Fisher matrix, per example: the sum of its eigenvalues.
 
-    It is the expected squared length of the score :math:`\nabla_x \log p(y|x)`, and ``trace / 2 * eps**2 / d`` is the
-    KL divergence that a random perturbation of length ``eps`` causes on average, to second order.
+    The trace is the expected squared length of the score :math:`\nabla_x \log p(y|x)`. ``trace / 2 * eps**2 / d`` is,
+    to second order, the mean KL divergence that random perturbations of length ``eps`` cause.
 
     Args:
-        model: As in :func:`fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        estimator: :class:`Exact` (``K`` backward passes, right to round-off) or :class:`Hutchinson` (the passes of a
+        estimator: :class:`Exact` (``K`` backward passes, exact up to rounding) or :class:`Hutchinson` (the passes of a
             solver and ``num_samples`` backward passes, unbiased, never below the eigenvalue). By default ``Exact``
-            where it takes no more passes.
+            if it costs no more passes.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
-        generator: Source of the random probes; by default a fixed one.
-        memory_budget: Bytes of graph and solver at once.
+        generator: Generator of the random probes; by default a fixed one.
+        memory_budget: Largest number of bytes of graph and vectors.
 
     Returns:
         ``(B,)``, in nats per squared input unit, without gradient.
@@ -340,14 +342,14 @@ def fisher_trace(
 def automatic_solver(num_outputs: int) -> Solver:
     """Return the cheaper of :class:`Exact` and :class:`Lanczos` for ``num_outputs`` logits.
 
-    Exact takes ``K + 1`` backward passes; Lanczos takes about four and four forwards on trained networks with ten
-    classes.
+    Exact takes ``K + 1`` backward passes; Lanczos takes about four backward passes and four forwards on trained
+    networks with ten classes.
     """
     return Exact() if num_outputs <= 6 else Lanczos()
 
 
 def automatic_trace_estimator(num_outputs: int) -> TraceEstimator:
-    """Return :class:`Exact` where that takes no more passes than :class:`Hutchinson`, else the latter."""
+    """Return :class:`Exact` if it takes no more passes than :class:`Hutchinson`, else :class:`Hutchinson`."""
     return Exact() if num_outputs <= _MAX_EXACT_TRACE else Hutchinson()
 
 
@@ -361,8 +363,8 @@ def evaluation_operator(
 ) -> Generator[InputFisher, None, None]:
     """Build the operator of the deployed function in full precision, without TensorFloat-32.
 
-    It is what every estimate is made from: for a solver of one's own, or for products with F. Autograd is on inside
-    the block, whatever surrounds it. Cost: one forward, whose graph lives as long as the operator.
+    Use it for products with F or with a user-defined solver; every estimate of this package uses it. Autograd is on
+    inside the block, also under ``no_grad``. Cost: one forward, whose graph lives as long as the operator.
 
     Args:
         model: As in :func:`fisher_spectral_norm`, like all arguments.
@@ -372,13 +374,13 @@ def evaluation_operator(
         side_inputs: More arguments of the model.
 
     Yields:
-        The operator, whose vectors are flat: inputs ``(B, d)``, outputs ``(B, K)``. Use it inside the block.
+        The operator. Its vectors are flat: inputs ``(B, d)``, outputs ``(B, K)``. Use it only inside the block.
 
     Raises:
         ValueError: As in :func:`fisher_spectral_norm`.
 
     Example:
-        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # F = [[1, 0], [0, 0]] where both classes are as likely
+        >>> weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # F = [[1, 0], [0, 0]] if both classes have p = 0.5
         >>> with evaluation_operator(lambda x: x @ weight.T, torch.zeros(1, 2)) as fisher:
         ...     fisher.mv(torch.tensor([[2.0, 3.0]]))
         tensor([[2., 0.]])
@@ -407,12 +409,12 @@ def _trace_beside(
 
 
 def warn_of_range(values: Tensor, vectors: Tensor, name: str) -> None:
-    """Say how many values ``(B, ...)`` of vectors ``(B, ..., *S)`` that are not zero the precision cannot hold."""
+    """Warn if values ``(B, ...)`` of nonzero vectors ``(B, ..., *S)`` underflow or overflow in their precision."""
     has_vector = vectors.flatten(values.ndim).abs().amax(-1) > 0
     too_small, too_large = torch.stack([((values == 0) & has_vector).sum(), values.isinf().sum()]).cpu().tolist()
     if too_small or too_large:
         warnings.warn(
-            f"{too_small} {name} are too small and {too_large} too large for {values.dtype}: they come out as zero and "
-            "infinity. Pass the model and the inputs in double precision.",
+            f"{too_small} {name} are too small and {too_large} too large for {values.dtype}: they are returned as zero "
+            "and infinity. Pass the model and the inputs in double precision.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-r"""In which norm a perturbation of the input is measured, and the norm that is dual to it."""
+r"""Norms of a perturbation of the input, their dual norms and steepest perturbations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True)
 class L2(Geometry):
-    """The Euclidean norm, which is its own dual.
+    """The Euclidean norm, which is self-dual.
 
     Example:
         >>> L2().steepest(torch.tensor([[3.0, -4.0]]))
@@ -55,7 +55,7 @@ class L2(Geometry):
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the unit vector along the gradient."""
-        # division by the largest entry first: the squares of a saturated network's gradients underflow
+        # divide by the largest entry first: the squares of the gradients of a saturated network underflow
         tiny = torch.finfo(gradient.dtype).tiny
         scaled = gradient / gradient.abs().amax(1, keepdim=True).clamp_min(tiny)
         direction: Tensor = scaled / scaled.norm(dim=1, keepdim=True).clamp_min(tiny)
@@ -68,7 +68,7 @@ class L2(Geometry):
 
 @dataclass(frozen=True)
 class LInf(Geometry):
-    r"""The largest entry, :math:`\|\delta\|_\infty`; its dual is :math:`\|g\|_1`, its steepest perturbation the sign.
+    r"""The maximum norm :math:`\|\delta\|_\infty`. Its dual is :math:`\|g\|_1`, its steepest perturbation the sign.
 
     Example:
         >>> LInf().steepest(torch.tensor([[3.0, -4.0, 0.0]]))

@@ -1,7 +1,7 @@
-r"""Output distributions: how a change of the logits changes the predicted distribution.
+r"""Output distributions and their Fisher matrices with respect to the logits.
 
-Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, through the factor :math:`L` alone.
-Adding a distribution is adding one class with the members of :class:`Likelihood`.
+Each likelihood defines the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, by products with the factor
+:math:`L`. A new distribution is one class with the members of :class:`Likelihood`.
 
 Public: all of ``__all__``.
 """
@@ -22,14 +22,14 @@ __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood"]
 
 
 class Likelihood(Protocol):
-    r"""What the Fisher operator needs to know of an output distribution with logits ``(B, K)``.
+    r"""The members of an output distribution with logits ``(B, K)``.
 
     Attributes:
-        min_outputs: Smallest ``K`` for which the distribution has something to say.
-        shift_invariant: Whether adding one number to all logits leaves the distribution as it is.
+        min_outputs: Smallest possible ``K``.
+        shift_invariant: Whether adding one number to all logits does not change the distribution.
 
-    A class attribute ``leaves_out = True`` says that a logit of minus infinity is a class, or a label, with a
-    probability of zero; without it such a logit is refused.
+    With a class attribute ``leaves_out = True`` a logit of minus infinity means a class, or a label, with a probability
+    of zero; without it such a logit is an error.
     """
 
     min_outputs: ClassVar[int]
@@ -42,9 +42,9 @@ class Likelihood(Protocol):
         r"""Apply :math:`L^\top` to ``cotangent`` ``(B, K)``."""
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the logit direction ``(B, K)`` that most likely dominates, and its weight ``(B,)``.
+        r"""Return the logit direction ``(B, K)`` that is most likely the dominant one, and its weight ``(B,)``.
 
-        The direction :math:`c` carries no gradient and its weight :math:`\omega` does;
+        The direction :math:`c` carries no gradient, its weight :math:`\omega` does;
         :math:`\omega\,c c^\top \preceq \Sigma` for each example.
         """
 
@@ -52,7 +52,7 @@ class Likelihood(Protocol):
         r"""Return :math:`\mathrm{KL}(p_z \,\|\, p_{z'})` ``(B,)`` in nats, with gradient to both."""
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """At most ``count`` logit directions ``(B, count, K)`` whose span most likely holds what dominates.
+        """At most ``count`` logit directions ``(B, count, K)`` whose span most likely contains the dominant one.
 
         The first is that of :meth:`contrast`.
         """
@@ -60,14 +60,14 @@ class Likelihood(Protocol):
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
         r"""Draw labels :math:`y` under the model, as ``(B, K)`` :math:`w` with :math:`L^\top w = \nabla_z \log p(y)`.
 
-        :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`. The same random numbers serve all
-        examples, so that none depends on the others in the batch.
+        :math:`\mathrm{E}[w w^\top]` is the identity on the range of :math:`L`. All examples use the same random
+        numbers, so that no result depends on the other examples of the batch.
         """
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
         r"""Largest :math:`\lambda_\max(W^\top \Sigma(z) W)` over all logits, a scalar in double precision.
 
-        ``rows`` is :math:`W` ``(K, D)``, the identity where it is None. The bound is reached for some logits.
+        ``rows`` is :math:`W` ``(K, D)``, or None for the identity. The bound is attained for some logits.
         """
 
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -76,13 +76,13 @@ class Likelihood(Protocol):
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    r"""One label out of ``K``: :math:`p = \mathrm{softmax}(z)`, :math:`\Sigma = \mathrm{diag}(p) - p p^\top`.
+    r"""One label out of ``K`` classes: :math:`p = \mathrm{softmax}(z)`, :math:`\Sigma = \mathrm{diag}(p) - p p^\top`.
 
-    With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is taken as
+    With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is computed as
     :math:`\exp(\tfrac12 \log p)`, so that value and gradient stay finite when the softmax saturates. Since
-    :math:`L 1 = 0`, a tangent may be counted from its entry at the likeliest class, and the entries of
-    :math:`L^\top u` add up to zero: both keep the small numbers of a saturated softmax from drowning in the rounding of
-    that one class.
+    :math:`L 1 = 0`, the entry of the most probable class can be subtracted from a tangent, and the entries of
+    :math:`L^\top u` sum to zero. Both are used so that the rounding error of the most probable class does not exceed
+    the small numbers of the other classes.
     """
 
     min_outputs: ClassVar[int] = 2
@@ -104,10 +104,10 @@ class Categorical(Likelihood):
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         r"""Contrast the two most probable classes: :math:`c = e_1 - e_2` with weight :math:`p_1 p_2`.
 
-        :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
+        This is the term of the largest weight in :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`.
 
         Returns:
-            Direction ``(B, K)`` and weight ``(B,)``, zero where all classes but one are left out.
+            Direction ``(B, K)`` and weight ``(B,)``, zero if only one class has a finite logit.
         """
         first, second = logits.topk(2, dim=1).indices.unbind(1)
         direction = torch.zeros_like(logits)
@@ -117,11 +117,11 @@ class Categorical(Likelihood):
         return direction, log_p.gather(1, pair).sum(1).exp()
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, right also where it is far smaller than its terms."""
+        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, accurate also if it is much smaller than its terms."""
         return categorical_divergence(logits, moved)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
+        """The contrast of the two most probable classes, and indicators of the next ones: ``count`` directions."""
         ranked = logits.topk(min(count + 1, logits.shape[1]), dim=1).indices
         indicators = torch.nn.functional.one_hot(ranked, logits.shape[1]).to(logits)
         contrast = indicators[:, :1] - indicators[:, 1:2]
@@ -131,7 +131,7 @@ class Categorical(Likelihood):
         r"""Draw one label per example: :math:`w = e_y / \sqrt{p_y}`, ``(B, K)``."""
         probabilities = logits.double().softmax(1)
         quantile = uniform(probabilities[0, :1], generator)
-        # the inverse distribution function; rounding may leave the last sum below one
+        # inverse of the distribution function, whose last value may be below one by rounding
         label = (probabilities.cumsum(1) <= quantile).sum(1, keepdim=True)
         label = torch.minimum(label, _last_possible(probabilities))
         return torch.zeros_like(logits).scatter_(1, label, probabilities.gather(1, label).rsqrt().to(logits))
@@ -140,7 +140,7 @@ class Categorical(Likelihood):
         r"""Return :math:`\tfrac14 \max_{jk} \|w_j - w_k\|^2`, 1/2 for the identity.
 
         :math:`v^\top W^\top \Sigma W v` is the variance of :math:`w_k^\top v` over the labels. By Popoviciu's
-        inequality it is at most a quarter of the squared range, which even odds for two labels reach.
+        inequality it is at most a quarter of the squared range, attained for two labels with probability 1/2.
         """
         if rows is None:
             return torch.tensor(0.5, dtype=torch.float64)
@@ -149,7 +149,7 @@ class Categorical(Likelihood):
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
         r"""Return the largest eigenvalue of :math:`(L W)^\top L W`.
 
-        Without rows it is never below the true value, at most 1e-12 of it above, and has first derivatives only.
+        Without rows it is at least the true value, at most 1e-12 of it larger, and has only first derivatives.
         """
         if rows is not None:
             return _whitened_curvature(self, logits, rows)
@@ -178,13 +178,13 @@ class Bernoulli(Likelihood):
         return self.whiten(logits, cotangent)
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the least certain label alone, with weight ``p (1 - p)``."""
+        """Return the indicator of the least certain label, with weight ``p (1 - p)``."""
         variance = _root_bernoulli_variance(logits).square()
         uncertain = logits.abs().argmin(1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        """Add the divergences of the ``K`` labels, ``(B,)``, each that of two classes with logits ``z`` and 0."""
+        """Return the sum of the divergences of the ``K`` labels, ``(B,)``: of two classes with logits ``z`` and 0."""
         before, after = (torch.stack([z, torch.zeros_like(z)], -1).flatten(0, 1) for z in (logits, moved))
         return categorical_divergence(before, after).view_as(logits).sum(1)
 
@@ -199,11 +199,11 @@ class Bernoulli(Likelihood):
         return torch.where(is_one, (-0.5 * logits).exp(), -(0.5 * logits).exp())
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
-        """Return a quarter of the squared norm of ``W``, reached at ``p = 1/2``."""
+        """Return a quarter of the squared norm of ``W``, attained at ``p = 1/2``."""
         return 0.25 * _squared_norm(rows)
 
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        r"""Return the largest eigenvalue of :math:`(L W)^\top L W`, without rows the largest variance."""
+        r"""Return the largest eigenvalue of :math:`(L W)^\top L W`; without rows the largest variance."""
         if rows is None:
             return _root_bernoulli_variance(logits.double()).square().amax(1)
         return _whitened_curvature(self, logits, rows)
@@ -234,16 +234,16 @@ class Gaussian(Likelihood):
         return cotangent / math.sqrt(self.variance)
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the mean of all outputs, with weight ``1 / variance``: no output is special."""
+        """Return the direction of the mean of all outputs, with weight ``1 / variance``."""
         direction = torch.full_like(logits, logits.shape[1] ** -0.5)
         return direction, logits.new_full(logits.shape[:1], 1 / self.variance)
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        """Halve the squared distance of the means over the variance, ``(B,)``."""
+        """Return half the squared distance of the means divided by the variance, ``(B,)``."""
         return (moved - logits).square().sum(1) / (2 * self.variance)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """Mean of all outputs, then single outputs: none is special."""
+        """The mean of all outputs, then indicators of single outputs."""
         num_outputs = logits.shape[1]
         mean = torch.full_like(logits[:1], 1 / num_outputs)
         single = torch.eye(min(count, num_outputs) - 1, num_outputs, dtype=logits.dtype, device=logits.device)
@@ -254,7 +254,7 @@ class Gaussian(Likelihood):
         return normal(logits[0], generator).expand_as(logits)
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
-        """Return the squared norm of ``W`` over the variance, at all logits."""
+        """Return the squared norm of ``W`` divided by the variance, for all logits."""
         return _squared_norm(rows) / self.variance
 
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -265,26 +265,26 @@ class Gaussian(Likelihood):
 def largest_distance(rows: Tensor) -> Tensor:
     """Return the largest Euclidean distance between two rows of ``(K, D)``, differentiable, zero for equal ones.
 
-    It is the distance of a pair, taken from the difference. The pair is found with matrix products, block by block;
-    another pair is farther apart by no more than round-off, ``4 D`` units in the last place of a double.
+    The pair is found with matrix products, block by block, and its distance is computed from the difference. The
+    distance of another pair can be larger only by rounding, ``4 D`` units in the last place of a double.
     """
     with torch.no_grad():
         offsets = rows.detach().double() - rows[0].detach()
         scale = float(offsets.abs().amax())
         first, second = _farthest_pair(offsets / scale) if 0 < scale < math.inf else (0, 0)
-    difference = rows[first] - rows[second] if math.isfinite(scale) else rows  # of endless rows there is no farthest
+    difference = rows[first] - rows[second] if math.isfinite(scale) else rows  # infinite rows have no farthest pair
     distance: Tensor = torch.linalg.vector_norm(difference)
     return distance
 
 
-_MAX_NUMBERS = 2**17  # held at once in a block of doubles: 1 MiB, several times in all, which stays in the caches
+_MAX_NUMBERS = 2**17  # entries of a block of doubles: 1 MiB, of which several fit into the CPU caches
 _MAX_ROWS = 256  # in a block; more would count most pairs twice
 
 
 def _farthest_pair(rows: Tensor) -> tuple[int, int]:
-    """Return the numbers of the two rows farthest apart.
+    """Return the indices of the two rows farthest apart.
 
-    One row is zero, so that no row is longer than the largest distance: no cancellation spoils that one.
+    One row must be zero, so that no norm exceeds the largest distance, which therefore has no cancellation.
     """
     squares = rows.square().sum(1)
     largest, pair = 0.0, (0, 0)
@@ -293,7 +293,7 @@ def _farthest_pair(rows: Tensor) -> tuple[int, int]:
         block = rows[start : start + size]
         distances = squares[start : start + size, None] + squares[start:] - 2 * block @ rows[start:].mT
         place = distances.argmax()
-        # read together, so that the host waits for the device once; a double holds the place exactly
+        # read together, with one synchronisation; a double represents the index exactly
         found, number = torch.stack([distances.take(place), place.double()]).cpu().tolist()
         if found > largest:
             row, column = divmod(int(number), distances.shape[1])
@@ -334,8 +334,8 @@ def _whitened_curvature(likelihood: Categorical | Bernoulli, logits: Tensor, row
     return torch.cat(largest).clamp_min(0)
 
 
-_BISECTIONS = 54  # of an interval whose ends differ by a factor of two at most
-_SLACK = 1e-13  # above what rounding does to a sum of probabilities
+_BISECTIONS = 54  # of an interval whose ends differ by at most a factor of two
+_SLACK = 1e-13  # larger than the rounding error of a sum of probabilities
 
 
 def _largest_variance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,8 +345,8 @@ def _largest_variance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
 
     .. math:: \lambda - p_1 q = (p_1 - \lambda) \sum_{k>1} \frac{p_k^2}{\lambda - p_k}
 
-    between :math:`\max(p_2, p_1 q)` and :math:`\min(p_1, 2 p_1 q)`, which are those of interlacing, of the first
-    diagonal entry and of Gershgorin's discs. No term cancels, however close to one :math:`p_1` is.
+    between :math:`\max(p_2, p_1 q)` and :math:`\min(p_1, 2 p_1 q)`, the bounds by interlacing, by the first diagonal
+    entry and by Gershgorin's discs. There is no cancellation, also for :math:`p_1` close to one.
 
     Args:
         probabilities: ``(B, K)`` in double precision.
@@ -365,7 +365,7 @@ def _largest_variance(probabilities: Tensor) -> tuple[Tensor, Tensor]:
     numbers = torch.finfo(high.dtype)
     gaps = torch.maximum(high - others, (numbers.eps * high).clamp_min(numbers.tiny))
     rest = others / gaps
-    vector = rest.scatter(1, likeliest, -rest.sum(1, keepdim=True))  # its entries add up to zero
+    vector = rest.scatter(1, likeliest, -rest.sum(1, keepdim=True))  # its entries sum to zero
     return high.squeeze(1) * (1 + _SLACK), torch.nn.functional.normalize(vector, dim=1)
 
 

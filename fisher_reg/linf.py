@@ -1,4 +1,4 @@
-"""How much can a small change of every input entry move a prediction: the Fisher matrix in the linf norm."""
+"""The largest value of the Fisher quadratic form over the linf ball."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ def fisher_linf_norm(
         \lambda_\infty(x) = \max_{\|\delta\|_\infty \le 1} \delta^\top F(x)\, \delta
         = \max_{\|u\|_2 = 1} \|A^\top u\|_1^2, \qquad F = A^\top A .
 
-    ``value / 2 * eps**2`` is, to second order, the largest KL divergence that a perturbation with entries up to ``eps``
-    can cause, as far as the search has found it: what :func:`fisher_reg.fisher_spectral_norm` says of a Euclidean
-    length, said of the size that attacks on images are usually given. For F of rank 1, as of two classes, it is
+    ``value / 2 * eps**2`` is, to second order, the largest KL divergence found for a perturbation with entries of at
+    most ``eps``. It corresponds to :func:`fisher_reg.fisher_spectral_norm` with the linf norm instead of the Euclidean
+    norm, which most attacks on images use. For two classes, where F has rank 1, it is
     :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`. With :math:`d` input entries
     :math:`\lambda_{\max} \le \lambda_\infty \le d\, \lambda_{\max}`.
 
-    Cost: up to ten classes ``K`` backward and one forward-mode pass at most; for more about a dozen backward and three
-    forward-mode passes, at most 16 and 5 (see :class:`SignIteration`).
+    Cost: for at most ten classes, at most ``K`` backward passes and one forward-mode pass; for more classes about a
+    dozen backward and three forward-mode passes, at most 16 and 5 (see :class:`SignIteration`).
 
     Args:
-        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        solver: With the numbers of steps and of starts.
+        solver: Holds the numbers of steps and of starts.
         likelihood: The output distribution.
-        input_std: Standard deviation of the input normalisation. With it perturbations are those of the pixels: every
-            pixel changes by at most 1.
+        input_std: Standard deviation of the input normalisation. With it perturbations are in pixel units: every pixel
+            changes by at most 1.
         side_inputs: More arguments of the model.
-        generator: Source of the random starts; by default a fixed one.
+        generator: Generator of the random starts; by default a fixed one.
 
     Returns:
         Fields with leading axis ``B``; ``perturbation`` is ``(B, *S)``. ``value`` is in nats per squared input unit,
-        carries no gradient, and never exceeds the maximum beyond round-off, since ``perturbation`` attains it. It is a
-        lower bound without a certificate: to find the maximum is NP-hard. On random matrices with 3 to 10 classes and
-        up to 10 entries it is the maximum in more than 99 % of the cases.
+        carries no gradient, and never exceeds the maximum beyond round-off, since ``perturbation`` attains it. It is
+        only a lower bound: to find the maximum is NP-hard. On random matrices with 3 to 10 classes and up to 10 entries
+        it is the maximum in more than 99 % of the cases.
 
     Raises:
-        TypeError: For a class or a name where an object is meant, as in ``solver=SignIteration``.
+        TypeError: For a class or a name instead of an object, as in ``solver=SignIteration``.
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
         NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
 

@@ -1,4 +1,4 @@
-"""What a monitor measures of a batch: eigenvalue, trace, how far the quadratic picture holds, linf value, at once.
+"""The quantities that a monitor measures of a batch: eigenvalue, trace, KL ratio and linf value.
 
 Public: all of ``__all__``.
 """
@@ -30,10 +30,10 @@ class Measurement:
     """Numbers per example of a batch.
 
     Attributes:
-        result: As of :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
+        result: As from :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
         trace: ``(B,)``.
         kl_ratio: ``(B,)``, see :func:`fisher_reg.fisher_kl_ratio`.
-        linf: ``(B,)``, the value of :func:`fisher_reg.fisher_linf_norm` where it was asked for.
+        linf: ``(B,)``, the value of :func:`fisher_reg.fisher_linf_norm`; None unless requested.
     """
 
     result: EigenResult
@@ -61,9 +61,10 @@ def measure(
     geometry: Geometry = EUCLIDEAN,
     memory_budget: int | None = None,
 ) -> Measurement:
-    """Return the numbers of a batch; arguments as of :func:`fisher_reg.fisher_spectral_norm_and_trace`.
+    """Return the numbers of a batch; arguments as in :func:`fisher_reg.fisher_spectral_norm_and_trace`.
 
-    Cost: as there, and one forward; with :class:`fisher_reg.LInf` also that of :func:`fisher_reg.fisher_linf_norm`.
+    Cost: that of this function and one forward; with :class:`fisher_reg.LInf` also that of
+    :func:`fisher_reg.fisher_linf_norm`.
     """
     check_memory_budget(memory_budget, "measure")
 
@@ -96,27 +97,27 @@ def fisher_kl_ratio(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Tensor:
-    r"""Compare KL with its quadratic form along the top eigenvector, at a length that matters, per example.
+    r"""Return the ratio of KL and its quadratic approximation along the top eigenvector, per example.
 
     .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\lambda \epsilon^2 / 2}
 
-    at the :math:`\epsilon` where the denominator is 0.1 nats, but at most 5 % of the length of the input less its mean,
-    and in that of the directions :math:`\pm v` in which the entropy of the prediction grows. About 1: the eigenvalue
-    says what a perturbation of this length does. Far below 1: the function is rough or saturates, so that the gradient
-    at the point does not tell what an attack meets (gradient masking). Above 1, as where predictions are confident: the
-    perturbation does more than the eigenvalue says.
+    at the :math:`\epsilon` at which the denominator is 0.1 nats, but at most 5 % of the norm of the input minus its
+    mean, and in that of the directions :math:`\pm v` in which the entropy of the prediction grows. About 1: the
+    eigenvalue predicts the effect of a perturbation of this length. Far below 1: the function is rough or saturates, so
+    that the gradient at the point does not predict the effect of an attack (gradient masking). Above 1, as for
+    confident predictions: the perturbation has a larger effect than the eigenvalue predicts.
 
     Args:
-        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
+        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not explained here.
         inputs: ``(B, *S)``.
-        solver: Of the eigenvector.
+        solver: The solver of the eigenvector.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
 
     Returns:
-        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite. Cost: one forward beside the
-        estimate.
+        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite. Cost: that of the estimate and
+        one forward.
 
     Raises:
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.

@@ -1,4 +1,4 @@
-"""The estimates as torchmetrics, for anybody's loop.
+"""The estimates as torchmetrics, for any training or evaluation loop.
 
 Public: all of ``__all__``.
 """
@@ -31,10 +31,10 @@ Reduction = Callable[[Tensor], Any]
 
 
 class _PerExampleMetric(Metric):
-    """Collects one value per example, over batches and processes; reduces them all at once.
+    """Collects one value per example, over batches and processes, and reduces all values together.
 
-    A collection of metrics lets those with equal states share their updates. What the values depend on is therefore a
-    state too, as a digest.
+    Metrics of a collection share their updates if their states are equal. A digest of the settings is therefore a
+    state too.
     """
 
     is_differentiable = False
@@ -63,20 +63,20 @@ class _PerExampleMetric(Metric):
             self.settings = torch.tensor(digest, device=self.settings.device)
 
     def extra_repr(self) -> str:
-        """Return what ``repr`` shows: the reduction, and how many examples were seen by this process."""
+        """Return the text of ``repr``: the reduction, and the number of examples seen by this process."""
         count = sum(len(values) for values in self.values) if isinstance(self.values, list) else len(self.values)
         return f"reduction={short(self.reduction)}, {examples(count)}"
 
     def reset(self) -> None:
-        """Forget all examples."""
-        self.values = list(self.values)  # the wrapper Running holds the list itself, which torchmetrics clears
+        """Remove all examples."""
+        self.values = list(self.values)  # torchmetrics clears the old list, which the wrapper Running may hold
         super().reset()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Take over the values of another metric, or of its states.
+        """Add the values of another metric, or of its states.
 
         Raises:
-            ValueError: If they belong to another likelihood, solver, estimator or input normalisation.
+            ValueError: If they were computed with another likelihood, solver, estimator or input normalisation.
         """
         states = incoming_state if isinstance(incoming_state, dict) else vars(incoming_state)
         other = states.get("settings")
@@ -84,14 +84,14 @@ class _PerExampleMetric(Metric):
         if other is not None and bool(own.any()) and bool(other.any()) and not torch.equal(own, other.to(own)):
             raise ValueError(
                 f"The values of two {type(self).__name__} with different settings (likelihood, solver, estimator or "
-                "input_std) are different quantities. Merge metrics that were made alike."
+                "input_std) are different quantities. Merge metrics with equal settings only."
             )
         super().merge_state(incoming_state)
 
     def compute(self) -> Any:
-        """Return the reduction of the values of all examples; without one the values themselves, ``(N,)``.
+        """Return the reduction of the values of all examples, or, without a reduction, the values ``(N,)``.
 
-        Without examples every tensor and number in the result is NaN, whatever the reduction.
+        Without examples every tensor and number in the result is NaN, for every reduction.
         """
         values = dim_zero_cat(self.values) if len(self.values) else torch.zeros(0, device=self.device)
         if self.reduction is None:
@@ -99,12 +99,12 @@ class _PerExampleMetric(Metric):
         return self.reduction(values) if values.numel() else _nothing(self.reduction, values)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one value or several, as every metric of torchmetrics does; needs matplotlib.
+        """Plot one or more values, like every metric of torchmetrics; needs matplotlib.
 
         Args:
-            val: What :meth:`compute` or ``forward`` returned, or a sequence of these over time; by default the result
-                of :meth:`compute`.
-            ax: Axes of matplotlib to draw on; by default a new figure.
+            val: A result of :meth:`compute` or ``forward``, or a sequence of results over time; by default
+                ``compute()``.
+            ax: Axes of matplotlib to draw on; by default those of a new figure.
 
         Returns:
             Figure and axes.
@@ -119,7 +119,7 @@ _DIGEST_SIZE = 32
 
 
 def _digest(*settings: Any) -> list[int]:
-    """Return bytes that differ where settings differ; equal settings nearly always have equal ones."""
+    """Return a hash of the settings: different settings have different bytes, equal ones nearly always equal bytes."""
     texts = [f"{tuple(part.shape)} {part.cpu().tolist()}" if isinstance(part, Tensor) else part for part in settings]
     return list(hashlib.sha256(b"".join(_bytes(part) for part in texts)).digest())
 
@@ -127,15 +127,15 @@ def _digest(*settings: Any) -> list[int]:
 def _bytes(value: Any) -> bytes:
     try:
         return pickle.dumps(value)
-    except Exception:  # whatever an object of the user's raises: then it equals itself alone
+    except Exception:  # an object that cannot be pickled equals only itself
         return f"{type(value).__qualname__} {id(value)}".encode()
 
 
 def _nothing(reduction: Reduction, values: Tensor) -> Any:
-    """Return what a reduction would return, with NaN in place of all numbers; one NaN where it takes no single one."""
+    """Return the result of a reduction with NaN in place of all numbers; one NaN if it raises for a single value."""
     try:
         result = reduction(values.new_full((1,), torch.nan))
-    except Exception:  # whatever the user's reduction raises for a single value
+    except Exception:  # the user's reduction may raise any error for a single value
         return values.new_full((), torch.nan)
     result = apply_to_collection(result, (int, float), lambda number: torch.nan)
     return apply_to_collection(result, Tensor, lambda part: torch.full_like(part, torch.nan, dtype=values.dtype))
@@ -145,22 +145,22 @@ class FisherSpectralNorm(_PerExampleMetric):
     """Largest eigenvalue of the input-space Fisher matrix, reduced over all examples seen.
 
     The model is an argument of ``update`` and not a part of the metric, so that no checkpoint holds it twice. Works
-    under ``no_grad`` and ``inference_mode``. Cost per update: as :func:`fisher_reg.fisher_spectral_norm`.
+    under ``no_grad`` and ``inference_mode``. Cost per update: that of :func:`fisher_reg.fisher_spectral_norm`.
 
-    ``compute`` before ``update`` warns, as every metric of torchmetrics does, and returns NaN. A ``MetricCollection``
-    lets metrics that differ in their reduction alone share one estimate. The wrappers ``Running``, ``MetricTracker``
-    (with ``maximize=False``) and ``MinMaxMetric`` work; ``BootStrapper`` reads the batch size from the first argument,
-    so that it needs them by keyword, inputs first: ``update(inputs=x, model=model)``.
+    ``compute`` before ``update`` warns, like every metric of torchmetrics, and returns NaN. In a ``MetricCollection``
+    metrics that differ only in their reduction share one estimate. The wrappers ``Running``, ``MetricTracker`` (with
+    ``maximize=False``) and ``MinMaxMetric`` work. ``BootStrapper`` reads the batch size from the first argument, so
+    that it needs keywords, inputs first: ``update(inputs=x, model=model)``.
 
     Args:
-        reduction: From the values of all examples ``(N,)`` to the result, a tensor or a dictionary of tensors:
-            :func:`torch.mean` (each example counts alike, whatever the batches), ``torch.max``, ``torch.median``,
-            ``functools.partial(torch.quantile, q=0.95)``, or None for the values themselves.
+        reduction: Function of the values of all examples ``(N,)``, which returns a tensor or a dictionary of tensors:
+            :func:`torch.mean` (every example has the same weight), ``torch.max``, ``torch.median``,
+            ``functools.partial(torch.quantile, q=0.95)``, or None for the values ``(N,)``.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; no result depends on it.
-        kwargs: For :class:`torchmetrics.Metric`.
+        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; it does not change the result.
+        kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Attributes:
         wide_share: Share of the examples whose interval is wider than the solver's ``tolerance`` at its
@@ -229,7 +229,7 @@ class FisherSpectralNorm(_PerExampleMetric):
 
     @property
     def wide_share(self) -> Tensor:
-        """Share of the examples of this process whose interval is wide."""
+        """Share of the examples of this process whose interval is too wide."""
         return self.num_wide / self.num_examples
 
     @property
@@ -243,12 +243,12 @@ class FisherTrace(_PerExampleMetric):
     """Trace of the input-space Fisher matrix, reduced over all examples seen; see :class:`FisherSpectralNorm`.
 
     Args:
-        reduction: As there.
+        reduction: As in :class:`FisherSpectralNorm`.
         estimator: As in :func:`fisher_reg.fisher_trace`.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; no result depends on it.
-        kwargs: For :class:`torchmetrics.Metric`.
+        memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`; it does not change the result.
+        kwargs: Passed to :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = FisherTrace(torch.max)
@@ -292,8 +292,8 @@ class PerExampleValues(_PerExampleMetric):
     """Values that were computed elsewhere, collected over batches and processes.
 
     Args:
-        reduction: As of :class:`FisherSpectralNorm`.
-        kwargs: For :class:`torchmetrics.Metric`.
+        reduction: As in :class:`FisherSpectralNorm`.
+        kwargs: Passed to :class:`torchmetrics.Metric`.
     """
 
     def __init__(self, reduction: Reduction | None = None, **kwargs: Any) -> None:

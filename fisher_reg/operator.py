@@ -1,7 +1,7 @@
 r"""The input-space Fisher matrix as an operator: :math:`F = A^\top A` per example, never formed.
 
 Public: :class:`InputFisher`, which :func:`fisher_reg.evaluation_operator` builds for a model, and three ways to
-differentiate that it can be built with.
+compute its Jacobian-vector products.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _FORWARD_MODE = threading.RLock()  # torch has one level of dual numbers for the
 
 
 def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
-    """Jacobian-vector products by dual numbers: three to six forwards each on a CPU, nothing stored.
+    """Jacobian-vector products by dual numbers: each costs three to six forwards on a CPU and stores nothing.
 
-    A network with an operation that has no forward-mode derivative gets :func:`double_backward` instead, which gives
-    the same numbers.
+    If an operation of the network has no forward-mode derivative, :func:`double_backward` is used instead, which
+    gives the same numbers.
 
     Returns:
         The function that applies the Jacobian.
     """
-    point = inputs.detach().clone()  # expanded inputs share memory, which dual numbers refuse
+    point = inputs.detach().clone()  # make_dual raises an error for expanded inputs, which share memory
 
     def push(tangent: Tensor) -> Tensor:
         with _FORWARD_MODE, torch.no_grad(), twice_differentiable(), forward_ad.dual_level():
@@ -62,14 +62,14 @@ def forward_mode(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jv
 def double_backward(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
     r"""Jacobian-vector products :math:`J v = \partial_w \langle J^\top w, v\rangle` from the graph of ``logits`` alone.
 
-    The function is not called again, so that dropout keeps the one mask that it drew.
+    The function is not called again, so that the dropout masks stay the same.
 
     Returns:
         The function that applies the Jacobian.
 
     Raises:
-        ValueError: If no differentiable path leads from the inputs to the logits, or, when it is applied, if the path
-            has no second derivative.
+        ValueError: If no differentiable path leads from the inputs to the logits, or, when the function is applied, if
+            the path has no second derivative.
     """
     cotangent = torch.zeros_like(logits, requires_grad=True)
     (pulled,) = torch.autograd.grad(logits, inputs, cotangent, create_graph=True, allow_unused=True)
@@ -85,16 +85,16 @@ def double_backward(function: LogitsFunction, inputs: Tensor, logits: Tensor) ->
         (slope,) = torch.autograd.grad(logits, inputs, torch.ones_like(logits), retain_graph=True)
         if bool(slope.any()):
             raise ValueError(_NO_SECOND_DERIVATIVE)
-        return torch.zeros_like(logits)  # as of a sign: the derivative is zero everywhere
+        return torch.zeros_like(logits)  # the derivative is zero everywhere, as for a sign
 
     return jvp
 
 
 def vjp_only(function: LogitsFunction, inputs: Tensor, logits: Tensor) -> Jvp:
-    """No Jacobian-vector products, for uses that need only the adjoint; nothing is prepared or stored."""
+    """No Jacobian-vector products: for uses that need only VJPs; nothing is prepared or stored."""
 
     def jvp(tangent: Tensor) -> Tensor:
-        raise NotImplementedError("This operator was built for backward passes only; give it another linearize.")
+        raise NotImplementedError("This operator was built for backward passes only; pass another linearize.")
 
     return jvp
 
@@ -104,9 +104,9 @@ def difference_quotient(
 ) -> Tensor:
     r"""Jacobian-vector product by :math:`(z(x + h v) - z(x)) / h`: one forward.
 
-    ``slope`` ``(B,)`` is about the largest :math:`\|J v\|` over unit vectors. The step moves the logits by
-    :math:`\sqrt{\varepsilon}` of their size, where round-off and curvature cost alike, about
-    :math:`\sqrt\varepsilon` of the result each; a kink inside the step costs more. Solvers measure the error.
+    ``slope`` ``(B,)`` approximates the largest :math:`\|J v\|` over unit vectors. The step moves the logits by
+    :math:`\sqrt{\varepsilon}` of their size. There the errors by rounding and by curvature are balanced, each about
+    :math:`\sqrt\varepsilon` of the result; a kink inside the step adds more. Solvers measure the error.
 
     Returns:
         ``(B, K)``.
@@ -115,6 +115,7 @@ def difference_quotient(
     rise = slope * tangent.flatten(1).norm(dim=1)
     moves = rise > 0
     size = 1 + magnitude(logits)
+    # h = sqrt(eps) (1 + max |z|) / (slope |v|)
     step = torch.where(moves, numbers.eps**0.5 * size / rise, 1.0).clamp_max(numbers.max**0.5)
     with torch.no_grad():
         moved = function(inputs.detach() + step.view(-1, *[1] * (inputs.ndim - 1)) * tangent)
@@ -122,7 +123,7 @@ def difference_quotient(
 
 
 class InputFisher:
-    r"""Input-space Fisher matrices of a batch, one per example, through their whitened Jacobian.
+    r"""Input-space Fisher matrices of a batch, one per example, as products with their whitened Jacobian.
 
     With logits :math:`z(x)`, :math:`J = \partial z / \partial x` and the factor :math:`L` of the likelihood,
     :math:`A = L J D` and :math:`F = A^\top A`, where :math:`D = \mathrm{diag}(1/\text{input\_std})` is the identity
@@ -132,16 +133,16 @@ class InputFisher:
     Args:
         function: Per-example function from ``(B, *S)`` to logits ``(B, K)``.
         inputs: ``(B, *S)``, floating point.
-        likelihood: What the logits parametrise.
+        likelihood: The output distribution that the logits parametrise.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
         linearize: How an exact ``apply`` differentiates: :func:`forward_mode`, or :func:`double_backward` where the
             function cannot be called again for the same numbers.
         quotients: Whether an ``apply`` that need not be exact is a :func:`difference_quotient`.
-        logits: ``function(inputs)`` where it has been computed already; its graph must reach ``inputs`` and is used
+        logits: ``function(inputs)``, if it has been computed already. Its graph must reach ``inputs``; it is used
             instead of a call.
 
     Raises:
-        ValueError: If the logits have a wrong shape, are not finite, or do not depend on the inputs.
+        ValueError: If the logits have the wrong shape, are not finite, or do not depend on the inputs.
     """
 
     def __init__(
@@ -182,12 +183,12 @@ class InputFisher:
 
         Args:
             tangent: :math:`v`.
-            exact: Whether the result must be right to round-off, even where a slope is given.
-            slope: ``(B,)``, see :meth:`slope_along`. With it the result may be a :func:`difference_quotient`, whose
-                error the caller measures.
+            exact: Whether the result must be exact up to rounding, even if a slope is given.
+            slope: ``(B,)``, see :meth:`slope_along`. With it the result may be a :func:`difference_quotient`; the
+                caller must measure its error.
 
         Returns:
-            A function of the arguments alone.
+            ``(B, K)``; the same arguments give the same numbers.
         """
         direction = self._rescale(tangent.view_as(self.inputs))
         if self.quotients and slope is not None and not exact:
@@ -205,7 +206,7 @@ class InputFisher:
         return self.adjoint(self.apply(vector))
 
     def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
-        r"""Return :math:`\|J^\top w\| / \|w\|` ``(B,)``, :math:`w = L^\top u`: how fast the logits move along ``Aᵀ u``.
+        r"""Return :math:`\|J^\top w\| / \|w\|` ``(B,)``, :math:`w = L^\top u`: slope of the logits along ``Aᵀ u``.
 
         Args:
             cotangent: :math:`u`, ``(B, K)``.
@@ -225,7 +226,7 @@ class InputFisher:
 
         Args:
             cotangent: ``w``.
-            is_last: Whether the graph of the logits is used no more, and its memory is freed.
+            is_last: Whether to free the graph of the logits, which is then not usable any more.
 
         Returns:
             ``(B, d)``.
@@ -237,28 +238,28 @@ class InputFisher:
         return self.function(self.inputs.detach() + self.in_input_units(displacement))
 
     def in_input_units(self, displacement: Tensor) -> Tensor:
-        """Return ``D v`` ``(B, *S)`` for ``v`` ``(B, d)``: what a displacement adds to the inputs."""
+        """Return ``D v`` ``(B, *S)`` for ``v`` ``(B, d)``: a displacement in the unit of the inputs."""
         return self._rescale(displacement.view_as(self.inputs))
 
     def pullback(self, cotangent: Tensor) -> Tensor:
-        """:meth:`slope`, itself differentiable."""
+        """:meth:`slope` with a graph, so that the result can be differentiated."""
         return self._pull(cotangent, create_graph=True)
 
     def restrict(self, keep: Tensor) -> InputFisher | None:
-        """Return the operator of the examples at the indices ``keep`` ``(b,)``, at the cost of their forward.
+        """Return the operator of the examples at the indices ``keep`` ``(b,)``: one forward of these examples.
 
-        None where only the whole batch can be applied: the function must not be called again
-        (:func:`double_backward`), or it does not give these examples the same logits on their own.
+        Returns None if only the whole batch can be used: the function must not be called again
+        (:func:`double_backward`), or it gives these examples other logits than in the whole batch.
         """
         return None if self.linearize is double_backward else self._at(keep)
 
     def split(self, max_examples: int) -> Iterator[InputFisher]:
-        """Yield the operator in chunks of at most ``max_examples``; each but a single one costs its own forward.
+        """Yield operators of parts of at most ``max_examples``; one forward per part if there are several.
 
         A function that takes only the whole batch is not split.
 
         Raises:
-            ValueError: If it takes some parts of the batch and not others.
+            ValueError: If the function takes some parts of the batch but not others.
         """
         for start in range(0, len(self.inputs), max_examples):
             part = self._at(slice(start, start + max_examples)) if len(self.inputs) > max_examples else None
@@ -272,7 +273,7 @@ class InputFisher:
         function = self.function.part(index) if hasattr(self.function, "part") else self.function
         try:
             part = InputFisher(function, self.inputs[index], self.likelihood, self._std, self.linearize, self.quotients)
-        except Exception:  # whatever the user's forward raises for a batch of another size
+        except Exception:  # the user's forward may raise any error for a batch of another size
             return None
         agrees = torch.allclose(
             part.logits, self.logits[index], rtol=1e-3, atol=1e-3 * float(magnitude(self.logits).max())

@@ -13,7 +13,7 @@ from fisher_reg.sampling import normal, signs
 
 
 class ProbedOperator(Protocol):
-    """What a probe needs of an operator."""
+    """The methods of an operator that a probe uses."""
 
     def starts(self, count: int) -> Tensor:
         """At most ``count`` vectors ``(B, count, K)``."""
@@ -25,7 +25,7 @@ class ProbedOperator(Protocol):
 class Probe(Protocol):
     """Draws vectors whose second moment is the identity.
 
-    The same random numbers serve all examples, so that no estimate depends on what else is in the batch.
+    All examples use the same random numbers, so that no estimate depends on the other examples of the batch.
     """
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None) -> Tensor:
@@ -34,7 +34,7 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Rademacher(Probe):
-    """Independent random signs: the smallest variance of all vectors with independent entries."""
+    """Independent random signs: the smallest variance among vectors with independent entries."""
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:
         """Return one vector per example, ``(B, K)``."""
@@ -47,7 +47,7 @@ class Rademacher(Probe):
 
 @dataclass(frozen=True)
 class StandardNormal(Probe):
-    """Independent standard normal numbers: a variance that depends on the eigenvalues alone."""
+    """Independent standard normal numbers: the variance depends only on the eigenvalues."""
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:
         """Return one vector per example, ``(B, K)``."""
@@ -62,9 +62,9 @@ class StandardNormal(Probe):
 class SampledLabels(Probe):
     r"""Labels drawn under the model: each sample is a squared score :math:`\|\nabla_x \log p(y|x)\|^2`.
 
-    For one label out of ``K`` the variance of one sample is
-    :math:`\sum_y p_y \|\nabla_x \log p(y|x)\|^4 - (\mathrm{tr} F)^2`; relative to the squared trace it grows without
-    limit, as :math:`1 / (1 - \max p)`, where the prediction is confident.
+    For a categorical distribution the variance of one sample is
+    :math:`\sum_y p_y \|\nabla_x \log p(y|x)\|^4 - (\mathrm{tr} F)^2`. Relative to the squared trace it grows like
+    :math:`1 / (1 - \max p)` as the prediction becomes confident.
     """
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:

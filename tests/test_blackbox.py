@@ -148,7 +148,7 @@ def test_the_network_gets_no_gradient_and_no_new_mode():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda x: x[:, :3], "sum is off one by .* pass lambda x: predict\\(x\\).softmax"),
+        (lambda x: x[:, :3], "sum of a row differs from one by .* pass lambda x: predict\\(x\\).softmax"),
         (lambda x: torch.full((len(x), 3), 0.3), "off one by 0.1"),
         (lambda x: torch.tensor([[1.5, -0.5]]).expand(len(x), -1), "smallest value is -0.5"),
         (lambda x: torch.full((len(x), 2), torch.nan), "NaN or infinite"),
@@ -166,7 +166,7 @@ def test_bad_inputs_are_refused_before_any_query():
     def never(x):
         raise AssertionError
 
-    with pytest.raises(ValueError, match="rounding; convert inputs and network to float32"):
+    with pytest.raises(ValueError, match="rounding errors; convert inputs and network to float32"):
         blackbox_spectral_norm(never, torch.zeros(2, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="floating-point tensor"):
         blackbox_spectral_norm(never, torch.zeros(2, 3, dtype=torch.uint8))
@@ -273,11 +273,11 @@ def test_a_forest_has_no_eigenvalue():
 
 
 def test_constant_answers_have_no_eigenvalue():
-    with pytest.warns(UserWarning, match="NaN at 2 of 2 because no answer differs.* more digits"):
+    with pytest.warns(UserWarning, match="NaN at 2 of 2 because no prediction differs.* more digits"):
         result = blackbox_spectral_norm(lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), -1), torch.zeros(2, 5))
     assert result.eigenvalue.isnan().all()
     assert result.reason == (CONSTANT, CONSTANT)
-    with pytest.warns(UserWarning, match="no answer differs"):  # also where the budget has no room for the check
+    with pytest.warns(UserWarning, match="no prediction differs"):  # also where the budget has no room for the check
         few = blackbox_spectral_norm(lambda x: torch.full((len(x), 4), 0.25), torch.zeros(2, 5), estimator=BlackBox(9))
     assert few.reason == (CONSTANT, CONSTANT)
 

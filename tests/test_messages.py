@@ -117,7 +117,7 @@ IMAGES = torch.zeros(2, 3, 4, 4)
     ],
 )
 def test_a_batch_in_another_form_is_described_with_the_inputs_fn_for_it(batch, remedy):
-    with _says(MisconfigurationException, "The inputs cannot be told", remedy) as caught:
+    with _says(MisconfigurationException, "The inputs cannot be found in this batch", remedy) as caught:
         find_inputs(batch)
     assert "255" not in str(caught.value)
 

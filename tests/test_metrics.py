@@ -255,7 +255,7 @@ def test_states_of_other_settings_are_not_merged(model):
     second.update(model, torch.randn(2, 6))
     with pytest.raises(ValueError, match="two FisherTrace with different settings"):
         first.merge_state(second)
-    with pytest.raises(ValueError, match="Merge metrics that were made alike"):
+    with pytest.raises(ValueError, match="Merge metrics with equal settings only"):
         first.merge_state(second.metric_state)
 
 

@@ -1,4 +1,4 @@
-"""What a user calls."""
+"""The public function of the black-box estimate."""
 
 from __future__ import annotations
 
@@ -30,30 +30,29 @@ def blackbox_spectral_norm(
 
     Args:
         predict: Maps inputs ``(B, *S)`` to probabilities ``(B, K)``: a network in evaluation mode followed by softmax,
-            an ONNX session, a remote service. It gets a NumPy array where ``inputs`` is one, else a tensor without
-            gradient, may change what it gets, and may return either. It must answer the same question alike each time.
-        inputs: ``(B, *S)``, float32 or float64; an array may have any strides and byte order. Neither changed nor
-            handed out.
+            an ONNX session, a remote service. It gets a NumPy array if ``inputs`` is one, else a tensor without
+            gradient. It may change its argument and may return an array or a tensor. It must be deterministic.
+        inputs: ``(B, *S)``, float32 or float64; an array may have any strides and byte order. ``predict`` gets copies.
         estimator: :class:`BlackBox` with 200 queries by default, or :class:`BlackBoxMax`.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
         bounds: ``(low, high)``, numbers, tensors or arrays that are broadcastable to the inputs, in their unit and
-            precision. No question leaves this range. Without it, questions leave the range of the inputs by a few
-            steps, which are small where the answers follow them. Where no answer moves, three tries take steps a
-            thousand times as long each.
-        max_batch_size: Examples per call of ``predict``, at most. Each question then takes
+            precision. All queries stay in this range. Without bounds, queries leave the range of the inputs by a few
+            small steps. If no prediction changes, up to three more tries are made, with steps a thousand times longer
+            each time.
+        max_batch_size: Largest number of examples per call of ``predict``. Each query then takes
             ``ceil(B / max_batch_size)`` calls.
-        progress: Called as ``progress(done, total)`` after each question, with questions per example.
-        generator: Source of the directions; by default a fixed one.
+        progress: Called as ``progress(done, total)`` after each query, with numbers of queries per example.
+        generator: Generator of the directions; by default a fixed one.
 
     Returns:
-        Fields with leading axis ``B``, on the device of the inputs. An eigenvalue is NaN where the answers do not
-        determine one, with the reason and a ``UserWarning``. Statistical are the number and the self-check; certain
-        are the number of queries and the bounds.
+        Fields with leading axis ``B``, on the device of the inputs. An eigenvalue is NaN if the predictions do not
+        determine it, with a reason and a ``UserWarning``. The eigenvalue and the self-check are statistical; the number
+        of queries and the bounds are exact.
 
     Raises:
         ValueError: Before any query, if ``inputs`` is not a non-empty batch of float32 or float64 within ``bounds``, or
-            an option makes no sense; or if what ``predict`` returns is not probabilities ``(B, K)``: float32 or
-            float64, finite, not negative, each row with sum one.
+            an option is invalid; or if the result of ``predict`` is not probabilities ``(B, K)``: float32 or float64,
+            finite, not negative, each row with sum one.
 
     Example:
         >>> import numpy as np

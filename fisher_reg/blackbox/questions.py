@@ -1,4 +1,4 @@
-"""Which questions are asked: the inputs plus random steps that stay within bounds."""
+"""The queries: the inputs plus random steps that stay within bounds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Questions:
 
     Without bounds :math:`v` is normal and :math:`c = x`. Within bounds :math:`v` is uniform on
     :math:`[-\sqrt 3, \sqrt 3]`, and :math:`c` is the point nearest to x from which no step can leave the range: a pixel
-    at its bound moves inwards by :math:`\sqrt 3 h / \sigma` on average. What that alone does to the answers is the same
-    in every column, and goes with their mean.
+    at its bound moves inwards by :math:`\sqrt 3 h / \sigma` on average. The effect of this shift on the predictions is
+    the same in every column, and is removed with their mean.
 
     Attributes:
         inputs: ``(B, *S)``.
         std: :math:`\sigma`, broadcastable to the inputs.
-        low: Least values, broadcastable to the inputs; None without bounds.
+        low: Smallest values, broadcastable to the inputs; None without bounds.
         high: Largest values; None without bounds.
     """
 
@@ -48,7 +48,7 @@ class Questions:
         return (2 * uniform(self.inputs, generator) - 1) * _REACH / self.std
 
     def unit_direction(self, generator: torch.Generator) -> Tensor:
-        """Return a direction ``v / std`` with ``v`` of length one."""
+        """Return a direction ``v / std`` with ``v`` of norm one."""
         return unit(normal(self.inputs, generator).flatten(1)).view_as(self.inputs) / self.std
 
     def point(self, step: Tensor, direction: Tensor) -> Tensor:
@@ -56,16 +56,16 @@ class Questions:
         return self.around(step * _REACH, step, direction)
 
     def around(self, reach: Tensor, step: Tensor, direction: Tensor) -> Tensor:
-        """Return the points at a step along a direction, from a centre that is ``reach / std`` inside the bounds."""
+        """Return the points at a step along a direction, from a centre at least ``reach / std`` inside the bounds."""
         length = self._per_example(step)
         if self.low is None or self.high is None:
             return self.inputs + length * direction
         margin = self._per_example(reach) / self.std
         centre = self.inputs.maximum(self.low + margin).minimum(self.high - margin)
-        return (centre + length * direction).maximum(self.low).minimum(self.high)  # round-off could leave the range
+        return (centre + length * direction).maximum(self.low).minimum(self.high)  # rounding could leave the range
 
     def largest_step(self) -> Tensor:
-        """Return the length ``(B,)`` of the longest step for which there is room in every pixel."""
+        """Return the length ``(B,)`` of the longest step that stays within the bounds for every pixel."""
         if self.low is None or self.high is None:
             return self.inputs.new_full((len(self.inputs),), torch.inf)
         room = (self.high - self.low) * self.std / (2 * _REACH)
@@ -76,10 +76,10 @@ class Questions:
 
 
 def within(questions: Questions, bounds: Any) -> Questions:
-    """Return the questions within ``bounds``, a pair ``(low, high)``, or None for no bounds.
+    """Return the queries within ``bounds``, a pair ``(low, high)``, or None for no bounds.
 
     Raises:
-        ValueError: If the bounds are no range, or the inputs violate them.
+        ValueError: If the bounds are not a range, or the inputs violate them.
     """
     if bounds is None:
         return questions
@@ -97,7 +97,7 @@ def within(questions: Questions, bounds: Any) -> Questions:
     if not bool((low < high).all()):
         raise ValueError(
             "bounds must be (low, high) with low < high everywhere; the smallest difference is "
-            f"{float((high - low).min()):.3g}. Leave out pixels that cannot move."
+            f"{float((high - low).min()):.3g}. Remove pixels that cannot change."
         )
     _check_inside(inputs, low, high)
     return replace(questions, low=low, high=high)

@@ -1,4 +1,4 @@
-"""What the paper's code computes: the largest of random directional quotients."""
+"""The black-box estimator of the paper's code: the largest of random directional quotients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fisher_reg.blackbox.sketch import check_budget
 
 @dataclass(frozen=True)
 class BlackBoxMax:
-    r"""The largest of random directional quotients :math:`v^\top F v`, unit ``v``: what the paper's code computes.
+    r"""The largest of random directional quotients :math:`v^\top F v`, unit ``v``, as in the code of the paper.
 
-    Of the order :math:`\mathrm{tr} F / d`: low by a factor of a thousand for images. Kept to compare with;
-    :class:`BlackBox` is right at the same budget. It checks nothing: answers that do not
-    move give zero.
+    Of the order :math:`\mathrm{tr} F / d`: too low by a factor of a thousand for images. For comparison only;
+    :class:`BlackBox` is accurate with the same number of queries. It has no self-check: constant predictions give
+    zero.
 
     Args:
-        num_queries: Questions per example, two per direction; of an odd number one is left.
+        num_queries: Number of queries per example, two per direction; with an odd number one is not used.
         step: Length of the central differences, in input units.
     """
 
@@ -33,11 +33,11 @@ class BlackBoxMax:
 
     @property
     def num_questions(self) -> int:
-        """Questions per example."""
+        """Number of queries per example."""
         return self.num_queries // 2 * 2
 
     def check(self, questions: Questions) -> None:
-        """Refuse bounds that leave no room for the steps."""
+        """Raise an error for bounds that are too narrow for the steps."""
         largest = float(questions.largest_step().min())
         if self.step > largest:
             raise ValueError(f"BlackBoxMax(step={self.step}) leaves the bounds; pass at most {largest:.3g}.")

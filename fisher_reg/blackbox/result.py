@@ -1,4 +1,4 @@
-"""What an estimate by queries returns, and why an example may have none."""
+"""The result of an estimate by queries, and the reasons why an example may have no estimate."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from fisher_reg.blackbox.questions import Questions
 from fisher_reg.blackbox.service import Service
 from fisher_reg.printing import examples, spread, table
 
-CONSTANT = "no answer differs from the one at the input"
-UNRESOLVED = "the answers do not resolve the step"
+CONSTANT = "no prediction differs from the one at the input"
+UNRESOLVED = "the predictions do not resolve the step"
 CLIPPED = "steps that leave the range of the input change nothing: the service clips or rounds its inputs"
 
 _REMEDIES = {
-    CONSTANT: "The probabilities are labels or round to 0 and 1 there: ask for probabilities in more digits.",
-    UNRESOLVED: "Difference quotients at several steps disagree, as they do where the service rounds its inputs or "
-    "answers, returns labels, or is a step function such as a forest: ask for float32 on both sides. If "
+    CONSTANT: "The probabilities are labels or round to 0 and 1 there: use probabilities with more digits.",
+    UNRESOLVED: "Difference quotients at several steps disagree. This happens if the service rounds its inputs or "
+    "predictions, returns labels, or is a step function such as a forest: use float32 on both sides. If "
     "it clips its inputs, pass bounds=(low, high). Near kinks of the network, add a little noise to the inputs.",
-    CLIPPED: "If it clips, pass the range of the inputs, such as bounds=(0, 1); if it rounds, ask for float32.",
+    CLIPPED: "If it clips, pass the range of the inputs, such as bounds=(0, 1); if it rounds, use float32.",
 }
 
 
 @dataclass(frozen=True)
 class BlackBoxResult:
-    r"""Largest eigenvalue of the input-space Fisher matrix by queries alone, with its uncertainty.
+    r"""Largest eigenvalue of the input-space Fisher matrix from queries only, with its uncertainty.
 
     Attributes:
-        eigenvalue: ``(B,)``, in nats per squared input unit; NaN where ``reason`` says why there is no number.
-        standard_error: ``(B,)``, in the same unit; NaN where the estimator has none.
-        bias_bound: ``(B,)``. What the expectation may exceed the truth by, at most, before the correction; NaN where
-            the estimator is biased low.
-        trace: ``(B,)``. The mean squared length of the quotients less that of their mean: unbiased for
-            :math:`\mathrm{tr} F` of a function that is linear over the step. NaN where ``eigenvalue`` is.
+        eigenvalue: ``(B,)``, in nats per squared input unit; NaN if there is no estimate, with a ``reason``.
+        standard_error: ``(B,)``, in the same unit; NaN if the estimator has none.
+        bias_bound: ``(B,)``. Upper bound of the bias before the correction; NaN if the estimator is biased low.
+        trace: ``(B,)``. The mean squared norm of the quotients minus that of their mean: an unbiased estimate of
+            :math:`\mathrm{tr} F` if the function is linear over the step. NaN where ``eigenvalue`` is.
         step: ``(B,)``. Length of the steps per unit of direction, in input units.
-        num_queries: Questions that were asked about each example, exactly. A question is one call of ``predict``, or
+        num_queries: Exact number of queries for each example. A query is one call of ``predict``, or
             ``ceil(B / max_batch_size)`` calls.
-        reason: ``B`` texts: why the eigenvalue is NaN, empty where it is a number.
+        reason: ``B`` texts: why the eigenvalue is NaN; empty if it is a number.
     """
 
     eigenvalue: Tensor
@@ -66,21 +65,21 @@ class BlackBoxResult:
 
 
 class BlackBoxEstimator(Protocol):
-    """Spends queries on an estimate."""
+    """An estimator from queries."""
 
     @property
     def num_questions(self) -> int:
-        """Questions per example, exactly."""
+        """Exact number of queries per example."""
 
     def check(self, questions: Questions) -> None:
-        """Refuse, before any query, bounds that leave no room for the steps."""
+        """Raise an error, before any query, for bounds that are too narrow for the steps."""
 
     def estimate(self, service: Service, questions: Questions, generator: torch.Generator) -> BlackBoxResult:
-        """Return the estimate, where ``service.roots`` answers ``g`` ``(B, K)``."""
+        """Return the estimate; ``service.roots`` returns ``g`` ``(B, K)``."""
 
 
 def warn_of_missing(reasons: tuple[str, ...]) -> None:
-    """Warn of the examples without a number: how many for each reason, and what to do."""
+    """Warn of the examples without an estimate: their number for each reason, and the remedy."""
     counts = Counter(reason for reason in reasons if reason)
     if counts:
         found = [f"{count} of {len(reasons)} because {why}. {_REMEDIES[why]}" for why, count in counts.items()]

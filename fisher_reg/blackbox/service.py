@@ -1,4 +1,4 @@
-"""The service that answers: what it is given, what it may return, and how often it was asked."""
+"""The wrapper of ``predict``: copies its arguments, checks its results, and counts the queries."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Progress = Callable[[int, int], object]
 
 
 class Service:
-    """Asks ``predict`` and counts the questions.
+    """Calls ``predict`` and counts the queries.
 
-    Each call gets a fresh contiguous tensor, or a NumPy array in the byte order of the machine, that belongs to nobody
-    else; what it returns is copied at once.
+    Each call gets a new contiguous tensor, or a NumPy array in the byte order of the machine, without shared memory;
+    its result is copied at once.
 
     Args:
         predict: From inputs ``(B, *S)`` to probabilities ``(B, K)``.
-        inputs: What the user passed: an array is answered with arrays.
-        max_batch_size: Examples per call, at most; None for no limit.
-        progress: Called with the questions asked and those in all.
-        total: Questions in all.
+        inputs: The inputs of the user: for an array ``predict`` gets arrays.
+        max_batch_size: Largest number of examples per call; None for no limit.
+        progress: Called with the number of queries so far and the total.
+        total: Total number of queries.
 
     Attributes:
-        num_asked: Questions so far, each about all examples.
+        num_asked: Number of queries so far, each for all examples.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Service:
         self._total = total
 
     def roots(self, question: Tensor) -> Tensor:
-        r"""Return :math:`g = 2 \sqrt p` ``(B, K)`` in float64 for a question ``(B, *S)``."""
+        r"""Return :math:`g = 2 \sqrt p` ``(B, K)`` in float64 for a query ``(B, *S)``."""
         p = torch.cat([self._answer(part) for part in question.split(self._batch_size)])
         self.num_asked += 1
         self._progress(self.num_asked, self._total)
@@ -57,7 +57,7 @@ class Service:
             answer = self._source.model(own.numpy() if self._takes_arrays else own)
         answer = _native(answer) if isinstance(answer, np.ndarray) else torch.as_tensor(answer)
         _check_probabilities(answer, len(part))
-        return answer.to(part.device, torch.float64, copy=True)  # predict may write its next answer there
+        return answer.to(part.device, torch.float64, copy=True)  # predict may reuse this memory for its next result
 
 
 def own_inputs(inputs: Array) -> Tensor:
@@ -68,14 +68,14 @@ def own_inputs(inputs: Array) -> Tensor:
     """
     if isinstance(inputs, np.ndarray) and inputs.dtype.newbyteorder("=") not in (np.float32, np.float64):
         raise ValueError(
-            f"inputs must be a float32 or float64 array; got {inputs.dtype.name}. Integers cannot take small steps, "
-            "and float16 only rounds them: convert with inputs.astype(np.float32), and divide images by 255."
+            f"inputs must be a float32 or float64 array; got {inputs.dtype.name}. Small steps are not possible in "
+            "integers and are rounded in float16: use inputs.astype(np.float32), and divide images by 255."
         )
     points = _native(inputs) if isinstance(inputs, np.ndarray) else inputs
     check_inputs(points)
     if points.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"Differences of predictions on {points.dtype} inputs are nothing but rounding; convert inputs and network "
+            f"Differences of predictions on {points.dtype} inputs are only rounding errors; convert inputs and network "
             "to float32."
         )
     return points.detach().clone(memory_format=torch.contiguous_format)
@@ -86,7 +86,7 @@ def _native(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _completed(p: Tensor) -> Tensor:
-    """Replace a largest probability above 1/2 by one minus the others, which have not been rounded to zero."""
+    """Replace a probability above 1/2 by one minus the others, which are more accurate."""
     top, index = p.max(1, keepdim=True)
     rest = p.scatter(1, index, 0).sum(1, keepdim=True)
     return torch.where(top > 0.5, p.scatter(1, index, (1 - rest).clamp_min(0)), p)
@@ -105,9 +105,9 @@ def _check_probabilities(answer: Tensor, batch_size: int) -> None:
     off = float((answer.sum(1) - 1).abs().max())
     if off > _MAX_OFF or float(answer.min()) < -1e-6:
         raise ValueError(
-            f"predict must return probabilities; a row's sum is off one by {off:.2g} and the smallest value is "
-            f"{float(answer.min()):.2g}. If it returns logits, pass lambda x: predict(x).softmax(1)."
+            f"predict must return probabilities; the sum of a row differs from one by {off:.2g} and the smallest value "
+            f"is {float(answer.min()):.2g}. If it returns logits, pass lambda x: predict(x).softmax(1)."
         )
 
 
-_MAX_OFF = 1e-2  # as answers in three digits may be
+_MAX_OFF = 1e-2  # for probabilities with three digits

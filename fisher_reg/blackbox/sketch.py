@@ -1,4 +1,4 @@
-"""The estimate: a sketch of the Gram matrix from difference quotients along random directions."""
+"""The black-box estimator: a sketch of the Gram matrix from difference quotients along random directions."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ class BlackBox:
     r"""Sketch of the Gram matrix: :math:`\lambda_\max(Y Y^\top)` with centred columns of quotients along random v.
 
     With :math:`g = 2 \sqrt p` the Fisher matrix is :math:`F = J_g^\top J_g`, and :math:`y = (g(x + h v) - g(x)) / h` is
-    a product with :math:`A = J_g`. One query answers ``g(x)``, up to three choose the step, 28 check it, and each of
-    the others gives a column by a one-sided quotient: a query on a new direction buys more than the other side of an
-    old one. The mean of the ``m`` columns is removed: the mean curvature, most of the bias at kinks such as those of
-    max pooling on a flat background, and the shift away from the bounds. Along the top eigenvector the estimate is
-    :math:`\lambda \chi^2_{m-1} / (m - 1)` whatever the size of the inputs, hence the standard error
+    a product with :math:`A = J_g`. One query gives ``g(x)``, up to three choose the step, 28 check it, and each of the
+    others gives a column by a one-sided quotient: a new direction gives more information than the second side of an old
+    one. The mean of the ``m`` columns is subtracted. This removes the mean curvature, most of the bias at kinks (as in
+    max pooling on a flat background), and the effect of the shift away from the bounds. Along the top eigenvector the
+    distribution of the estimate is :math:`\lambda \chi^2_{m-1} / (m - 1)` for every size of the inputs, hence the
+    standard error
 
     .. math:: \lambda \sqrt{2 / (m - 1) + 4 E + V / 2},
 
-    11 % at 200 queries of a smooth function. The self-check measures the relative energies E, of the error of the
-    quotients by rounding and curvature, and V, of their even part: at a kink the derivative is a convention, and V says
-    how much depends on it. The weight of V was chosen by experiment; where most of the function depends on ties it is
-    too small. Within bounds the first term is an upper bound, since v has lighter tails than a normal variable.
+    11 % for 200 queries of a smooth function. The self-check measures two relative energies (shares of the squared
+    norm): E, of the error of the quotients by rounding and curvature, and V, of their even part. At a kink the
+    derivative is a convention, and V measures how much depends on it. The weight of V was chosen by experiment; it is
+    too small if most of the function depends on ties. Within bounds the first term is an upper bound, since v has
+    lighter tails than a normal variable.
 
-    The self-check runs from 100 queries on. It asks four directions at five lengths, and backwards, chooses the length
-    that rounding and curvature disturb least, and gives NaN where none will do. Without bounds it also asks whether the
-    service clips. It is statistical: a jump that none of its directions meets is found only if it dominates the
-    columns. With fewer queries it is not run, and a service with a fault goes unnoticed unless no answer moves.
+    The self-check needs 100 queries or more. It evaluates four directions and their negatives at five lengths, chooses
+    the length with the smallest error, and gives NaN if all errors are too large. Without bounds it also tests whether
+    the service clips. It is statistical: a jump in none of its directions is found only if it dominates the columns.
+    With fewer queries there is no self-check, and only constant predictions are detected.
 
-    The expectation of the largest eigenvalue of a sketch is too high, by at most
+    The largest eigenvalue of a sketch is biased upwards, by at most
     :math:`\lambda ((1 + \sqrt{r/m})^2 + 1/m - 1)` with the effective rank :math:`r = \mathrm{tr} F / \lambda` (Chevet's
-    inequality), and by far less where the largest eigenvalue stands alone; a jackknife over groups of directions takes
-    off its leading term.
+    inequality), and by much less if the largest eigenvalue is well separated; a jackknife over groups of directions
+    removes the leading term.
 
     Args:
-        num_queries: Questions per example in all: at least 2, within bounds at least 3. Two standard errors cover
-            less than 95 % with few columns: about 85 to 90 % with 30, 60 % with one.
-        step: Length of the steps per unit of direction; by default each example gets, of three lengths that move its
-            logits by about 0.0015, 0.0075 and 0.04, the one that its answers resolve best.
+        num_queries: Total number of queries per example: at least 2, within bounds at least 3. With few columns two
+            standard errors cover less than 95 %: about 85 to 90 % with 30 columns, 60 % with one.
+        step: Length of the steps per unit of direction. By default one of three lengths that change the logits by about
+            0.0015, 0.0075 and 0.04 is chosen for each example, by the self-check.
     """
 
     num_queries: int = 200
@@ -56,24 +58,24 @@ class BlackBox:
 
     @property
     def num_questions(self) -> int:
-        """Questions per example."""
+        """Number of queries per example."""
         return self.num_queries
 
     def check(self, questions: Questions) -> None:
-        """Refuse bounds that leave no room for the steps, or too few queries for the mean."""
+        """Raise an error for bounds that are too narrow for the steps, or too few queries for the mean."""
         if questions.are_bounded and self.num_queries < 3:
             raise ValueError("BlackBox needs num_queries >= 3 within bounds, to remove the mean; got 2.")
         largest = float(questions.largest_step().min()) / RATIO
         if self.step is not None and self.step > largest:
             raise ValueError(
-                f"BlackBox(step={self.step}) leaves the bounds; the longest step with room for the check is "
+                f"BlackBox(step={self.step}) leaves the bounds; the longest possible step with the self-check is "
                 f"{largest:.3g}. Pass a shorter one, or none."
             )
 
     def estimate(self, service: Service, questions: Questions, generator: torch.Generator) -> BlackBoxResult:
         """Return the estimate."""
         base = service.roots(questions.inputs)
-        # tr(diag p - p p'): its root is how far g moves where each logit moves by one
+        # tr(diag p - p p'): its root is the change of g if each logit changes by one
         spread = _variance(base).sqrt()
         step = self._piloted(service, questions, base, spread, generator)
         found = None
@@ -91,7 +93,7 @@ class BlackBox:
     def _piloted(
         self, service: Service, questions: Questions, base: Tensor, spread: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Return steps ``(B,)`` that move the logits by ``_MOVE``, as far as the bounds leave room."""
+        """Return steps ``(B,)`` that change the logits by ``_MOVE``, limited by the bounds."""
         longest = questions.largest_step() / _MULTIPLES[-1]
         if self.step is not None:
             return torch.full_like(longest, self.step)
@@ -122,10 +124,10 @@ class BlackBox:
 
 
 def check_budget(estimator: object, num_queries: int, step: float | None) -> None:
-    """Refuse a budget without a step, and a step without a length.
+    """Raise an error for fewer than two queries, or a step that is not positive.
 
     Raises:
-        ValueError: With what was given.
+        ValueError: With the argument.
     """
     if num_queries < 2:
         raise ValueError(f"{type(estimator).__name__} needs num_queries >= 2, a point and a step; got {num_queries}.")
@@ -133,20 +135,20 @@ def check_budget(estimator: object, num_queries: int, step: float | None) -> Non
         raise ValueError(f"{type(estimator).__name__} needs a positive step; got {step}.")
 
 
-_MOVE = 7.5e-3  # of the logits, whose rounding in float32 is about 1e-6
+_MOVE = 7.5e-3  # change of the logits, whose rounding error in float32 is about 1e-6
 _MULTIPLES = (RATIO**-2, 1 / RATIO, 1.0, RATIO, RATIO**2)  # of the step, at which quotients are compared
 _MAX_PILOTS = 3
 _FIRST_STEP = 1e-3
 _MAX_CHANGE = 1e3  # of the step by one pilot
-_MIN_CHECKED = 100  # a third of which is the check
-_MAX_ERROR = 0.02  # of the energy: beyond, it rivals the sampling error
-_MAX_OUTLIER = 30.0  # of a column's energy over the mean: five standard deviations and more of one normal variable
+_MIN_CHECKED = 100  # the self-check takes about a third of them
+_MAX_ERROR = 0.02  # of the energy: larger errors are comparable to the sampling error
+_MAX_OUTLIER = 30.0  # ratio of a column's energy to the mean: more than five standard deviations of a normal variable
 _NUM_GROUPS = 20
 _KINKS = 0.5  # by experiment: max pooling on MNIST and on digits, where two standard errors then cover 92 to 98 %
 
 
 def _variance(base: Tensor) -> Tensor:
-    """Return ``1 - |p|^2`` of ``g = 2 sqrt(p)``, from all classes but the likeliest: p may round to one."""
+    """Return ``1 - |p|^2`` of ``g = 2 sqrt(p)``, computed without the largest p, which may round to one."""
     p = (base / 2).square()
     others = p.scatter(1, p.argmax(1, keepdim=True), 0)
     rest = others.sum(1)
@@ -154,7 +156,7 @@ def _variance(base: Tensor) -> Tensor:
 
 
 def _reasons(sketch: Tensor, spread: Tensor, found: Resolution | None) -> tuple[str, ...]:
-    """Return why there is no number, from columns ``(B, m, K)``; empty where there is one."""
+    """Return the reasons why examples have no estimate, from columns ``(B, m, K)``; empty if they have one."""
     energy = _centred(sketch).square().sum(2)
     is_constant = (sketch == 0).flatten(1).all(1)
     is_unresolved = (spread == 0) | (energy.amax(1) > _MAX_OUTLIER * energy.mean(1))
@@ -175,7 +177,7 @@ def _centred(columns: Tensor) -> Tensor:
 
 
 def _jackknife(sketch: Tensor) -> Tensor:
-    """Largest eigenvalue of the covariance of columns ``(B, m, K)``, less the leading term of its bias."""
+    """Return the largest eigenvalue of the covariance of columns ``(B, m, K)``, minus the leading term of its bias."""
     num_columns = sketch.shape[1]
     whole = _top(sketch)
     num_groups = min(_NUM_GROUPS, num_columns)

@@ -1,42 +1,43 @@
-r"""Certified upper bounds of how strongly the output of a network can depend on its input.
+r"""Certified upper bounds of the sensitivity of the output of a network to its input.
 
 The Lipschitz constant of a function f is the smallest L with |f(x) - f(y)| <= L |x - y| for all x and y. For a whole
-network it is too hard to compute, but an upper bound is not: each layer has a constant that is easy to bound, and
-constants combine by simple rules. For f after g they multiply. For f + g they add. For f and g side by side, as in a
-concatenation, they combine to the root of the sum of squares. Every inequality holds, so that the result is certified.
+network it is too hard to compute, but an upper bound is not: the constant of each layer is easy to bound, and constants
+combine by simple rules. For f after g they multiply. For f + g they add. For a concatenation of f and g they combine to
+the root of the sum of squares. Every step is a proven inequality, so that the result is certified.
 
-Five nouns are enough to read this package:
+Six terms are used in this package:
 
 - A *trace* is the network as a graph of calls, with the value of each call at an example (``tracing``).
-- A *layer* is one call as a rule sees it: its inputs, its output, and what is known of them (:class:`Layer`).
-- A *gain* is what a rule returns (:class:`Gain`): the Lipschitz constant of the layer. Along with it, a rule may say
-  in which coordinates the constant holds (:class:`ScaledGain`), and in which range the output lies.
+- A *rule* bounds the calls of one kind. It gets a *layer*: one call with its inputs and its output (:class:`Layer`).
+- A *gain* is the result of a rule (:class:`Gain`): the Lipschitz constant of the layer, and optionally the diagonal
+  scaling in which it holds (:class:`ScaledGain`) and the range of the output.
 - A *sensitivity* belongs to a value in the graph. It is the logarithm of a Lipschitz constant of that value with
   respect to the input of the network (``sensitivity``). That of the input itself is log 1 = 0.
+- *Coordinates* of a value are a positive diagonal scaling of it.
 - A *bound* is the report: a number with the share of each layer (:class:`UpperBound`).
 
 Data flows one way:
 
 1. ``tracing`` reads the network as a graph, in float64 and without changes in place, and compares it with the module:
    a graph that gives other logits is not used.
-2. ``propagate`` visits the calls in order. It asks the rule of each (``rules``) for its gain, and makes the sensitivity
-   of the output from those of the inputs. ``operator_norms`` has the mathematics: norms of matrices, of convolutions,
-   and of attention.
-3. The head: a last linear layer is not a layer like the others, but is bounded together with the softmax.
-4. ``report`` keeps the result. ``api`` has the functions that a user calls for all inputs, ``local`` those for given
-   ones.
+2. ``propagate`` visits the calls in order. For each it calls the rule (``rules``) to get the gain, and computes the
+   sensitivity of the output from those of the inputs. ``operator_norms`` has the mathematics: norms of matrices, of
+   convolutions, and of attention.
+3. A last linear layer, the *head*, is bounded together with the softmax.
+4. ``report`` has the result. ``api`` has the functions for bounds over all inputs, ``local`` those at given inputs.
 
-A rule is asked in three ways: over all inputs; at given ones (``layer.is_local``), where it may use the values; and
-over a region around given ones (``layer.deviation``), a ball or a box, where it may use how far each entry can be from
-its value. ``deviations`` finds that, and ``jacobians`` adds what is known of the Jacobian at the examples.
+A constant is requested in one of three ways: over all inputs; at given inputs (``layer.is_local``), where the rule may
+use the values; and over a region around given inputs (``layer.deviation``), a ball or a box, where it may use the
+largest deviation of each entry from its value. ``deviations`` computes these, and ``jacobians`` uses the Jacobian at
+the examples.
 
-``tighten`` makes the bound smaller and keeps it certified: it bounds whole blocks at once, or chooses coordinates of
-hidden channels in which the product of the norms is small. :class:`Tightening` says what is used.
+``tighten`` makes the bound smaller and keeps it certified: it bounds whole blocks at once, or chooses diagonal scalings
+of hidden channels for which the product of the norms is small. :class:`Tightening` holds the options.
 
-Coordinates are the one idea that is not in a textbook. Let a layer multiply its channels by 10 and 1, and the next one
-by 0.1 and 1. Both norms are at least 1, and their product is 10, but the map is the identity. So the rule of the first
-returns the gain 1 in coordinates ``scale``: it bounds ``scale * output``, not the output. The next layer then bounds
-its own map from these coordinates, which is its weight divided by ``scale``. :func:`diagonal_gain` does this.
+Diagonal scalings avoid a loss between neighbouring layers. Let a layer multiply its channels by 10 and 1, and the next
+one by 0.1 and 1. The product of the norms is 10, but the composed map is the identity. Therefore the rule of the first
+layer returns the gain 1 with a ``scale``: it bounds ``scale * output`` instead of the output. The next layer absorbs
+the scaling: its rule bounds its weight divided by ``scale``. :func:`diagonal_gain` does this.
 
 Example:
     A residual block by hand, y = x + W2 relu(W1 x), with W1 = [[3, 0], [0, 1]] and W2 = [[0, 2], [2, 0]].
@@ -51,8 +52,8 @@ Example:
     x + W2 relu(W1 x)   1 + 6 = 7                        log(1 + 6) = log 7
     ==================  ===============================  =====================
 
-    That is 1 + \|W2\| \|W1\|. The code finds the same, and names the share of each layer. The rows of ``outer`` have
-    mean zero and norm one, because :func:`lipschitz_bound` is about centred logits.
+    The result is 1 + \|W2\| \|W1\|. The code computes the same number, with the share of each layer. The rows of
+    ``outer`` have mean zero and norm one, because :func:`lipschitz_bound` bounds the centred logits.
 
     >>> import torch
     >>> from torch import nn

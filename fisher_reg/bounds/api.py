@@ -1,4 +1,4 @@
-"""Upper bounds over all inputs, or over a domain of them, from the weights of the network."""
+"""Upper bounds over all inputs, or over a domain, from the weights of the network."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ def lipschitz_bound(
 ) -> UpperBound:
     r"""Bound the Lipschitz constant of the centred logits :math:`P z`, :math:`P = I - \mathbf 1 \mathbf 1^\top / K`.
 
-    The softmax ignores a common shift of the logits, so nothing is lost by centring. Layers are composed over the
-    traced graph: compose is a product, add a sum, concatenate a root of squares.
+    The softmax is invariant under a common shift of the logits, so that centring changes no probability. The constants
+    of the layers are combined over the traced graph: a composition is a product, an addition a sum, a concatenation a
+    root of a sum of squares.
 
     Args:
-        model: The network; its evaluation behaviour is bounded, in exact arithmetic, and it is left as it was found.
+        model: The network. It is bounded in evaluation mode, in exact arithmetic, and not modified.
         inputs: ``(B, *S)``; only the shape of one example matters: the bound holds for inputs of this size.
-        domain: The inputs for which the bound has to hold: ``(low, high)``, :class:`Box` or :class:`L2Ball`; all by
-            default. Gates and products of two values have a constant on a domain only.
-        tightening: Which certified improvements are used.
+        domain: The inputs for which the bound holds: ``(low, high)``, :class:`Box` or :class:`L2Ball`; all by
+            default. Gates and products of two values have a constant only on a domain.
+        tightening: The certified improvements to use.
 
     Returns:
-        A certified bound, Euclidean to Euclidean, in logits per input unit. Cost: about ten forward passes of two
-        examples and the norms of the weights.
+        A certified bound for Euclidean norms, in logits per input unit. Cost: about ten forward passes of two examples
+        and the norms of the weights.
 
     Raises:
         NoBoundError: For a part without a rule; the message shows how to register one.
-        ValueError: For weights that are not finite, or inputs that leave the domain.
+        ValueError: For weights that are not finite, or inputs outside the domain.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -51,7 +52,7 @@ def lipschitz_bound(
     """
 
     def head(composition: Composition, logits: Tensor) -> Tensor:
-        rows = composition.head
+        rows = composition.head  # ||P W||
         return torch.zeros((), dtype=torch.float64) if rows is None else log(linear_norm(rows - rows.mean(0)))
 
     return _global(model, inputs, Categorical(), tightening, head, domain, power=1)
@@ -74,8 +75,8 @@ def fisher_bound(
               = \tfrac14 \max_{jk} \|w_j - w_k\|^2\, \mathrm{Lip}(h)^2 ,
 
     since :math:`v^\top W^\top \Sigma W v` is the variance of :math:`w_k^\top v` over labels :math:`k`, which
-    Popoviciu's inequality bounds by a quarter of the squared range. A network that does not end in a linear layer has
-    :math:`\tfrac12 \mathrm{Lip}(z)^2`.
+    Popoviciu's inequality bounds by a quarter of the squared range. If the network does not end in a linear layer, the
+    bound is :math:`\tfrac12 \mathrm{Lip}(z)^2`.
 
     Args:
         model: As in :func:`lipschitz_bound`.
@@ -83,7 +84,7 @@ def fisher_bound(
         domain: As in :func:`lipschitz_bound`, in the units of ``inputs``.
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        tightening: Which certified improvements are used.
+        tightening: The certified improvements to use.
 
     Returns:
         A certified bound in nats per squared input unit.
@@ -116,6 +117,7 @@ def log_fisher_bound(
     traced = traced_at_few(model, inputs, likelihood)
     with torch.inference_mode(False), torch.enable_grad():
         composition = compose(traced, CertifiedNorms(tightening.dense), tightening=tightening, differentiable=True)
+        # log(Lip(h)^2 max_p lambda_max(W^T Sigma(p) W))
         log_value = 2 * composition.log_norm + log(likelihood.largest_curvature(composition.head))
     return log_value if std is None else log_value - 2 * std.min().log()
 

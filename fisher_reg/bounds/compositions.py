@@ -1,4 +1,4 @@
-"""A traced network composed into one constant, in the best of several coordinates, with the share of each layer."""
+"""The constant of a traced network, with the best of several diagonal scalings, and the share of each layer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from fisher_reg.likelihood import Likelihood
 from fisher_reg.outputs import check_logits
 
 Head = Callable[[Composition, Tensor], Tensor]
-"""From a composition and the logits to the logarithm of what the head multiplies by."""
+"""From a composition and the logits to the logarithm of the factor of the head."""
 
 
 def tightest(compositions: list[Composition], logits: Tensor, head: Head, power: int) -> tuple[Composition, Tensor]:
-    """Return the best of several compositions and its log value: ``power`` times its constant, and the head."""
+    """Return the best of several compositions, and its log value: ``power`` times its log constant, plus the head."""
     values = [power * item.log_norm + head(item, logits) for item in compositions]
     best = min(range(len(values)), key=lambda index: float(values[index].detach().mean()))
     return compositions[best], values[best]
@@ -51,20 +51,20 @@ def compositions_of(
     norms: Norms | None = None,
     tangents: Tangents | None = None,
 ) -> list[Composition]:
-    """Return the composition in the coordinates as they are, and the one in balanced coordinates if wanted.
+    """Return the composition without extra scalings, and that with balanced scalings if ``balancing_steps > 0``.
 
     Args:
         traced: The network.
         likelihood: The output distribution.
-        tightening: Which certified improvements are used.
+        tightening: The certified improvements to use.
         is_local: Whether the constants are those at the examples.
-        region: Over which inputs around them they hold, if not all.
-        norms: What computes the norms of weights.
-        tangents: The Jacobians of the values at the examples, where they are known.
+        region: The inputs around the examples for which the constants hold; None for all.
+        norms: Computes the norms of weights.
+        tangents: The Jacobians of the values at the examples, if they are known.
     """
     scales: list[Mapping[fx.Node, Tensor] | None] = [None]
     if tightening.balancing_steps:
-        with suppress(NoBoundError):  # without a constant over all inputs there is nothing to descend
+        with suppress(NoBoundError):  # balancing needs a constant over all inputs
             scales.append(balanced_coordinates(traced, tightening, likelihood))
     norms = CertifiedNorms(tightening.dense) if norms is None else norms
     return [
@@ -82,7 +82,7 @@ def compositions_of(
 
 
 def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likelihood) -> dict[fx.Node, Tensor]:
-    """Return the coordinates ``(C,)`` of linear layers in which the bound is small, by a descent of Schatten norms."""
+    """Return scalings ``(C,)`` of linear layers that make the bound small, by gradient descent on Schatten norms."""
     norms = SchattenNorms()
 
     def log_bound(scales: Mapping[fx.Node, Tensor]) -> Tensor:
@@ -93,7 +93,7 @@ def balanced_coordinates(trace: Trace, tightening: Tightening, likelihood: Likel
 
 
 def traced_model(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
-    """Trace the evaluation behaviour of ``model``, in float64, after checking what was given."""
+    """Trace ``model`` in evaluation mode and in float64, after checking the arguments."""
     module = checked_module(model, inputs)
     with differentiable(inputs) as safe_inputs, torch.no_grad(), Noise(inputs.device).replayed():
         traced = trace(module, safe_inputs.double(), partial(check_logits, likelihood=likelihood))
@@ -104,7 +104,7 @@ def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
     """Return a copy of the model in evaluation mode and in float64 that shares its parameters.
 
     Raises:
-        ValueError: For inputs that are no batch of numbers, a model that is no module, or a device without float64.
+        ValueError: If the inputs are not a batch of numbers, the model is not a module, or the device has no float64.
     """
     check_inputs(inputs)
     if not isinstance(model, nn.Module):
@@ -115,7 +115,7 @@ def checked_module(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def without_log_softmax(traced: Trace) -> Trace:
-    """Return a trace that ends before a log-softmax over the classes: it only shifts the logits together."""
+    """Return a trace without a final log-softmax over the classes, which only shifts all logits by a number."""
     last = traced.output.args[0]
     if not isinstance(last, fx.Node) or len(last.users) > 1 or not _is_log_softmax(traced, last):
         return traced
@@ -142,7 +142,7 @@ def _is_log_softmax(traced: Trace, node: fx.Node) -> bool:
 
 
 def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> Tensor:
-    """Return the logits of a module in float64 after checking that they are, and that each is of its example alone."""
+    """Return the logits of a module in float64, after checking them and that no example depends on the others."""
     logits: Tensor = answer(module, point)
     check_logits(logits, len(point), likelihood)
     check_independence(module, point)
@@ -150,18 +150,19 @@ def checked_logits(module: nn.Module, point: Tensor, likelihood: Likelihood) -> 
 
 
 def traced_at_few(model: nn.Module, inputs: Tensor, likelihood: Likelihood) -> Trace:
-    """Trace the model at as few of the inputs as it takes, for a bound that depends on their shape only."""
+    """Trace the model at two inputs, or at all if it needs them, for a bound that depends only on their shape."""
     check_inputs(inputs)
     if len(inputs) <= 2:
         return traced_model(model, inputs, likelihood)
     try:
         return traced_model(model, inputs[:2], likelihood)
-    except (NoBoundError, ValueError):  # it may need all of them
+    except (NoBoundError, ValueError):  # the model may need all inputs
         return traced_model(model, inputs, likelihood)
 
 
 def shares(composition: Composition, log_value: Tensor, log_head: Tensor, power: int) -> tuple[BoundTerm, ...]:
     """Return the share of each layer in a log value, and that of the head."""
+    # share_l = (d log_value / d log_norm_l) log_norm_l
     leaves = [term.log_norm for term in composition.terms]
     slopes = torch.autograd.grad(log_value.mean(), leaves, allow_unused=True, materialize_grads=True) if leaves else ()
     terms = []

@@ -1,13 +1,14 @@
-r"""How far the values of a network can be from those at an example, for all inputs of a region around it.
+r"""Bounds of the deviation of the values of a network from those at an example, over a region around it.
 
-Every value :math:`h` has two bounds. Its sensitivity :math:`L` over the region gives
-:math:`\|T(h(x') - h(x))\| \le L r` in its coordinates T, and therefore :math:`|h_i(x') - h_i(x)| \le L r / T_i`. And
-the widths of what it is made of give its own: those of a linear map by its rows, :math:`\sum_j |W_{ij}| w_j` or
-:math:`\|W_i T^{-1}\| L r` of its input; those of a monotone activation at the ends of the interval. The smaller counts.
+Let :math:`w_i` be the *width* of entry i of a value :math:`h`: a bound of :math:`|h_i(x') - h_i(x)|` for all
+:math:`x'` in the region, with radius r. It is the smaller of two bounds. The sensitivity :math:`L` over the region
+gives :math:`\|T(h(x') - h(x))\| \le L r` for the diagonal scaling T, and therefore :math:`w_i \le L r / T_i`. The
+widths of the operands give the second: :math:`\sum_j |W_{ij}| w_j` or :math:`\|W_i T^{-1}\| L r` (L and T of the input)
+for a linear map W, and the values at the ends of the interval for a monotone activation.
 
-With the widths comes the *remainder* of each layer that is not affine: how much its Jacobian can differ from that at
-the example. For an activation it is the change of its slope; for max pooling it is zero for a window whose largest
-entry stays the largest; for any other layer it is twice the layer's own constant.
+The *remainder* of a layer that is not affine bounds the change of its Jacobian over the region. For an activation it is
+the change of its slope; for max pooling it is zero for a window whose largest entry stays the largest; for any other
+layer it is twice the Lipschitz constant of the layer.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ from fisher_reg.bounds.tracing.capture import detaches
 
 @dataclass(frozen=True)
 class Remainder:
-    r"""By how much the Jacobian of one layer can differ from the one at the example, over the region.
+    r"""A bound of the change of the Jacobian of one layer over the region.
 
-    For a row :math:`b` of the Jacobian of the logits with respect to the layer's output, at the example, the difference
-    adds at most :math:`\|b \odot \rho\|\, e^{\text{log\_norm}}` to the row of the whole.
+    For a row :math:`b` of the Jacobian of the logits with respect to the layer's output, at the example, this change
+    adds at most :math:`\|b \odot \rho\|\, e^{\text{log\_norm}}` to the row of the Jacobian with respect to the input.
 
     Attributes:
         node: The layer.
@@ -68,12 +69,12 @@ class Remainder:
 
 
 _SMOOTHING = 1e-9
-"""Relative excess of all widths, far above the rounding of float64."""
+"""Relative excess of all widths, much larger than the rounding errors of float64."""
 
 
 @dataclass
 class Deviations:
-    """Visits the calls in order and keeps the deviations of their values."""
+    """Visits the calls in order and stores the deviations of their values."""
 
     trace: Trace
     region: Region
@@ -97,13 +98,13 @@ class Deviations:
         call: Call | None,
         is_head: bool,
     ) -> None:
-        """Keep the widths of a value and the remainder of its layer.
+        """Compute the widths of a value and the remainder of its layer.
 
         Args:
             node: The call.
-            sensitivity: Of its value; for the head, of its input.
-            before: The sensitivities of the nodes before.
-            call: The call, for a function.
+            sensitivity: That of its value; for the head, that of its input.
+            before: The sensitivities of the previous nodes.
+            call: The call, if it is a function.
             is_head: Whether it is the last linear layer.
         """
         value = self.trace.values[node]
@@ -120,6 +121,7 @@ class Deviations:
             if found is not None:
                 found = torch.where(found.isnan(), math.inf, found)
             if not is_head:
+                # ||h(x') - h(x)|| <= L r
                 length = lipschitz_of(sensitivity.plain()).detach().exp() * self.region.radius
                 self.lengths[node] = length * (1 + _SMOOTHING)
                 found = _smaller(found, self._from_length(node, value, sensitivity))
@@ -139,13 +141,13 @@ class Deviations:
             self._remain(node, value, sensitivity, before, call)
 
     def _from_length(self, node: fx.Node, value: Tensor, sensitivity: Sensitivity) -> Tensor:
-        """Return the widths that the sensitivity allows: an entry moves no further than the whole."""
+        """Return the widths ``L r / T_i`` from the sensitivity."""
         length = self._length_along(node, sensitivity, value.ndim)
-        scale = 1.0 if sensitivity.scale is None else sensitivity.scale.detach()
+        scale = 1.0 if sensitivity.scale is None else sensitivity.scale.detach()  # T
         return (length / scale).expand(value.shape)
 
     def _from_rows(self, node: fx.Node, value: Tensor, sensitivity: Sensitivity) -> Tensor:
-        """Return the widths by the rows of the Jacobian at the example, and what may be added to each."""
+        r"""Return the widths :math:`(\|M_i\| + e_i) r` from the rows of the Jacobian M and their errors e."""
         rows = self.tangents.row_norms(node) + self.row_errors[node]
         widths: Tensor = rows * self.region.radius.view(-1, *[1] * (value.ndim - 1))
         return widths
@@ -153,11 +155,11 @@ class Deviations:
     def refined(
         self, node: fx.Node, sensitivity: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
     ) -> Sensitivity:
-        r"""Return a sensitivity with what the Jacobian at the example says of it.
+        r"""Return a sensitivity that also uses the Jacobian at the example.
 
-        The Jacobian of a value is M at the example, and at most e away from it over the region. An affine layer of norm
-        g makes :math:`g e` of e; any other adds :math:`\|(J_l(x') - J_l(x)) M\|`. The constant is then at most
-        :math:`\|M\| + e`.
+        Let M be the Jacobian of a value at the example, and e a bound of its change over the region. An affine layer of
+        norm g multiplies e by g; any other layer also adds :math:`\|(J_l(x') - J_l(x)) M\|`. The Lipschitz constant is
+        then at most :math:`\|M\| + e`.
         """
         if not self.tangents or sensitivity.is_constant or node.op in ("output", "placeholder") or sensitivity.parts:
             return sensitivity
@@ -168,13 +170,13 @@ class Deviations:
             error = torch.logaddexp(error, added) if added is not None else lipschitz + math.log(2.0)
             lipschitz = self._masked(node, lipschitz, before, call)
         if node in self.tangents:
-            size = self.tangents.log_norm(node, sensitivity.scale)
+            size = self.tangents.log_norm(node, sensitivity.scale)  # log ||T M||
             rows = self._row_error(node, sensitivity, error, before, call)
             self.row_errors[node] = rows
             scaled = rows if sensitivity.scale is None else rows * sensitivity.scale.detach()
             error = torch.minimum(error, torch.linalg.vector_norm(scaled.reshape(len(scaled), -1), dim=1).log())
-            lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))
-            error = torch.minimum(error, torch.logaddexp(size, lipschitz))
+            lipschitz = torch.minimum(lipschitz, torch.logaddexp(size, error))  # L <= ||M|| + e
+            error = torch.minimum(error, torch.logaddexp(size, lipschitz))  # e <= ||M|| + L
         elif isinstance(self.trace.values[node], tuple | list):
             self.row_errors[node] = self._carried(self.row_errors, node, self.trace.values[node], call)
         both = torch.stack(torch.broadcast_tensors(lipschitz, error))
@@ -183,7 +185,7 @@ class Deviations:
     def _masked(
         self, node: fx.Node, lipschitz: Tensor, before: Mapping[fx.Node, Sensitivity], call: Call | None
     ) -> Tensor:
-        r"""Return the constant after an activation: :math:`\|D M\| + \rho e` for its largest slopes D.
+        r"""Return the constant after an activation: :math:`\|D M\| + \max(D)\, e` for its largest slopes D.
 
         :math:`M^\top D'^2 M \preceq M^\top D^2 M` for all slopes with :math:`|D'| \le D`.
         """
@@ -191,9 +193,10 @@ class Deviations:
         slopes = None if source is None else self._slopes(node, source, call)
         if source is None or slopes is None:
             return lipschitz
-        steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())
+        steepest = torch.maximum(slopes[0].abs(), slopes[1].abs())  # D
         scale = before[source].scale
         weights = steepest if scale is None else steepest * scale.detach()
+        # log(max(D) e)
         rest = steepest.reshape(len(steepest), -1).amax(1).log() + error_of(before[source]).detach()
         return torch.minimum(lipschitz, torch.logaddexp(self.tangents.log_norm(source, weights), rest))
 
@@ -205,7 +208,7 @@ class Deviations:
         before: Mapping[fx.Node, Sensitivity],
         call: Call | None,
     ) -> Tensor:
-        """Return how far each row of the Jacobian of a value can be from that at the example, in Euclidean norm."""
+        """Return the errors of the rows of the Jacobian: bounds of the Euclidean norms of their changes."""
         value = self.trace.values[node]
         whole = error.detach().exp().view(-1, *[1] * (value.ndim - 1)).expand(value.shape)
         whole = whole if after.scale is None else whole / after.scale.detach()
@@ -219,6 +222,7 @@ class Deviations:
             if slopes is not None:
                 change = self._change_of_slope(node, source, call)
                 assert change is not None
+                # D e_i + rho ||M_i||
                 found = torch.maximum(slopes[0].abs(), slopes[1].abs()) * known + change * rows
             elif call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
                 found = self._row_error_of_maxima(self.trace.modules[str(node.target)], source, value, rows, known)
@@ -228,14 +232,14 @@ class Deviations:
     def _row_error_of_maxima(
         self, module: nn.Module, source: fx.Node, value: Tensor, rows: Tensor, known: Tensor
     ) -> Tensor:
-        """Return the row errors of a max pooling: those of the winner, or of another entry in its place."""
+        """Return the row errors of a max pooling: those of the largest entry, or of another that may replace it."""
         winner = self._winners(module, self.trace.values[source])
         of_winner = _gathered(rows, winner), _gathered(known, winner)
         other = module(rows + known) + of_winner[0]
         return torch.where(self._unsettled(module, source, value) > 0, other, of_winner[1])
 
     def _source_of_rows(self, node: fx.Node, before: Mapping[fx.Node, Sensitivity]) -> fx.Node | None:
-        """Return the one input that varies, if its Jacobian at the example and its widths are known."""
+        """Return the only non-constant input, if its Jacobian at the example and its widths are known."""
         varying = [item for item in node.all_input_nodes if not before[item].is_constant]
         if len(varying) != 1 or varying[0] not in self.tangents or node not in self.trace.batched:
             return None
@@ -244,13 +248,13 @@ class Deviations:
     def _added(
         self, node: fx.Node, after: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
     ) -> Tensor | None:
-        r"""Return the log of :math:`\|(J_l(x') - J_l(x)) M\|` ``(B,)``, None where nothing is known of it."""
+        r"""Return the log of a bound of :math:`\|(J_l(x') - J_l(x)) M\|` ``(B,)``; None if there is none."""
         source = self._source_of_rows(node, before)
         if source is None:
             return None
         width = self.widths[source]
         change = self._change_of_slope(node, source, call)
-        if change is not None:  # the change is diagonal
+        if change is not None:  # the change is diagonal: ||diag(rho) M||
             scale = before[source].scale
             weights = change if scale is None else change * scale.detach()
             return self.tangents.log_norm(source, weights)
@@ -260,10 +264,11 @@ class Deviations:
         weights = torch.ones_like(width) if own is None else own.expand(width.shape)
         if call is None and find_rule(self.trace.modules[str(node.target)]) in MAX_RULES:
             weights = weights * self._in_doubt(self.trace.modules[str(node.target)], source, self.trace.values[node])
+        # ||J_l(x') - J_l(x)|| <= 2 g
         return gain + math.log(2.0) + self.tangents.log_norm(source, weights)
 
     def _in_doubt(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
-        """Return one for the entries of the windows of a max pooling that are not settled, else zero."""
+        """Return one for entries in windows of a max pooling whose largest entry may change, else zero."""
         hidden, unsettled = self.trace.values[source], self._unsettled(module, source, value)
         if not isinstance(module, nn.MaxPool2d) or _doubled(module.dilation) != (1, 1):
             return torch.ones_like(hidden)
@@ -274,12 +279,12 @@ class Deviations:
         return (found > 0).to(hidden)
 
     def _slopes(self, node: fx.Node, source: fx.Node, call: Call | None) -> tuple[Tensor, Tensor] | None:
-        """Return the smallest and the largest slope of an activation over the region, None for another layer."""
+        """Return the smallest and the largest slope of an activation over the region; None for another layer."""
         activation = self._activation(node, call)
         return None if activation is None else slopes_within(activation, self.trace.values[source], self.widths[source])
 
     def _change_of_slope(self, node: fx.Node, source: fx.Node, call: Call | None) -> Tensor | None:
-        """Return by how much the slope of an activation can differ from that at the example, None for another layer."""
+        """Return rho, the largest change of the slope of an activation over the region; None for another layer."""
         activation, slopes = self._activation(node, call), self._slopes(node, source, call)
         if activation is None or slopes is None:
             return None
@@ -287,7 +292,7 @@ class Deviations:
         return torch.maximum(slopes[1] - here, here - slopes[0]).clamp_min(0)
 
     def _length_along(self, node: fx.Node, sensitivity: Sensitivity, ndim: int) -> Tensor:
-        """Return how far a value can move in its coordinates, per example where it has an axis of the examples."""
+        """Return ``L r``, the largest change of the scaled value; per example if it has an axis of examples."""
         length = lipschitz_of(sensitivity).detach().exp() * self.region.radius
         return length.view(-1, *[1] * (ndim - 1)) if node in self.trace.batched else length.max()
 
@@ -308,13 +313,13 @@ class Deviations:
         return torch.minimum(found, self._by_rows(*weight, inputs[0], found, before[inputs[0]]))
 
     def _weight(self, node: fx.Node, call: Call | None) -> tuple[Tensor, int] | None:
-        """Return the weight of a linear layer or convolution, and the axis of its output's channels."""
+        """Return the weight of a linear layer or convolution, and the axis of its output channels."""
         if call is None:
             module = self.trace.modules[str(node.target)]
             rule: Any = find_rule(module)
             axis = {linear.linear_rule: -1, linear.conv_rule: 1}.get(rule)
             if getattr(module, "padding_mode", "zeros") != "zeros":
-                return None  # a window may hold an entry and its copy
+                return None  # a window may contain an entry twice
             return None if axis is None else (module.weight, axis)  # type: ignore[return-value]
         rule = getattr(find_function_rule(node.target), "apply", None)
         axis = {linear._linear: -1, linear._convolution: 1}.get(rule)
@@ -329,6 +334,7 @@ class Deviations:
             scale = scale.amin([other for other in range(scale.ndim) if other != axis % scale.ndim])
         if scale.ndim and axis == 1 and kernel.shape[1] != len(scale):  # the channels of its groups
             scale = scale.amin()
+        # ||W_i T^-1||
         rows = kernel / scale.view(1, -1, *[1] * (kernel.ndim - 2)) if scale.ndim else kernel / scale
         along = [1] * found.ndim
         along[axis] = -1
@@ -337,16 +343,16 @@ class Deviations:
         return widths
 
     def _carried(self, known: dict[fx.Node, Any], node: fx.Node, value: Any, call: Call | None) -> Any:
-        """Return what a layer makes of a bound of each entry: the layer with the moduli of its weights.
+        r"""Propagate bounds of the entries through a layer: :math:`\sum_j |W_{ij}| w_j` for a linear one.
 
         Args:
-            known: The bounds of the entries of the values before.
+            known: The bounds of the entries of the previous values.
             node: The layer.
-            value: What it returned.
-            call: The call, for a function.
+            value: Its output.
+            call: The call, if it is a function.
 
         Returns:
-            The bounds of the entries of the value, None where the layer is not known to be monotone in them.
+            The bounds of the entries of the value; None if the layer is not known to be monotone in them.
         """
         inputs = [item for item in node.all_input_nodes if isinstance(known.get(item), Tensor)]
         if call is None:
@@ -397,7 +403,7 @@ class Deviations:
         return None
 
     def _scaled(self, entries: Tensor, call: Call, value: Tensor, divides: bool) -> Tensor | None:
-        """Return what a product or quotient with a constant makes of the bounds of the entries."""
+        """Propagate bounds of the entries through a product or quotient with a constant."""
         (other,) = [item.value for item in call.operands.values() if item.is_constant][:1]
         if divides and call.operands["input"].is_constant:
             return None
@@ -413,11 +419,12 @@ class Deviations:
         if len(varying) == 1:
             return self._scaled(varying[0].deviation.width, call, value, divides)  # type: ignore[union-attr]
         (first, second) = ((item.value.abs(), item.deviation.width) for item in varying)  # type: ignore[union-attr]
+        # |a| w_b + |b| w_a + w_a w_b
         moved: Tensor = first[0] * second[1] + second[0] * first[1] + first[1] * second[1]
         return moved.expand(value.shape)
 
     def _replayed(self, entries: dict[fx.Node, Any], node: fx.Node) -> Any:
-        """Return what a call that is monotone and linear in its tensors makes of bounds in place of the values."""
+        """Propagate bounds of the entries through a call that is monotone and linear in its tensors."""
 
         def call(fill: Callable[[fx.Node], Any]) -> Any:
             args, keywords = fx.map_arg(node.args, fill), fx.map_arg(node.kwargs, fill)
@@ -450,7 +457,7 @@ class Deviations:
     def _remain(
         self, node: fx.Node, value: Any, after: Sensitivity, before: Mapping[fx.Node, Sensitivity], call: Call | None
     ) -> None:
-        """Keep the remainder of a layer that is not affine."""
+        """Store the remainder of a layer that is not affine."""
         if self._is_affine(node, call):
             return
         inputs = [item for item in node.all_input_nodes if isinstance(self.widths.get(item), Tensor)]
@@ -461,7 +468,7 @@ class Deviations:
             self.remainders.append(Remainder(node, weights, lipschitz_of(before[inputs[0]]).detach()))
             return
         assert after.log_norm is not None
-        if not isinstance(value, Tensor):  # a module with several outputs, of which only the first is ever taken
+        if not isinstance(value, Tensor):  # a module with several outputs, of which only the first is used
             for user in node.users:
                 self.remainders.append(
                     Remainder(user, torch.full((), 2.0).double(), lipschitz_of(after.plain()).detach())
@@ -478,24 +485,24 @@ class Deviations:
     def _unsettled(self, module: nn.Module, source: fx.Node, value: Tensor) -> Tensor:
         """Return one for each window of a max pooling in which another entry may become the largest, else zero.
 
-        It stays the largest if its lowest value is above the highest of all others.
+        An entry stays the largest if its lower end is above the upper ends of all others.
         """
         hidden, width = self.trace.values[source], self.widths[source]
         winner = self._winners(module, hidden)
-        # Widths are rounded up, so that an upper end at the lower one is that of entries that never move.
+        # > instead of >=: widths are rounded up, so that equal ends belong to entries without deviation
         lowest = _gathered(hidden - width, winner)
         doubtful: Tensor = (self._runner_up(module, hidden + width, winner) > lowest).to(value)
         return doubtful
 
     def _winners(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the place of the largest entry of each window of a max pooling, in its plane."""
+        """Return the index of the largest entry of each window of a max pooling, in its plane."""
         kind = layer_name(module)
         name = f"{'adaptive_' if kind.startswith('Adaptive') else ''}max_pool{kind[-2]}d"
         winner: Tensor = getattr(F, name)(hidden, **_options(module), return_indices=True)[1]
         return winner
 
     def _runner_up(self, module: nn.Module, upper: Tensor, winner: Tensor) -> Tensor:
-        """Return the highest upper end in each window except that of its winner, infinite where it is not known."""
+        """Return the highest upper end in each window, except that of its largest entry; infinite if not known."""
         options = _options(module)
         if not layer_name(module).endswith("2d") or "output_size" in options or _doubled(options["padding"]) != (0, 0):
             return torch.full_like(winner, torch.inf, dtype=upper.dtype)
@@ -530,7 +537,7 @@ class Deviations:
             return len(varying) == 1 and (rule is arithmetic._multiply or varying[0] == "input")
         if rule is arithmetic._flips:
             return node.target in (operator.neg, torch.neg, "neg")
-        if detaches(node):  # the identity, or zero where a Jacobian is meant to leave it out
+        if detaches(node):  # the identity for values, but zero for autograd
             return False
         return rule in _AFFINE_CALLS
 
@@ -577,7 +584,7 @@ def lipschitz_of(sensitivity: Sensitivity) -> Tensor:
 
 
 def error_of(sensitivity: Sensitivity) -> Tensor:
-    """Return the log of how far the Jacobian can be from that at the example."""
+    """Return log e, where e bounds the change of the Jacobian over the region."""
     assert sensitivity.log_norm is not None
     return sensitivity.log_norm[1]
 
@@ -589,7 +596,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 
 def _gathered(entries: Tensor, places: Tensor) -> Tensor:
-    """Return the entries at the places of a max pooling, which count along each plane."""
+    """Return the entries at the indices of a max pooling, which count along each plane."""
     axes = entries.ndim - 2
     return entries.flatten(-axes).gather(-1, places.flatten(-axes)).view(places.shape)
 

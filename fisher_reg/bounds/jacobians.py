@@ -1,8 +1,9 @@
 r"""Bounds from the Jacobian at the example: exact there, and with a remainder in a ball around it.
 
 Let the trace be a graph of layers :math:`l` with Jacobians :math:`J_l(x)`, and :math:`b_l` a row of the Jacobian of the
-logits with respect to the output of layer l, at the example x. A product of Jacobians changes by the sum of the changes
-of its factors, with the factors after them as they were and those before them as they are:
+logits with respect to the output of layer l, at the example x. The change of a product of Jacobians is a telescoping
+sum: in each term one factor is replaced by its change, the factors after it are those at :math:`x`, and the factors
+before it are those at :math:`x'`:
 
 .. math:: J(x') - J(x) = \sum_l \frac{\partial z}{\partial h_l}(x)\, (J_l(x') - J_l(x))\,
           \frac{\partial h_{l-1}}{\partial x}(x') .
@@ -14,14 +15,15 @@ labels
 
 .. math:: \|c^\top (J(x') - J(x))\| \le P_{jk} := \sum_l \|(b_{lj} - b_{lk}) \odot \rho_l\|\, L_l .
 
-All that is needed are K backward passes at x and the norms of the weights. With :math:`D_{jk} = \|c^\top J(x)\|`:
+This needs K backward passes at x and the norms of the weights. With :math:`D_{jk} = \|c^\top J(x)\|`:
 
-- No difference of logits grows faster than :math:`D_{jk} + P_{jk}` within the ball, so that the class y cannot change
-  while :math:`r (D_{yk} + P_{yk})` is below the margin to every k (:func:`~fisher_reg.certified_radius`).
+- The Lipschitz constant of a difference of logits in the ball is at most :math:`D_{jk} + P_{jk}`, so that the class y
+  cannot change while :math:`r (D_{yk} + P_{yk})` is below the margin to every k
+  (:func:`~fisher_reg.certified_radius`).
 - The largest change of a difference of logits is :math:`q = r \max_{jk} (D_{jk} + P_{jk})`, and no probability grows
   by more than :math:`e^q`. The variance over labels of a function f is at most :math:`e^q` times that at x, since
   :math:`\mathrm{Var}_{p'}(f) \le E_{p'} (f - E_p f)^2`, and is :math:`\tfrac12 \sum_{jk} p_j p_k (f_j - f_k)^2`, at
-  most a quarter of the squared range. A standard deviation is a norm, so that
+  most a quarter of the squared range. A standard deviation is a seminorm, so that
 
 .. math:: \sqrt{\lambda(x')} \le \sqrt{\min(e^q \lambda(x), \tfrac14 \max D^2)}
           + \sqrt{\min(e^{2q}\, \tfrac12 \textstyle\sum p_j p_k P_{jk}^2, \tfrac14 \max P^2)} .
@@ -32,8 +34,8 @@ All that is needed are K backward passes at x and the norms of the weights. With
   :math:`\mathrm{KL}(p_x \| p_{x'}) \le \tfrac12 \Lambda r^2`.
 
 References: Zhang, Zhang, Hsieh (2019), "RecurJac", arXiv 1810.11783, and Shi et al. (2022), "Efficiently computing
-local Lipschitz constants of neural networks via bound propagation", arXiv 2210.07394, bound the Jacobian over a region
-too, by recursion; the telescoped form here needs no bound of an intermediate Jacobian but its norm.
+local Lipschitz constants of neural networks via bound propagation", arXiv 2210.07394, also bound the Jacobian over a
+region, by recursion; the telescoping sum here needs only the norms of the intermediate Jacobians.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class Rows:
 
     Attributes:
         logits: ``(B, K)``.
-        of_input: ``(B, K, d)``, in pixels where the inputs were divided by a standard deviation.
-        of_layers: ``(B, K, n)`` for each of the layers; ``(1, K, B n)`` where the examples are not apart.
+        of_input: ``(B, K, d)``, with respect to pixels if an ``input_std`` is given.
+        of_layers: ``(B, K, n)`` for each of the layers; ``(1, K, B n)`` if the output has no axis of examples.
     """
 
     logits: Tensor
@@ -98,11 +100,11 @@ def rows(trace: Trace, layers: Sequence[fx.Node], input_std: Tensor | None = Non
 
 
 def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Tensor | None = None) -> Rows:
-    """Return the rows of the Jacobian of a function at the examples, of its input alone."""
+    """Return the rows of the Jacobian of a function at the examples, with respect to its input only."""
     with torch.enable_grad():
         point = inputs.detach().clone().requires_grad_()
         logits = function(point)
-        outputs = logits.sum(0) if logits.requires_grad else ()  # they may be constant
+        outputs = logits.sum(0) if logits.requires_grad else ()  # the logits may be constant
         options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         gradients = [torch.autograd.grad(output, point, **options)[0] for output in outputs]
         gradients = gradients or [torch.zeros_like(point)] * logits.shape[1]
@@ -113,8 +115,8 @@ def rows_of(function: Callable[[Tensor], Tensor], inputs: Tensor, input_std: Ten
 def tangents_of(trace: Trace) -> Tangents:
     """Return the Jacobians of the values at the examples, ``(B, d, *S)``: d forward-mode passes.
 
-    None are returned where they would take too much memory, or where the graph has no forward mode: a layer without
-    one, or a view of memory that is laid out otherwise there.
+    The result is empty if the Jacobians would need too much memory, or if the graph has no forward mode: because of a
+    layer without a forward derivative, or of a view that is not possible in the memory layout of the tangents.
     """
     point = trace.values[trace.input]
     nodes, size = _values(trace), point[0].numel()
@@ -144,11 +146,14 @@ def tangents_of(trace: Trace) -> Tangents:
 _MAX_INPUTS = 512
 """Largest number of entries of an input for which the Jacobians of all values are formed."""
 _MAX_BATCH = 128
-"""Of examples and directions that go through the network together."""
+"""Largest product of the numbers of examples and directions in one pass."""
 
 
 def num_examples(trace: Trace) -> int:
-    """Return for how many examples at once the Jacobians of all values fit in memory; very many if not for one."""
+    """Return the number of examples for which the Jacobians of all values fit in memory.
+
+    It is unlimited (2**31) if the Jacobians of a single example do not fit, since they are then not formed.
+    """
     size = trace.values[trace.input][0].numel()
     if size > _MAX_INPUTS:
         return 2**31
@@ -157,7 +162,7 @@ def num_examples(trace: Trace) -> int:
 
 
 _MAX_NUMBERS = 2**27
-"""Largest number of entries of Jacobians that are held (1 GiB)."""
+"""Largest number of entries of Jacobians in memory (1 GiB)."""
 
 
 def _values(trace: Trace) -> list[fx.Node]:
@@ -177,11 +182,12 @@ def _in_pixels(of_input: Tensor, inputs: Tensor, input_std: Tensor | None) -> Te
 
 
 def eigenvalue_at(found: Rows, likelihood: Likelihood) -> Tensor:
-    """Return the largest eigenvalue of F at the examples ``(B,)``, from the whitened rows, with room for rounding."""
+    """Return the largest eigenvalue of F at the examples ``(B,)``, from the rows of A, rounded up."""
     size, num_outputs, num_inputs = found.of_input.shape
     repeated = found.logits.repeat_interleave(num_inputs, 0)
     columns = found.of_input.transpose(1, 2).reshape(-1, num_outputs)
     whitened = likelihood.whiten(repeated, columns).view(size, num_inputs, num_outputs)
+    # whitened = A^T, (B, d, K); A A^T or A^T A
     gram = whitened.mT @ whitened if num_outputs <= num_inputs else whitened @ whitened.mT
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0) + _ROUNDING * trace
@@ -189,12 +195,12 @@ def eigenvalue_at(found: Rows, likelihood: Likelihood) -> Tensor:
 
 
 _ROUNDING = 1e-10
-"""Relative error of a Jacobian in float64 that is allowed for, far above that of any network seen."""
+"""Assumed relative error of a Jacobian in float64, much larger than that of any network tested."""
 
 
 @dataclass(frozen=True)
 class Expansion:
-    r"""The Jacobian in a ball: that at the example, and what may be added to it.
+    r"""The Jacobian in a ball: that at the example, and a bound of its change.
 
     Attributes:
         logits: ``(B, K)`` at the example.
@@ -210,22 +216,24 @@ class Expansion:
 
     @property
     def change(self) -> Tensor:
-        """The largest change of a difference of two logits ``(B,)``: q."""
+        r"""The largest change of a difference of two logits, :math:`q = r \max_{jk} (D_{jk} + P_{jk})`, ``(B,)``."""
         return self.radius * (self.at_example + self.remainder).flatten(1).amax(1)
 
     def eigenvalue(self, at_example: Tensor) -> Tensor:
         r"""Return the bound of :math:`\lambda` in the ball ``(B,)`` from that at the example."""
         pairs = self.logits.softmax(1)
-        weights = 0.5 * pairs[:, :, None] * pairs[:, None, :]
-        growth = self.change.exp()
+        weights = 0.5 * pairs[:, :, None] * pairs[:, None, :]  # p_j p_k / 2
+        growth = self.change.exp()  # e^q
+        # min(e^q lambda(x), max D^2 / 4)
         first = torch.minimum(growth * at_example, self.at_example.square().flatten(1).amax(1) / 4)
+        # min(e^{2q} sum_jk p_j p_k P_jk^2 / 2, max P^2 / 4)
         averaged = growth.square() * (weights * self.remainder.square()).flatten(1).sum(1)
         second = torch.minimum(averaged, self.remainder.square().flatten(1).amax(1) / 4)
         return torch.nan_to_num(first.sqrt() + second.sqrt(), nan=math.inf).square()
 
     @property
     def largest_curvature(self) -> Tensor:
-        r"""The bound :math:`\Lambda` for all probabilities ``(B,)``."""
+        r"""The bound :math:`\Lambda = \tfrac14 \max_{jk} (D_{jk} + P_{jk})^2` for all probabilities ``(B,)``."""
         return (self.at_example + self.remainder).square().flatten(1).amax(1) / 4
 
 
@@ -234,21 +242,21 @@ def expansion(found: Rows, remainders: Sequence[Remainder], radius: Tensor, pixe
 
     Args:
         found: The rows at the examples, for the layers of all remainders.
-        remainders: Those of the layers that are not affine, over the ball.
+        remainders: The remainders over the ball of the layers that are not affine.
         radius: ``(B,)``, in the unit of the rows of the input.
-        pixel: What a Lipschitz constant with respect to the network's input is multiplied by, for one in pixels.
+        pixel: Factor from a Lipschitz constant with respect to the network's input to one with respect to pixels.
     """
-    at_example = _distances(found.of_input)
+    at_example = _distances(found.of_input)  # D_jk
     total = torch.zeros_like(at_example)
     for remainder in remainders:
         layer = found.of_layers[remainder.node]
         weights = remainder.weights.reshape(len(layer), 1, -1) if remainder.weights.ndim else remainder.weights
-        lengths = (remainder.log_norm.exp() * pixel).reshape(-1, 1, 1)
-        scaled = _distances(layer * weights)
+        lengths = (remainder.log_norm.exp() * pixel).reshape(-1, 1, 1)  # L_l
+        scaled = _distances(layer * weights)  # ||(b_lj - b_lk) * rho_l||
         total = total + torch.where(scaled > 0, scaled * lengths, 0.0)
     return Expansion(found.logits, at_example, total * (1 + _ROUNDING), radius)
 
 
 def _distances(vectors: Tensor) -> Tensor:
-    """Return the distances between the rows of ``(B, K, n)``, without the cancellation of a Gram matrix."""
+    """Return the distances between the rows of ``(B, K, n)``, without the cancellation in a Gram matrix."""
     return torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,4 +1,4 @@
-"""Upper bounds at given inputs, and in a ball around each."""
+"""Upper bounds at given inputs, and in a ball around each input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from fisher_reg.likelihood import Categorical, Likelihood
 from fisher_reg.solvers import Lanczos
 
 _SOLVER = Lanczos(num_steps=20, is_exact=True, tolerance=0.05, failure_probability=1e-6)
-"""Of the interval for many classes."""
+"""The solver of the interval for many classes."""
 _NUM_HALVINGS = 7
 """Steps of the search for the largest radius, on a logarithmic axis."""
 
@@ -63,16 +63,16 @@ def local_fisher_bound(
 ) -> UpperBound:
     r"""Bound the largest eigenvalue of the input-space Fisher matrix at the given inputs, or in a ball around each.
 
-    Several certified values are found, and the smallest of each example counts; ``evidence`` names it.
+    Several certified values are computed, and the result is the smallest for each example; ``evidence`` names it.
 
-    *At the inputs* (no ``radius``): ``"exact"``, from K backward passes in float64, for at most 32 logits; beyond that
-    ``"interval"``, the upper end of an estimate's interval, which fails with ``failure_probability`` 1e-6 over our own
-    random numbers; and ``"product"``, of the layers' norms with what is known at the input.
+    *At the inputs* (no ``radius``): ``"exact"``, from K backward passes in float64, for at most 32 logits; for more
+    logits ``"interval"``, the upper end of the interval of an estimate, which fails with ``failure_probability`` 1e-6
+    over the random numbers of the solver; and ``"product"``, the product of the norms of the layers at the input.
 
-    *In a ball*: for every :math:`x'` with :math:`\|x' - x\|_2 \le r`, ``"expansion"``, the Jacobian at the input and
-    all that slopes and maxima of poolings can add to it within the ball (:mod:`fisher_reg.bounds.jacobians`; one label
-    out of at most 32 only), ``"product"`` with the norms over the ball, and ``"global"``. For inputs of up to 512
-    entries the product uses the Jacobians of all values too, which is closer and slower.
+    *In a ball*: for every :math:`x'` with :math:`\|x' - x\|_2 \le r`, ``"expansion"``, the Jacobian at the input and a
+    bound of its change in the ball (:mod:`fisher_reg.bounds.jacobians`; only for a categorical distribution with at
+    most 32 classes), ``"product"`` with the norms over the ball, and ``"global"``. For inputs of up to 512 entries the
+    product also uses the Jacobians of all values, which is tighter and slower.
 
     Args:
         model: As in :func:`lipschitz_bound`.
@@ -80,23 +80,23 @@ def local_fisher_bound(
         radius: r, a positive number or one per example ``(B,)``, in input units, or in pixels with ``input_std``.
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        tightening: Which certified improvements are used.
+        tightening: The certified improvements to use.
 
     Returns:
         A certified bound with values ``(B,)``, in nats per squared input unit. Cost: K backward passes, ten forwards
         and the norms of :func:`fisher_bound`; in a ball, memory for K times the values of the network.
 
     Raises:
-        NoBoundError: As in :func:`lipschitz_bound`, in a ball. At the inputs themselves only for a model whose logits
-            are random or depend on the other examples.
-        ValueError: As in :func:`lipschitz_bound`; and for a radius that is not positive.
+        NoBoundError: In a ball, as in :func:`lipschitz_bound`. At the inputs, only for a model whose logits are random
+            or depend on the other examples.
+        ValueError: As in :func:`lipschitz_bound`, and for a radius that is not positive.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
         >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
         >>> local_fisher_bound(model, torch.tensor([[0.0, 0.0], [5.0, 0.0]])).value  # p (1 - p) |w0 - w1|^2
         tensor([1.0000e+00, 1.8158e-04], dtype=torch.float64)
-        >>> local_fisher_bound(model, torch.tensor([[5.0, 0.0]]), radius=5.0).value  # the ball holds (0, 0)
+        >>> local_fisher_bound(model, torch.tensor([[5.0, 0.0]]), radius=5.0).value  # the ball contains (0, 0)
         tensor([1.], dtype=torch.float64)
     """
     check_inputs(inputs)
@@ -123,27 +123,27 @@ def certified_radius(
 ) -> Tensor:
     r"""Return the Euclidean distance within which no perturbation changes the predicted class, per example.
 
-    It is the largest r that was found for which every margin stands above what the difference of the logits can change
-    within r: for logits :math:`z = W h + b` and :math:`y` the predicted class
+    It is the largest r found for which every margin is larger than the largest change of the difference of the logits
+    within r: for logits :math:`z = W h + b` and the predicted class :math:`y`
 
     .. math:: z_y - z_k > r\, \min\big(\|w_y - w_k\|\, \mathrm{Lip}_r(h),\; D_{yk} + P_{yk}(r)\big)
               \quad \text{for all } k ,
 
-    with the Lipschitz constant within the ball, the length D of the gradient of the difference at x and its remainder P
-    in the ball (:mod:`fisher_reg.bounds.jacobians`). It is never below the radius of the constant over all inputs. It
-    holds against every attack on the function that the weights define in exact arithmetic: the network is evaluated in
-    float64, and where its own precision predicts another class than float64 does the radius is zero.
+    with the Lipschitz constant in the ball, the norm D of the gradient of the difference at x, and its remainder P in
+    the ball (:mod:`fisher_reg.bounds.jacobians`). It is at least the radius from the constant over all inputs. It holds
+    against every attack on the function that the weights define in exact arithmetic. The network is evaluated in
+    float64; if the prediction in its own precision differs, the radius is zero.
 
     Args:
         model: As in :func:`lipschitz_bound`.
         inputs: ``(B, *S)``.
-        uses_balls: Whether constants within balls are used; otherwise only the one over all inputs, which is cheaper:
-            a forward pass for each example.
-        input_std: If the model is fed ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
-        tightening: Which certified improvements are used.
+        uses_balls: Whether constants in balls are used. Otherwise only the constant over all inputs is used, which is
+            cheaper: one forward pass per example.
+        input_std: If the inputs of the model are ``(pixels - mean) / std``, pass that ``std`` for a radius in pixels.
+        tightening: The certified improvements to use.
 
     Returns:
-        ``(B,)`` in input units, double precision; infinite where no perturbation can change anything. Cost: that of
+        ``(B,)`` in input units, double precision; infinite if no perturbation can change the class. Cost: that of
         :func:`local_fisher_bound` in a ball, and 7 propagations through the graph.
 
     Raises:
@@ -179,19 +179,19 @@ def certified_divergence(
 ) -> Tensor:
     r"""Bound the KL divergence :math:`\mathrm{KL}(p_x \| p_{x'})` for every :math:`x'` within a Euclidean distance r.
 
-    It is :math:`\tfrac12 \Lambda r^2` where :math:`\Lambda` bounds :math:`\lambda_\max(J^\top \Sigma(p) J)` for the
-    Jacobians of the ball and *all* probabilities p: along the segment the two are taken at different points. Derived in
-    :mod:`fisher_reg.bounds.jacobians`.
+    The bound is :math:`\tfrac12 \Lambda r^2` where :math:`\Lambda` bounds :math:`\lambda_\max(J^\top \Sigma(p) J)` for
+    the Jacobians in the ball and *all* probabilities p, since J and p belong to different points of the segment. It is
+    derived in :mod:`fisher_reg.bounds.jacobians`.
 
     Args:
         model: As in :func:`lipschitz_bound`.
         inputs: ``(B, *S)``.
         radius: r, a positive number or one per example, in input units, or in pixels with ``input_std``.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        tightening: Which certified improvements are used.
+        tightening: The certified improvements to use.
 
     Returns:
-        ``(B,)`` in nats, for one label out of K.
+        ``(B,)`` in nats, for a categorical distribution.
 
     Raises:
         NoBoundError: As in :func:`lipschitz_bound`.
@@ -212,13 +212,13 @@ def certified_divergence(
         around.largest_curvature(radii[place])
         for place, around in _parts(model, inputs, Categorical(), std, tightening)
     ]
-    return 0.5 * radii.square() * torch.cat(parts)
+    return 0.5 * radii.square() * torch.cat(parts)  # Lambda r^2 / 2
 
 
 def _parts(
     model: nn.Module, inputs: Tensor, likelihood: Likelihood, input_std: Tensor | None, tightening: Tightening
 ) -> Generator[tuple[slice, _Around], None, None]:
-    """Yield the examples in parts for which the Jacobians of all values fit in memory."""
+    """Yield parts of the examples that are small enough for the Jacobians of all values to fit in memory."""
     norms = KnownNorms(CertifiedNorms(tightening.dense))
     first = traced_at_few(model, inputs, likelihood)
     if len(inputs) <= min(num_examples(first), len(first.result)):
@@ -290,13 +290,13 @@ def _said(radii: Tensor) -> str:
 
 
 class _Around:
-    """A traced network, and what can be said of it around its examples.
+    """Bounds of a traced network at and around its examples.
 
     Args:
         traced: The network at the examples.
         likelihood: The output distribution.
-        input_std: What the pixels were divided by.
-        tightening: Which certified improvements are used.
+        input_std: Standard deviation of the input normalisation.
+        tightening: The certified improvements to use.
     """
 
     def __init__(
@@ -319,11 +319,11 @@ class _Around:
 
     @cached_property
     def tangents(self) -> Tangents:
-        """The Jacobians of the values at the examples, where they are few enough."""
+        """The Jacobians of the values at the examples, if they fit in memory."""
         return tangents_of(self.traced)
 
     def compositions(self, radii: Tensor | None, is_local: bool = False) -> list[Composition]:
-        """Return the compositions over the balls, at the inputs, or everywhere."""
+        """Return the compositions over the balls, at the inputs, or over all inputs."""
         region = None if radii is None else Region.ball(self.centre, radii, self.input_std)
         return compositions_of(
             self.traced,
@@ -348,16 +348,16 @@ class _Around:
         return value.detach() + 2 * math.log(self.pixel), terms
 
     def _log_curvature(self, composition: Composition, radii: Tensor | None) -> Tensor:
-        """Return the log of what the head and the likelihood multiply by, at the inputs or over balls."""
+        """Return the log of the factor of head and likelihood, at the inputs or over balls."""
         at_inputs = self.likelihood.curvature_at(self.logits, composition.head)
         if radii is None:
             return log(at_inputs)
         anywhere = self.likelihood.largest_curvature(composition.head)
         if not isinstance(self.likelihood, Categorical):
             return log(anywhere)
-        # No difference of two logits changes by more than q; 2 sqrt(largest curvature) is the largest |w_j - w_k|.
+        # q = max |w_j - w_k| Lip_r(h) r, with max |w_j - w_k| = 2 sqrt(largest curvature)
         change = 2 * anywhere.sqrt() * composition.log_norm.detach().exp() * radii * self.pixel
-        return log(torch.minimum(anywhere, at_inputs * change.exp()))
+        return log(torch.minimum(anywhere, at_inputs * change.exp()))  # variances grow at most by e^q
 
     def candidates(self, radii: Tensor) -> tuple[dict[str, Tensor], tuple[BoundTerm, ...]]:
         """Return the logs of the bounds over balls by name, and the shares of the layers."""
@@ -380,7 +380,7 @@ class _Around:
         return found, terms
 
     def expansion(self, radii: Tensor) -> Expansion | None:
-        """Return the Jacobian over balls, None where it is not known: for many logits, or another likelihood."""
+        """Return the Jacobian over balls; None for many logits or another likelihood."""
         if self.logits.shape[1] > MAX_ROWS or not isinstance(self.likelihood, Categorical):
             return None
         if not bool(self.logits.isfinite().all()):
@@ -393,27 +393,28 @@ class _Around:
         return expansion(self._rows, remainders, radii, self.pixel)
 
     def radius(self) -> Tensor:
-        """Return the largest radius that was found within which no perturbation changes the class, ``(B,)``."""
+        """Return the largest radius found within which no perturbation changes the class, ``(B,)``."""
         lowest = self.radius_everywhere()
         highest = torch.minimum(self.radius_of_gradient(), 1e6 * lowest.clamp_min(1e-300))
         searched = lowest.isfinite() & (lowest > 0) & (highest > lowest)
         if not bool(searched.any()):
             return lowest
         for step in range(_NUM_HALVINGS):
-            middle = highest if step == 0 else (lowest * highest).sqrt()
+            middle = highest if step == 0 else (lowest * highest).sqrt()  # bisection of log r
             holds = self.holds(torch.where(searched, middle, torch.ones_like(middle))) & searched
             lowest = torch.where(holds, middle, lowest)
             highest = torch.where(searched & ~holds, middle, highest)
         return lowest
 
     def holds(self, radii: Tensor) -> Tensor:
-        """Say whether no perturbation up to the radius can change the class, ``(B,)``."""
+        """Return whether no perturbation up to the radius can change the class, ``(B,)``."""
         holds = torch.zeros(len(radii), dtype=torch.bool, device=radii.device)
         for composition in self.compositions(radii):
-            lipschitz = composition.log_norm.detach().exp() * self.pixel
+            lipschitz = composition.log_norm.detach().exp() * self.pixel  # Lip_r(h)
             holds |= self._is_below_margin(radii, self._constants(composition.head) * lipschitz.view(-1, 1))
         expanded = self.expansion(radii)
         if expanded is not None:
+            # D_yk + P_yk(r)
             slopes = (expanded.at_example + expanded.remainder)[range(len(radii)), self.logits.argmax(1)]
             holds |= self._is_below_margin(radii, slopes)
         return holds
@@ -421,7 +422,7 @@ class _Around:
     def _is_below_margin(self, radii: Tensor, slopes: Tensor) -> Tensor:
         margins = self._margins()
         predicted = self.logits.argmax(1, keepdim=True)
-        below = radii[:, None] * slopes * (1 + 1e-9) < margins
+        below = radii[:, None] * slopes * (1 + 1e-9) < margins  # r slope_k < z_y - z_k
         return below.scatter(1, predicted, True).all(1)
 
     def _margins(self) -> Tensor:
@@ -430,14 +431,14 @@ class _Around:
         return margins
 
     def _constants(self, head: Tensor | None) -> Tensor:
-        """Return the norm of the row of each difference to the predicted class, ``(B, K)``."""
+        """Return ``|w_y - w_k|`` for the predicted class ``y``, ``(B, K)``."""
         predicted = self.logits.argmax(1)
-        if head is None:  # two entries of one vector
+        if head is None:  # |e_y - e_k| = sqrt(2)
             return torch.full_like(self.logits, math.sqrt(2)).scatter(1, predicted[:, None], 0.0)
         return torch.cdist(head[predicted], head, compute_mode="donot_use_mm_for_euclid_dist")
 
     def radius_everywhere(self, is_required: bool = False) -> Tensor:
-        """Return the radius of the constant over all inputs, ``(B,)``, or another one where there is none."""
+        """Return the radius from the constant over all inputs, ``(B,)``, or a small valid one if there is none."""
         best = torch.zeros(len(self.logits), dtype=torch.float64, device=self.logits.device)
         try:
             found = self.compositions(None)
@@ -451,7 +452,7 @@ class _Around:
         return best
 
     def _smallest_trial(self) -> Tensor:
-        """Return a radius that holds, from which the search begins where no constant holds everywhere."""
+        """Return a small valid radius, from which the search starts if there is no constant over all inputs."""
         trial = 1e-6 * self.radius_of_gradient().clamp_max(1e6)
         if not bool(trial.isfinite().all()) or not bool((trial > 0).any()):
             return torch.zeros_like(trial)
@@ -459,7 +460,7 @@ class _Around:
         return torch.where(self.holds(trial), trial, 0.0)
 
     def radius_of_gradient(self) -> Tensor:
-        """Return what the radius cannot exceed: margin over the length of the gradient at the input, ``(B,)``."""
+        """Return an upper limit of the radius: margin divided by the norm of the gradient at the input, ``(B,)``."""
         composition = self.compositions(torch.full_like(self.logits[:, 0], 1e-12))[0]
         assert composition.deviations is not None
         if self._rows is None and self.logits.shape[1] <= MAX_ROWS and bool(self.logits.isfinite().all()):
@@ -471,14 +472,14 @@ class _Around:
         return self._radii(torch.linalg.vector_norm(self._rows.of_input - predicted, dim=2))
 
     def _radii(self, slopes: Tensor) -> Tensor:
-        """Return the smallest ratio of a margin to a slope ``(B, K)``, ``(B,)``."""
+        """Return ``min_k (z_y - z_k) / slope_k``, ``(B,)``."""
         margins = self._margins()
         predicted = self.logits.argmax(1, keepdim=True)
         ratios = torch.where(margins > 0, margins / slopes, 0.0)
         return ratios.scatter(1, predicted, math.inf).amin(1)
 
     def largest_curvature(self, radii: Tensor) -> Tensor:
-        """Return the bound over balls and all probabilities, ``(B,)``."""
+        """Return the bound Lambda over balls and all probabilities, ``(B,)``."""
         best = torch.full_like(radii, math.inf)
         for composition in self.compositions(radii):
             curvature = Categorical().largest_curvature(composition.head)

@@ -1,8 +1,9 @@
-"""Composition of the layer rules over the traced graph: add is a sum, concatenate a root of squares, compose a product.
+"""Propagation of Lipschitz constants through the traced graph by the rules of the layers.
 
-Each value in the graph carries one number, the logarithm of a Lipschitz constant with respect to the network's input.
-A residual block then gives ``Lip(x) (Lip(shortcut) + Lip(branch))`` and a dense one ``Lip(x) sqrt(1 + Lip(h)^2)`` by
-themselves, for any way the blocks are nested.
+Each value in the graph has one number, the logarithm ``log L`` of a Lipschitz constant with respect to the network's
+input. A layer of norm ``g`` gives ``log L + log g``, an addition ``log(L_1 + L_2)``, and a concatenation
+``log sqrt(L_1^2 + L_2^2)``. It follows that a residual block gives ``Lip(x) (Lip(shortcut) + Lip(branch))`` and a dense
+block ``Lip(x) sqrt(1 + Lip(h)^2)``, also for nested blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fisher_reg.errors import NoBoundError, NonFiniteWeightsError
 
 @dataclass(frozen=True)
 class Term:
-    """The constant of one layer, as a leaf of the composition's graph."""
+    """The constant of one layer, as a leaf of the autograd graph of the composition."""
 
     name: str
     layer: str
@@ -48,13 +49,13 @@ class Composition:
     """The sensitivity of the output.
 
     Attributes:
-        log_norm: Log of the constant of the output; with a head, of the head's input in its coordinates.
-        head: Weight ``(K, D)`` of a last linear layer in the coordinates of its input, or None.
+        log_norm: Log of the constant of the output; with a head, that of the head's scaled input.
+        head: Weight ``(K, D)`` of a last linear layer, divided by the scaling of its input, or None.
         head_name: Its name.
         terms: One per layer, without the head.
-        domains: The domains that layers asked for.
-        deviations: How far the values can be from those at the examples, over the region if there is one.
-        log_error: Log of how far the Jacobian can be from that at the examples, in the same coordinates, if known.
+        domains: The domains for which the rules of the layers hold.
+        deviations: The deviations of the values over the region, if there is one.
+        log_error: Log of a bound of the change of the Jacobian over the region, with the same scaling, if known.
     """
 
     log_norm: Tensor
@@ -80,14 +81,14 @@ def compose(
     """Compose the rules of the layers of a traced model into one constant.
 
     Args:
-        trace: The model, in evaluation mode, at an example; its values matter at the local level only.
-        norms: What computes the norms of weights.
-        tightening: What is merged with its neighbours.
+        trace: The model, in evaluation mode, at an example; its values are used only for local bounds.
+        norms: Computes the norms of weights.
+        tightening: The certified improvements to use.
         is_local: Whether the constants are those at the given examples.
-        differentiable: Whether the gradient reaches the weights; otherwise it reaches the terms.
-        output_scales: Coordinates ``(C,)`` wanted of the outputs of linear layers, by their nodes.
-        region: Over which inputs around the examples the constants hold, where it is not all and not the examples.
-        tangents: The Jacobians of the values at the examples, ``(B, d, *S)``, where they are known; with a region.
+        differentiable: Whether there is a gradient with respect to the weights; otherwise only to the terms.
+        output_scales: Requested scalings ``(C,)`` of the outputs of linear layers, by their nodes.
+        region: The inputs around the examples for which the constants hold; None for all inputs or the examples.
+        tangents: The Jacobians of the values at the examples, ``(B, d, *S)``, if they are known; with a region.
 
     Returns:
         The constant with its terms.
@@ -103,7 +104,7 @@ def compose(
             composer.visit(node)
         sensitivity = composer.sensitivities[trace.output].plain()
     if sensitivity.log_norm is None or sensitivity.parts:
-        raise NoBoundError("The output does not depend on the input, or is no tensor.")
+        raise NoBoundError("The output does not depend on the input, or is not a tensor.")
     log_norm, head = sensitivity.log_norm, None
     if composer.head is not None:
         log_norm, head = composer.head
@@ -120,7 +121,7 @@ def compose(
 
 @dataclass
 class _Composer:
-    """Visits the nodes in order and carries the sensitivity of every value along."""
+    """Visits the nodes in order and computes the sensitivity of every value."""
 
     trace: Trace
     norms: Norms
@@ -143,7 +144,7 @@ class _Composer:
         self.values = dict(self.trace.values)
 
     def visit(self, node: fx.Node) -> None:
-        """Find the sensitivity of the value of the node."""
+        """Compute the sensitivity of the value of the node."""
         value = self.values[node]
         sensitivity = self._sensitivity(node, value)
         if self.differentiable and sensitivity.is_constant:
@@ -159,14 +160,14 @@ class _Composer:
             self.deviations.visit(node, self.sensitivities[node], self.sensitivities, self.calls.get(node), is_head)
 
     def _averaged(self, node: fx.Node, sensitivity: Sensitivity) -> Sensitivity:
-        """Return the sensitivity of the end of a block, if it is one, bounded with its activation if that is better."""
+        """Return the sensitivity at the end of a block, bounded together with its activation if that is smaller."""
         with torch.no_grad():
             block = None if sensitivity.is_constant or sensitivity.parts else average(self.trace, node)
         if block is None or block.source not in self.sensitivities:
             return sensitivity
         source = self.sensitivities[block.source]
         branch = sensitivity if block.branch[-1] is node else self.sensitivities[block.branch[-1]]
-        # The rest needs the norms of both layers, not what the mean slope already made of them on the way.
+        # the branch term r ||W_2|| ||W_1|| needs the plain norms: undo earlier improvements on the branch
         gained = sum(self.gains.get(item, 0.0) for item in block.branch)
         before, after = source.scale, sensitivity.scale
         matrix = block.matrix
@@ -174,9 +175,10 @@ class _Composer:
             matrix = matrix / before.expand(self.values[block.source].shape).amin(0).reshape(1, -1)
         if after is not None:
             matrix = matrix * after.expand(self.values[node].shape).amax(0).reshape(-1, 1)
-        log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()
+        log_norm = log(self.norms.matrix(matrix)).detach().requires_grad_()  # log ||S + c W_2 W_1||
         assert sensitivity.log_norm is not None
         assert source.log_norm is not None
+        # L (||S + c W_2 W_1|| + r ||W_2|| ||W_1||), with r = share * beta
         joint = log_sum([source.log_norm + log_norm, branch.within(after) + gained + math.log(block.share)])
         if bool(joint >= sensitivity.log_norm):
             return sensitivity
@@ -186,7 +188,7 @@ class _Composer:
 
     @property
     def _at_example(self) -> bool:
-        """Whether the constants are those at the examples or around them."""
+        """Whether the constants are those at the examples or in regions around them."""
         return self.is_local or self.deviations is not None
 
     def _deviation_of(self, node: fx.Node) -> Deviation | None:
@@ -197,7 +199,7 @@ class _Composer:
         return None if self.deviations is None else self.deviations.of(node), node in self.trace.batched
 
     def _knows(self, nodes: Iterable[fx.Node]) -> bool:
-        """Say whether the values that depend on the input are at hand, an example each along their first axis."""
+        """Return whether all values that depend on the input have the examples along their first axis."""
         varying = [node for node in nodes if not self.sensitivities[node].is_constant]
         return all(node in self.trace.batched for node in varying)
 
@@ -205,7 +207,7 @@ class _Composer:
         return fx.map_arg(argument, lambda node: self.values[node])
 
     def _with_gradient(self, node: fx.Node, value: Any) -> Any:
-        """Return a value that is made of the weights alone with its graph: the trace has computed it without."""
+        """Recompute a value that depends only on weights, with an autograd graph, which the trace does not have."""
         if node.op not in ("call_function", "call_method", "call_module") or asks_for_shape(node):
             return value
         weights = [self.values[item] for item in node.all_input_nodes]
@@ -225,10 +227,11 @@ class _Composer:
             return incoming[0]
         if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
             if self.is_local:
-                return CONSTANT  # whole numbers and truth values have the derivative zero wherever they have one
+                return CONSTANT  # the derivative of integers and booleans is zero wherever it exists
             raise NoBoundError(
-                f"'{where(node)}' makes whole numbers or truth values ({str(value.dtype).removeprefix('torch.')}) of a "
-                "value that depends on the input. That is not continuous in the input, and has no Lipschitz constant."
+                f"'{where(node)}' converts a value that depends on the input to integers or booleans "
+                f"({str(value.dtype).removeprefix('torch.')}). That is not continuous in the input, and has no "
+                "Lipschitz constant."
             )
         if node.op == "call_module":
             return self._module_sensitivity(node, value)
@@ -254,7 +257,7 @@ class _Composer:
         return self._after(node, name_of(node.target), call.sensitivity, result) if isinstance(result, Gain) else result
 
     def _of_input(self, device: torch.device) -> Tensor:
-        """Return the log of one, and with Jacobians at the examples that of no distance from them."""
+        """Return log L = log 1 of the input, and with Jacobians also log e = log 0."""
         if self.deviations is None or not self.deviations.tangents:
             return torch.zeros((), dtype=torch.float64, device=device)
         return torch.tensor([[0.0], [-math.inf]], dtype=torch.float64, device=device)
@@ -269,7 +272,7 @@ class _Composer:
         varying = [item for item in operands.values() if not self.sensitivities[item].is_constant]
         single = self.sensitivities[varying[0]] if len(set(varying)) == 1 else None
         if single is not None and varying[0] is not next(iter(operands.values())):
-            single = Sensitivity(single.plain().log_norm)  # the rule asks for the range of the first input
+            single = Sensitivity(single.plain().log_norm)  # rules use the range of the first input
         if single is not None and self._is_head(node, value) and find_rule(module) is linear_rule:
             weight: Any = module.weight
             return self._head_sensitivity(node, weight, single, self._fetch(varying[0]))
@@ -277,7 +280,7 @@ class _Composer:
             gain = _gain(module, self._layer(node, module, operands, single, value), where(node))
         if single is not None and (len(varying) == 1 or gain.of_one_input):
             source = single
-        elif single is not None and isinstance(gain, ScaledGain):  # the others may be meant in coordinates or without
+        elif single is not None and isinstance(gain, ScaledGain):  # the others may be used with or without scaling
             assert single.log_norm is not None
             others = [torch.maximum(single.log_norm, single.within(None))] * (len(varying) - 1)
             source = Sensitivity(side_by_side([single.log_norm, *others]))
@@ -291,9 +294,7 @@ class _Composer:
 
     def _check_users(self, node: fx.Node) -> None:
         if any(_takes_another(user) for user in node.users):
-            raise NoBoundError(
-                f"Of what '{where(node)}' returns, the rule speaks of the first output only; another is used."
-            )
+            raise NoBoundError(f"The rule of '{where(node)}' bounds only its first output, but another output is used.")
 
     def _after(self, node: fx.Node, label: str, source: Sensitivity, gain: Gain) -> Sensitivity:
         log_norm = log(gain.norm)
@@ -305,7 +306,7 @@ class _Composer:
         reached = gain.after(source)
         trivial = _with_norm_one(gain).after(source)
         assert trivial.log_norm is not None
-        return Sensitivity(trivial.log_norm + log_norm, reached.scale, reached.range)
+        return Sensitivity(trivial.log_norm + log_norm, reached.scale, reached.range)  # log L + log g
 
     def _layer(
         self, node: fx.Node, module: nn.Module, operands: Mapping[str, fx.Node], single: Sensitivity | None, value: Any
@@ -327,7 +328,7 @@ class _Composer:
         )
 
     def _output_scale(self, node: fx.Node, value: Any) -> Tensor | None:
-        """Return the coordinates in which the norm of a linear layer is taken: those of the batch norm that follows."""
+        """Return the requested scaling of a linear layer's output, with that of a batch norm after it."""
         norm = self._batch_norm_after(node, value)
         scale = None
         if norm is not None:
@@ -390,7 +391,7 @@ def _gain(module: nn.Module, layer: Layer, name: str) -> Gain:
     if isinstance(gain, ScaledGain) and gain.scale is not None:
         is_tensor = isinstance(gain.scale, Tensor) and gain.scale.is_floating_point()
         if not is_tensor:
-            raise TypeError(f"{what} returned coordinates that are no real tensor: {gain.scale!r}. {_RETURNS}")
+            raise TypeError(f"{what} returned coordinates that are not a real tensor: {gain.scale!r}. {_RETURNS}")
         if not bool((gain.scale.isfinite() & (gain.scale > 0)).all()) and not _is_ours(rule):
             raise ValueError(f"{what} returned coordinates that are not positive and finite: {gain.scale}. {_RETURNS}")
     if not bool((norm >= 0).all() & norm.isfinite().all()):
@@ -408,7 +409,7 @@ _RETURNS = (
 
 
 def _checked_norm(norm: Any, layer: Layer, what: str) -> Tensor:
-    """Return what a rule has returned as a tensor, at the global level ``()``."""
+    """Return the norm of a rule as a tensor; its shape is ``()`` for a global bound."""
     if isinstance(norm, Tensor):
         is_real = norm.dtype != torch.bool and not norm.is_complex()
         if not is_real or norm.shape not in ((), (1,), layer.input.shape[:1]):
@@ -440,7 +441,7 @@ def _has_graph(values: Iterable[Any]) -> bool:
 
 
 def _set_weights(module: nn.Module) -> None:
-    """Compute a weight that a hook of :mod:`torch.nn.utils` sets: the trace has computed it without a graph."""
+    """Recompute weights that hooks of :mod:`torch.nn.utils` set, with an autograd graph."""
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils"):
             hook(module, ())

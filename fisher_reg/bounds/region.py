@@ -1,4 +1,4 @@
-"""The set of inputs for which a bound holds: all, the given ones, a ball around each, or a box."""
+"""The set of inputs for which a bound holds: all inputs, the given ones, a ball around each, or a box."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Region:
         centre: ``(B, *S)`` in float64.
         width: Largest distance of an entry from that of the centre, broadcastable to ``(B, *S)``.
         radius: Largest Euclidean distance from the centre, ``(B,)``.
-        name: What a reader would call it.
+        name: Description for messages.
     """
 
     centre: Tensor
@@ -34,7 +34,7 @@ class Region:
         Args:
             centre: ``(B, *S)``.
             radius: ``()`` or ``(B,)``; with ``input_std`` in pixels.
-            input_std: What the pixels were divided by, broadcastable to one example.
+            input_std: Standard deviation of the input normalisation, broadcastable to one example.
         """
         radii = torch.as_tensor(radius, dtype=torch.float64, device=centre.device).expand(len(centre))
         width = radii.view(-1, *[1] * (centre.ndim - 1))
@@ -60,10 +60,10 @@ class Box:
 
     Args:
         low: Broadcastable to one input.
-        high: Likewise, nowhere below ``low``.
+        high: Broadcastable to one input, nowhere below ``low``.
 
     Raises:
-        ValueError: If the ends are not finite numbers in this order.
+        ValueError: If the ends are not finite or not in this order.
     """
 
     low: Tensor | float
@@ -99,7 +99,7 @@ class Box:
         if bool(outside.any()):
             raise ValueError(
                 f"{int(outside.sum())} of the {len(inputs)} inputs leave the domain ({region.name}), for which the "
-                f"bound would not hold; they lie in [{float(inputs.min()):g}, {float(inputs.max()):g}]. Give a domain "
+                f"bound would not hold; they lie in [{float(inputs.min()):g}, {float(inputs.max()):g}]. Pass a domain "
                 "that contains them."
             )
         return region
@@ -155,7 +155,7 @@ def region_of(domain: Domain, inputs: Tensor) -> Region:
     """Return a domain as a region; a pair is a :class:`Box`.
 
     Raises:
-        ValueError: As the domains say, and for anything else.
+        ValueError: As in the classes of domains, and for any other object.
     """
     if isinstance(domain, tuple) and len(domain) == 2:
         domain = Box(*domain)
@@ -165,17 +165,17 @@ def region_of(domain: Domain, inputs: Tensor) -> Region:
 
 
 def check_radius(radius: Any, size: int | None) -> None:
-    """Refuse a radius that is not positive and finite, or not one number or one per example.
+    """Raise an error unless the radius is positive and finite, one number or one per example.
 
     Args:
-        radius: What was given.
-        size: How many examples there are; None for one number only.
+        radius: The argument of the user.
+        size: Number of examples; None if only one number is allowed.
 
     Raises:
         ValueError: If it is not.
     """
     what = "a number" if size is None else f"a number or one for each of the {size} examples"
-    advice = "" if size is None else " At the inputs themselves leave it out."
+    advice = "" if size is None else " For a bound at the inputs themselves leave it out."
     error = ValueError(f"radius must be positive and finite, {what}; got {radius!r}.{advice}")
     try:
         radii = torch.as_tensor(radius, dtype=torch.float64)

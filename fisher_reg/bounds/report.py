@@ -1,4 +1,4 @@
-"""What a bound reports: its value, and the share of each layer."""
+"""The report of a bound: its value, and the share of each layer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class BoundTerm:
 
     Attributes:
         name: Qualified name of the module.
-        layer: Its type, with what was merged into it.
-        norm: Its Lipschitz constant, in the coordinates that the layers around it left to it; the median over the
-            examples at a local level.
-        decades: Its share of ``log10_value``: the derivative of that by the logarithm of ``norm``, times that
-            logarithm. What is left over is that of the sums, copies and factors between the layers.
+        layer: Its type, with the layers merged into it.
+        norm: Its Lipschitz constant, after absorbing the diagonal scalings of neighbouring layers; for a local bound
+            the median over the examples.
+        decades: Its share of ``log10_value``: the derivative of ``log10_value`` with respect to log10 of ``norm``,
+            times log10 of ``norm``. The rest of ``log10_value`` comes from sums, copies and factors between layers.
     """
 
     name: str
@@ -34,21 +34,22 @@ class BoundTerm:
 
 @dataclass(frozen=True)
 class UpperBound:
-    """An upper bound with its evidence.
+    """An upper bound with the shares of the layers.
 
     Attributes:
         level: ``"global"`` (from the weights alone), ``"local"`` (certified at the inputs), or ``"blockwise"``
             (estimated at the inputs).
-        log10_value: Decimal logarithm of the bound, a number, or ``(B,)`` of the inputs; finite where the value itself
+        log10_value: Decimal logarithm of the bound, a number, or ``(B,)``, one per input; finite where the value itself
             would overflow.
-        certified: Whether the mathematics excludes that the true value lies above.
+        certified: Whether it is proven that the true value is not larger.
         terms: The shares of the layers, in the order of the forward pass; their mean over the inputs.
         domain: The inputs for which the bound holds.
-        evidence: At given inputs, which of several certified values is the smallest, one name per example: ``"exact"``
-            (all rows of the Jacobian), ``"interval"`` (of an estimate), ``"product"`` (of the layers' norms),
-            ``"expansion"`` (of the Jacobian around the input), ``"global"``. Empty where there is only the product.
-        candidates: Decimal logarithms ``(B,)`` of all the values of which ``evidence`` names the smallest.
-        failure_probability: Per example, over random numbers of our own; zero but for an ``"interval"``.
+        evidence: For bounds at inputs, the name of the smallest of several certified values, one per example:
+            ``"exact"`` (all rows of the Jacobian), ``"interval"`` (of an estimate), ``"product"`` (of the layers'
+            norms), ``"expansion"`` (of the Jacobian around the input), ``"global"``. Empty if there is only the
+            product.
+        candidates: Decimal logarithms ``(B,)`` of all these values, by name.
+        failure_probability: Per example, over the random numbers of the solver; zero except for an ``"interval"``.
     """
 
     level: str
@@ -92,7 +93,7 @@ class UpperBound:
             lines.append("most to gain: " + ", ".join(term.name for term in largest if term.decades > 0))
         certificate = "certified" if self.certified else "not certified"
         if self.failure_probability:
-            certificate += f" but for a probability of {self.failure_probability:g} per input"
+            certificate += f" except with probability {self.failure_probability:g} per input"
         if self.evidence:
             counts = {name: self.evidence.count(name) for name in dict.fromkeys(self.evidence)}
             certificate += " (" + ", ".join(f"{name}: {count}" for name, count in counts.items()) + ")"

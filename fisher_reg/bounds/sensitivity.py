@@ -1,4 +1,4 @@
-"""How strongly the values in the graph depend on the input of the network, as logarithms of Lipschitz constants."""
+"""Sensitivities of the values in the graph to the input of the network, as logarithms of Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Number = float | Tensor
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How strongly a value in the graph depends on the input of the network.
+    """The sensitivity of a value in the graph to the input of the network.
 
     Attributes:
         log_norm: Logarithm of a Lipschitz constant of ``scale * value``, a scalar or one per example ``(B,)``; None for
             a value that does not depend on the input.
-        scale: Coordinates, positive and broadcastable to the value; None for 1.
-        range: Where the value lies, if known.
-        parts: Of a value that is a tuple of tensors, the sensitivity of each.
+        scale: Diagonal scaling, positive and broadcastable to the value; None for 1.
+        range: The range of the value, if known.
+        parts: If the value is a tuple of tensors, the sensitivity of each.
     """
 
     log_norm: Tensor | None
@@ -37,13 +37,13 @@ class Sensitivity:
         return self.log_norm is None
 
     def plain(self) -> Sensitivity:
-        """Return the same without coordinates."""
+        """Return the sensitivity of the value without scaling."""
         if self.scale is None or self.log_norm is None:
             return self
         return replace(self, log_norm=self.log_norm - self.scale.amin().log(), scale=None)
 
     def within(self, scale: Tensor | None) -> Tensor:
-        """Return the log norm in other coordinates."""
+        """Return the log norm for another diagonal scaling."""
         assert self.log_norm is not None
         if scale is self.scale:
             return self.log_norm
@@ -52,17 +52,17 @@ class Sensitivity:
 
 
 CONSTANT = Sensitivity(None)
-"""That of a value that does not depend on the input."""
+"""The sensitivity of a value that does not depend on the input."""
 
 
 def shifted(sensitivity: Sensitivity, log_factor: Tensor | float) -> Tensor:
-    """Return the log norm after a factor."""
+    """Return the log norm of the value times a factor."""
     assert sensitivity.log_norm is not None
     return sensitivity.log_norm + log_factor
 
 
 def as_double(value: Number) -> Tensor:
-    """Return a number or tensor in double precision; a Python number is not rounded on the way."""
+    """Return a number or tensor in double precision; a Python number is not rounded to float32 first."""
     return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
@@ -75,7 +75,7 @@ def log(value: Number) -> Tensor:
 
 
 def log_sum(log_values: Iterable[Tensor]) -> Tensor:
-    """Return the log of the sum of what the values are the logs of; the gradient is finite also where all are zero."""
+    """Return ``log(sum_i exp(l_i))`` of the log values ``l_i``; the gradient is finite also if all are -inf."""
     values = torch.stack(torch.broadcast_tensors(*log_values))
     largest = values.detach().amax(0)
     base = torch.where(largest == -math.inf, 0.0, largest)
@@ -83,5 +83,5 @@ def log_sum(log_values: Iterable[Tensor]) -> Tensor:
 
 
 def side_by_side(log_norms: Iterable[Tensor]) -> Tensor:
-    """Return the log norm of several values as one vector: the root of the sum of squares."""
+    """Return the log norm of several values concatenated: the root of the sum of squares."""
     return 0.5 * log_sum([2 * log_norm for log_norm in log_norms])

@@ -1,4 +1,4 @@
-"""The Jacobians of the values of a network at the examples, with the norms of them that have been asked for."""
+"""The Jacobians of the values of a network at the examples, with a cache of their norms."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _ROUNDING = 1e-9
 
 
 class Tangents(Mapping[fx.Node, Tensor]):
-    """The Jacobians of the values at the examples, ``(B, d, *S)`` each, with the norms that have been asked for.
+    """The Jacobians of the values at the examples, ``(B, d, *S)`` each, with a cache of their norms.
 
     Args:
-        jacobians: By node; none where they are not known.
+        jacobians: By node; empty if they are not known.
     """
 
     def __init__(self, jacobians: Mapping[fx.Node, Tensor]) -> None:
@@ -33,13 +33,13 @@ class Tangents(Mapping[fx.Node, Tensor]):
         return len(self._jacobians)
 
     def row_norms(self, node: fx.Node) -> Tensor:
-        """Return the norms of the rows, of the shape of the value."""
+        """Return the norms of the rows of the Jacobian, in the shape of the value."""
         if node not in self._row_norms:
             self._row_norms[node] = torch.linalg.vector_norm(self._jacobians[node], dim=1)
         return self._row_norms[node]
 
     def log_norm(self, node: fx.Node, weights: Tensor | None) -> Tensor:
-        """Return the logs of the spectral norms with weighted rows, ``(B,)``."""
+        """Return the logs of the spectral norms of the Jacobians with weighted rows, ``(B,)``."""
         key = node, b"" if weights is None else weights.detach().cpu().contiguous().numpy().tobytes()
         if key not in self._norms:
             self._norms[key] = _log_norm(self._jacobians[node], weights)

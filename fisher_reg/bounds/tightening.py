@@ -1,4 +1,4 @@
-"""Which certified improvements over the plain product of layer norms a bound uses."""
+"""The certified improvements of a bound over the plain product of layer norms."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tightening:
-    """Improvements over the product of the layers' own norms; every one keeps the bound certified.
+    """Improvements over the product of the norms of the layers; with each of them the bound stays certified.
 
     Args:
-        folded: A batch norm after a linear layer is part of it.
-        merged: Any other diagonal map (a batch norm or the weight of a layer norm before a linear layer, a
-            normalisation of the input) is part of the next linear layer, through all activations and poolings on the
-            way, which commute with it.
-        head: A last linear layer is bounded together with the softmax: the largest variance of its rows under any
-            probabilities, instead of the product of two norms.
-        dense: A convolution on a small image is bounded by its matrix, without a circular boundary.
-        averaged: Two layers and the activation between them, with a shortcut around them if there is one, are bounded
-            together (:mod:`fisher_reg.bounds.tighten.averaging`), for as many as 4096 inputs; up to half a minute per
-            block of that size. It acts on bounds over all inputs only, so that a local bound may then lie above them.
-        balancing_steps: Steps in the search for the coordinates of hidden channels in which the product of the norms is
-            small (:mod:`fisher_reg.bounds.tighten.balance`); 0 takes them as they are. Each step costs as little as a
-            pass over the weights.
+        folded: Whether a batch norm after a linear layer is merged into the layer.
+        merged: Whether any other diagonal map (a batch norm or the weight of a layer norm before a linear layer, a
+            normalisation of the input) is merged into the next linear layer, through the activations and poolings
+            between them, which commute with it.
+        head: Whether a last linear layer is bounded together with the softmax: by the largest variance of its rows over
+            all probabilities, instead of the product of two norms.
+        dense: Whether a convolution on a small image is bounded by its matrix, without a circular boundary.
+        averaged: Whether two layers and the activation between them, with an optional shortcut around them, are bounded
+            together (:mod:`fisher_reg.bounds.tighten.averaging`), for up to 4096 inputs; up to half a minute per block
+            of that size. It applies only to bounds over all inputs, so that a local bound may then be larger than them.
+        balancing_steps: Number of steps in the search for diagonal scalings of hidden channels that make the product of
+            the norms small (:mod:`fisher_reg.bounds.tighten.balance`); 0 for no search. Each step costs about one pass
+            over the weights.
     """
 
     folded: bool = True

@@ -1,4 +1,4 @@
-"""Lightning callbacks: one line in an existing Trainer, no line in the LightningModule."""
+"""Lightning callbacks: they need one line in the Trainer and no change of the LightningModule."""
 
 from fisher_reg.callbacks.monitor import FisherMonitor
 from fisher_reg.callbacks.regularizer import FisherRegularizer

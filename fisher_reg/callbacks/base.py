@@ -1,4 +1,4 @@
-"""The class that makes a callback one of every installed namespace of Lightning."""
+"""A base class of callbacks that works with both Lightning packages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytorch_lightning as pl
 
 
 def _callback_classes() -> tuple[type, ...]:
-    """Return ``Callback`` of ``pytorch_lightning``, and that of ``lightning.pytorch`` where it is installed.
+    """Return ``Callback`` of ``pytorch_lightning``, and that of ``lightning.pytorch`` if it is installed.
 
-    The two packages hold the same code twice. A Trainer takes the callbacks of either, but ``LightningCLI`` asks for a
+    The two packages contain the same code. A Trainer accepts the callbacks of either, but ``LightningCLI`` needs a
     subclass of its own ``Callback``.
     """
     if find_spec("lightning") is None:
         return (pl.Callback,)
     try:
         return (pl.Callback, import_module("lightning.pytorch").Callback)
-    except (AttributeError, ImportError):  # a namespace that cannot be imported has no Trainer either
+    except (AttributeError, ImportError):  # a package that cannot be imported has no Trainer either
         return (pl.Callback,)
 
 

@@ -1,4 +1,4 @@
-"""What both callbacks take from a batch and a LightningModule."""
+"""Functions of both callbacks: inputs, labels and logits from a batch and a LightningModule."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fisher_reg.check import check_model
 from fisher_reg.evaluation import LogitsOf, SideInputs, remedy_for_integers
 from fisher_reg.likelihood import Likelihood
 
-# These say Any where they mean a tensor: jsonargparse takes a callable that returns a class for a factory of that
-# class, and refuses a user's function without annotations, or an instance that is callable.
+# The annotations are Any instead of Tensor: jsonargparse treats a callable that returns a class as a factory of that
+# class, and rejects functions without annotations and callable instances.
 InputsFn = Callable[[Any], Any]
 """From a batch to the inputs ``(B, *S)``."""
 LabelsFn = Callable[[Any], Any]
 """From a batch to class indices ``(B,)``."""
 LogitsFn = Callable[..., Any]
-"""From a module, inputs and perhaps side inputs to logits ``(B, K)``."""
+"""From a module, inputs and optional side inputs to logits ``(B, K)``."""
 SideInputsFn = Callable[[Any], Any]
 """From a batch to :data:`fisher_reg.evaluation.SideInputs`."""
 PenaltyFn = Callable[..., Any]
@@ -32,36 +32,36 @@ BoundFn = Callable[..., Any]
 
 
 def no_side_inputs(batch: Any) -> SideInputs:
-    """Return that the model takes the inputs alone."""
+    """Return None: the model has no side inputs."""
     return None
 
 
 def logits_model(module: nn.Module, logits_fn: LogitsFn | None) -> nn.Module:
-    """Return the module whose forward gives the logits."""
+    """Return a module whose forward returns the logits."""
     return module if logits_fn is None else LogitsOf(module, logits_fn)
 
 
 def report_check(
     owner: object, model: nn.Module, inputs: Tensor, side_inputs: SideInputs, likelihood: Likelihood, is_training: bool
 ) -> None:
-    """Verify that a model is the function that is meant; warn of what is not so, with the remedy."""
+    """Run :func:`fisher_reg.check_model` and warn of failed checks, with the remedy."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the table says it all
+        warnings.simplefilter("ignore")  # the table contains all findings
         check = check_model(model, inputs, likelihood=likelihood, side_inputs=side_inputs, is_training=is_training)
     has_logits = check.findings[0].passed
-    if has_logits and not check.passed:  # without logits the measurement itself fails, and says how
-        rank_zero_warn(f"{type(owner).__name__} cannot vouch for its numbers. check_model found:\n{check}")
+    if has_logits and not check.passed:  # without logits the measurement raises its own error
+        rank_zero_warn(f"The numbers of {type(owner).__name__} may be wrong. check_model found:\n{check}")
 
 
 def differences(monitor: Any, penalty: Any) -> dict[str, str]:
-    """Say in what a penalty is of another matrix than the one that is measured: by name, in words."""
+    """Return the settings in which the penalty and the monitor differ: a message for each name."""
     found = {}
     for name in ("likelihood", "input_std"):
         own, other = getattr(monitor, name), getattr(penalty, name, _ABSENT)
         if other is not _ABSENT and not _is_same(own, other):
             found[name] = (
-                f"measures with {name}={own}, and FisherRegularizer penalises with {name}={other}: they are "
-                f"different matrices. Give both the same {name}."
+                f"measures with {name}={own}, and FisherRegularizer penalises with {name}={other}: these are "
+                f"different matrices. Pass the same {name} to both."
             )
     return found
 
@@ -70,7 +70,7 @@ _ABSENT = object()
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Compare likelihoods, or standard deviations in whatever form they were given."""
+    """Compare likelihoods, or standard deviations given as numbers, lists or tensors."""
     if one is None or other is None or not isinstance(one, Tensor | float | int | Sequence):
         return bool(one == other)
     first, second = (torch.as_tensor(v if isinstance(v, Tensor) else list(_each(v))).double() for v in (one, other))
@@ -84,7 +84,7 @@ def _each(value: Any) -> Sequence[float]:
 
 
 def find_inputs(batch: Any) -> Tensor:
-    """Return the inputs of a batch where there is no doubt about them.
+    """Return the inputs of a batch if they are unambiguous.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def find_inputs(batch: Any) -> Tensor:
         torch.Size([2, 3])
 
     Raises:
-        MisconfigurationException: Where the inputs cannot be told; the message shows ``inputs_fn``.
+        MisconfigurationException: If the inputs are ambiguous; the message shows how to write ``inputs_fn``.
     """
     if isinstance(batch, Mapping):
         candidates = [value for value in batch.values() if _may_be_inputs(value)]
@@ -100,8 +100,8 @@ def find_inputs(batch: Any) -> Tensor:
         candidates = [batch[0] if isinstance(batch, list | tuple) and batch else batch]
     if len(candidates) != 1 or not _may_be_inputs(candidates[0]) or not candidates[0].is_floating_point():
         raise MisconfigurationException(
-            f"The inputs cannot be told from this batch: {_describe(batch)}. They must be a floating-point tensor "
-            f"(B, *S): say which with {_inputs_fn_for(batch)}"
+            f"The inputs cannot be found in this batch: {_describe(batch)}. They must be a floating-point tensor "
+            f"(B, *S): specify them with {_inputs_fn_for(batch)}"
         )
     inputs: Tensor = candidates[0]
     return inputs
@@ -111,7 +111,7 @@ def find_labels(batch: Any) -> Tensor:
     """Return the class indices of a batch ``(inputs, labels, …)``, or the one integer vector of a mapping.
 
     Raises:
-        MisconfigurationException: Where the labels cannot be told; the message shows ``labels_fn``.
+        MisconfigurationException: If the labels are ambiguous; the message shows how to write ``labels_fn``.
     """
     if isinstance(batch, Mapping):
         candidates = [value for value in batch.values() if _may_be_labels(value)]
@@ -119,15 +119,15 @@ def find_labels(batch: Any) -> Tensor:
         candidates = [batch[1]] if isinstance(batch, list | tuple) and len(batch) > 1 else []
     if len(candidates) != 1 or not _may_be_labels(candidates[0]):
         raise MisconfigurationException(
-            f"The labels cannot be told from this batch: {_describe(batch)}. They must be class indices (B,): say "
-            "which with labels_fn=lambda batch: batch['label'], for example."
+            f"The labels cannot be found in this batch: {_describe(batch)}. They must be class indices (B,): specify "
+            "them with labels_fn=lambda batch: batch['label'], for example."
         )
     labels: Tensor = candidates[0]
     return labels
 
 
 def _inputs_fn_for(batch: Any) -> str:
-    """Return what to write for a batch, with the first of its parts that may be inputs."""
+    """Return an example of ``inputs_fn`` for a batch, with the first of its parts that may be inputs."""
     parts = list(_parts(batch, "batch"))
     for path, part in parts:
         if _may_be_inputs(part) and part.is_floating_point():
@@ -153,7 +153,7 @@ def _parts(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(value: Any) -> dict[str, Tensor]:
-    """Return the tensors of an object, also of one with slots, and of a graph that keeps them under keys."""
+    """Return the tensors of an object, also of one with slots, and of a graph that stores them under keys."""
     names = [*getattr(value, "__dict__", ()), *getattr(type(value), "__slots__", ())]
     keys = getattr(value, "keys", None)
     names += keys() if callable(keys) else ()
@@ -182,7 +182,7 @@ def _describe(value: Any) -> str:
 
 
 def check_at_least_one(owner: object, **values: int) -> None:
-    """Refuse counts below one, naming the owner and the argument.
+    """Raise an error for counts below one, with the names of the owner and the argument.
 
     Raises:
         ValueError: For the first such value.

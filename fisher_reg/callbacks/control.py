@@ -1,4 +1,4 @@
-"""Adapt the weight of a penalty until the eigenvalue is what it shall be."""
+"""Adapt the weight of a penalty until the eigenvalue reaches a target."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fisher_reg.penalty import Penalty
 class LambdaControl:
     r"""A weight that is adapted until a mean eigenvalue tracks a target.
 
-    Each measurement moves the logarithm of the weight by ``gain`` times :math:`\log(\lambda / \text{target})`, an
-    integral control, within a factor of ``max_factor`` from where it began.
+    Integral control: each measurement changes the logarithm of the weight by ``gain`` times
+    :math:`\log(\lambda / \text{target})`, within a factor of ``max_factor`` of the initial weight.
 
     Args:
         target: Mean largest eigenvalue, in nats per squared input unit.
-        weight: Where the weight begins.
-        gain: Share of the error, in logarithms, by which one measurement moves the weight.
-        max_factor: Most by which the weight may grow or shrink in all.
+        weight: The initial weight.
+        gain: Share of the error, in logarithms, by which one measurement changes the weight.
+        max_factor: Largest total factor by which the weight may grow or shrink.
     """
 
     target: float
@@ -44,18 +44,18 @@ class LambdaControl:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget what an earlier training has measured."""
+        """Reset the weight and the measurements of an earlier training."""
         self.weight = self.begin
         self._measured_at = -1
         self._warned = False
 
     @property
     def is_at_limit(self) -> bool:
-        """Whether the weight has moved as far as it may."""
+        """Whether the weight has reached its smallest or largest value."""
         return abs(math.log(self.weight / self.begin)) > 0.999 * math.log(self.max_factor)
 
     def update(self, measured: float) -> None:
-        """Move the weight after a measurement that is finite; zero counts as far below the target."""
+        """Change the weight after a finite measurement; zero counts as far below the target."""
         if math.isfinite(measured):
             error = math.log(max(measured, self.target / self.max_factor) / self.target)
             log_factor = math.log(self.weight / self.begin) + self.gain * error
@@ -71,9 +71,9 @@ class LambdaControl:
         penalty: Penalty,
         step: int,
     ) -> None:
-        """Measure the mean over the processes, once at an optimiser step, log it, and move the weight.
+        """Measure the mean over all processes once per optimiser step, log it, and change the weight.
 
-        Inputs without finite logits count nothing; the processes go through the same calls all the same.
+        Inputs without finite logits are left out of the mean; all processes make the same collective calls.
         """
         if step == self._measured_at:
             return
@@ -91,8 +91,8 @@ class LambdaControl:
         if self.is_at_limit and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"target_lambda={self.target:g} is out of reach: the weight has moved from {self.begin:g} to "
-                f"{self.weight:g}, as far as it may. Begin with another weight, or aim for another target."
+                f"target_lambda={self.target:g} is out of reach: the weight has changed from {self.begin:g} to its "
+                f"limit {self.weight:g}. Start with another weight, or choose another target."
             )
 
 
@@ -100,7 +100,7 @@ _NUM_PROBES = 64
 
 
 def check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:
-    """Refuse what a control cannot do beside.
+    """Raise an error for settings that a control does not allow.
 
     Raises:
         ValueError: For a warm-up or a schedule, and for a weight of 0.
@@ -111,4 +111,4 @@ def check_control(weight: float, warmup_steps: int, schedule: Schedule) -> None:
             "Use one of them."
         )
     if weight == 0:
-        raise ValueError("target_lambda multiplies the weight, which cannot begin at 0.")
+        raise ValueError("target_lambda multiplies the weight, which must therefore start above 0.")

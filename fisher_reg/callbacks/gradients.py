@@ -1,10 +1,10 @@
-r"""The gradient of a penalty, taken by itself: looked at, limited, and handed to the loss.
+r"""The gradient of a penalty, computed separately, checked, limited, and added to that of the loss.
 
-A backward pass of loss and penalty together shows only the sum of their gradients. So the penalty's is taken before,
-and what is added to the loss is a scalar with the penalty's value and this gradient. What the penalty takes from the
-forward of the training step (logits, batch statistics) it gets as leaves, and the gradients there go on through that
-forward in the one backward pass of the loss. So nothing is differentiated twice, except the forward of a step that is
-reused for a penalty with second derivatives.
+A backward pass of loss and penalty together gives only the sum of their gradients. The gradient of the penalty is
+therefore computed first, and a scalar with the value of the penalty and this gradient is added to the loss. The tensors
+of the training step that the penalty uses (logits, batch statistics) are passed to it as leaves. The gradients at these
+leaves are propagated through the forward of the step in the backward pass of the loss. Nothing is differentiated twice,
+except the forward of a step that is reused for a penalty with second derivatives.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ _WARN_ABOVE = 10.0
 
 
 class Cut:
-    """Where a penalty leaves the graph of the training step.
+    """The place where the graph of a penalty is separated from that of the training step.
 
     Args:
-        parameters: What is trained.
-        obstacle: Why the penalty's gradient cannot be taken by itself; None if it can. Then nothing is cut.
+        parameters: The parameters that are trained.
+        obstacle: Why the gradient of the penalty cannot be computed separately; None if it can. With an obstacle
+            nothing is cut.
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor] = (), obstacle: str | None = "the gradient is not asked for"
+        self, parameters: Sequence[Tensor] = (), obstacle: str | None = "the gradient is not requested"
     ) -> None:
         self.parameters = parameters
         self.obstacle = obstacle
@@ -45,7 +46,7 @@ class Cut:
 
     @classmethod
     def of(cls, trainer: pl.Trainer, module: nn.Module) -> Cut:
-        """Return the cut for what a trainer trains."""
+        """Return the cut for the parameters that a trainer trains."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         found = [*module.parameters(), *(parameter for group in groups for parameter in group["params"])]
         parameters = list({id(parameter): parameter for parameter in found if parameter.requires_grad}.values())
@@ -57,11 +58,11 @@ class Cut:
 
     @property
     def nothing(self) -> Gradients:
-        """No gradient at any parameter."""
+        """The result for a penalty that is skipped: no gradient at any parameter."""
         return [None] * len(self.parameters)
 
     def leaf(self, tensor: Tensor) -> Tensor:
-        """Return what the penalty gets instead of a tensor of the step."""
+        """Return the leaf that the penalty uses instead of a tensor of the step."""
         if self.obstacle is not None or not tensor.requires_grad:
             return tensor
         self.originals.append(tensor)
@@ -69,7 +70,7 @@ class Cut:
         return self.leaves[-1]
 
     def recording(self, recording: Recording) -> Recording:
-        """Return batch statistics that are leaves."""
+        """Return a recording whose batch statistics are leaves."""
         return Recording(
             {
                 key: [Statistics(self.leaf(one.mean), self.leaf(one.variance), one.num_values) for one in found]
@@ -84,8 +85,8 @@ class SeparateGradient:
 
     Attributes:
         value: The scalar, without a graph.
-        tensors: What it has a gradient at.
-        gradients: Those, of the same shapes.
+        tensors: The tensors at which it has a gradient.
+        gradients: Their gradients, of the same shapes.
     """
 
     value: Tensor
@@ -94,20 +95,20 @@ class SeparateGradient:
 
     @classmethod
     def take(cls, scalar: Tensor, cut: Cut, scale: float = 1.0) -> SeparateGradient:
-        """Differentiate down to a cut: one backward pass, which leaves ``.grad`` alone.
+        """Differentiate down to a cut: one backward pass, which does not change ``.grad``.
 
         Args:
-            scalar: What is differentiated.
+            scalar: The scalar to differentiate.
             cut: Where the gradient stops.
-            scale: Multiplies what goes through the graph, whose half precision would lose small numbers.
+            scale: Factor of the scalar during the pass, since small gradients underflow in half precision.
 
         Returns:
-            The gradient, without the scale; of a second pass without it where the scaled one overflows.
+            The gradient, divided by the scale. If the scaled gradient overflows, that of a second pass without scale.
         """
         if not scalar.requires_grad:
             return cls(scalar, (), ())
         targets = [*cut.parameters, *cut.originals]
-        # the graph is kept, since a penalty may hold more of the step than what was cut
+        # the graph is kept, since the penalty may use more tensors of the step than those that were cut
         at = [*cut.parameters, *cut.leaves]
         found = torch.autograd.grad(scale * scalar, at, retain_graph=True, allow_unused=True)
         pairs = [(target, _divided(one, scale)) for target, one in zip(targets, found, strict=True) if one is not None]
@@ -116,18 +117,18 @@ class SeparateGradient:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all gradients are."""
+        """Whether all gradients are finite."""
         return math.isfinite(norm(self.gradients).item())
 
     def at_parameters(self, cut: Cut, scale: float) -> Gradients:
         """Return the whole gradient: one backward pass through the forward of the step, if that was cut.
 
         Args:
-            cut: By which it was taken.
-            scale: Multiplies what goes through the step, whose half precision would lose small numbers.
+            cut: The cut of :meth:`take`.
+            scale: Factor during the pass, since small gradients underflow in half precision.
 
         Returns:
-            One for each parameter; None where there is none.
+            One gradient for each parameter; None for a parameter without one.
         """
         own = {id(tensor): one for tensor, one in zip(self.tensors, self.gradients, strict=True)}
         inside = [tensor for tensor in cut.originals if id(tensor) in own]
@@ -146,7 +147,7 @@ class SeparateGradient:
 
 
 class _Attached(torch.autograd.Function):
-    """A value with a gradient that is known already."""
+    """A value with a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *gradients_and_tensors: Tensor) -> Tensor:
@@ -162,11 +163,11 @@ class _Attached(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Guarded:
-    """A penalty whose gradient has been looked at.
+    """A penalty whose gradient has been checked.
 
     Attributes:
-        penalty: What the loss gets; None if its gradient is not finite.
-        ratio: Of the norms of its gradient and the loss's, before it was limited; None where it was not measured.
+        penalty: The term to add to the loss; None if its gradient is not finite.
+        ratio: Norm of its gradient, before limiting, divided by that of the loss; None if it was not measured.
     """
 
     penalty: Tensor | None
@@ -175,15 +176,15 @@ class Guarded:
 
 @dataclass
 class GradientGuard:
-    """What is done about the gradients of a penalty.
+    """Checks, measures and limits the gradient of a penalty.
 
     Args:
-        max_ratio: Most that what is added to the loss may have of the norm of the loss's gradient; None for no limit.
-        measure_every: Penalised steps from one measurement of the ratio to the next; None for no measurement.
+        max_ratio: Largest norm of the gradient of the added term, divided by that of the loss; None for no limit.
+        measure_every: Number of penalised steps between two measurements of the ratio; None for no measurement.
 
     Attributes:
         is_measuring: Whether the ratio is measured at this penalised step.
-        num_penalised: Penalised steps so far.
+        num_penalised: Number of penalised steps so far.
     """
 
     max_ratio: float | None = None
@@ -199,26 +200,26 @@ class GradientGuard:
             raise ValueError(f"FisherRegularizer needs gradient_ratio_every >= 1 or None; got {self.measure_every}.")
 
     def begin_anew(self) -> None:
-        """Count from a first penalised step again."""
+        """Reset the count of penalised steps."""
         self.num_penalised = 0
         self._told.clear()
 
     def count(self) -> None:
-        """Count a penalised step, also one whose penalty is skipped, so that all processes measure at the same."""
+        """Count a penalised step, also a skipped one, so that all processes measure at the same step."""
         is_due = self.measure_every is not None and self.num_penalised % self.measure_every == 0
         self.is_measuring = is_due or self.max_ratio is not None
         self.num_penalised += 1
 
     def taken(self, trainer: pl.Trainer, penalty: Tensor | None, cut: Cut) -> SeparateGradient | Tensor | None:
-        """Return the gradient of a penalty, without what the penalty holds of its graph.
+        """Return the gradient of a penalty, without a reference to its graph.
 
         Args:
-            trainer: Whose scale keeps small gradients in float16.
-            penalty: A finite scalar; None where this process skips it.
-            cut: By which it left the graph of the step.
+            trainer: Provides the loss scale for float16.
+            penalty: A finite scalar; None if this process skips it.
+            cut: The cut between penalty and training step.
 
         Returns:
-            The penalty itself where its gradient cannot be taken.
+            The gradient, or the penalty itself if its gradient cannot be computed separately.
         """
         if penalty is None or cut.obstacle is not None:
             return penalty
@@ -232,17 +233,17 @@ class GradientGuard:
         cut: Cut,
         coefficient: float,
     ) -> Guarded:
-        """Return a penalty with the gradient that the loss shall get of it, looked at if it can be.
+        """Return the term to add to the loss, with its gradient checked and limited.
 
         Args:
-            module: What is trained.
-            loss: The user's own.
-            taken: By :meth:`taken`.
-            cut: By which the penalty left the graph of the step.
+            module: The module that is trained.
+            loss: The loss of the user's step.
+            taken: The result of :meth:`taken`.
+            cut: The cut between penalty and training step.
             coefficient: Factor of the penalty in the loss.
 
         Returns:
-            The penalty, without a gradient that is not finite.
+            The penalty, or None in place of one whose gradient is not finite.
         """
         if cut.obstacle is not None:
             if self.max_ratio is not None:
@@ -250,7 +251,7 @@ class GradientGuard:
             assert not isinstance(taken, SeparateGradient)
             return Guarded(taken)
         gradient = taken if isinstance(taken, SeparateGradient) and taken.is_finite else None
-        # the other processes wait for this one in the mean of the gradients
+        # the mean of the gradients is a collective operation of all processes
         is_alone = module.trainer.world_size == 1
         measures = self.is_measuring and (gradient is not None or not is_alone)
         ratio = self.ratio(module, loss, gradient, cut, coefficient) if measures else None
@@ -261,9 +262,9 @@ class GradientGuard:
     def ratio(
         self, module: pl.LightningModule, loss: Tensor, gradient: SeparateGradient | None, cut: Cut, coefficient: float
     ) -> Tensor | None:
-        """Return the norm of the gradient of ``coefficient * penalty`` over that of the loss, means of all processes.
+        """Return the gradient norm of ``coefficient * penalty`` divided by that of the loss, for means over processes.
 
-        Two backward passes through the step. None where it is not a number, or the step takes no pass before the last.
+        Costs two backward passes through the step. None if the ratio is NaN or the step allows no earlier pass.
         """
         scale = _scale_of(module.trainer)
         of_loss, of_penalty = cut.nothing, cut.nothing
@@ -279,25 +280,25 @@ class GradientGuard:
         return None if math.isnan(ratio.item()) else ratio
 
     def limited(self, gradient: SeparateGradient, ratio: Tensor | None) -> Tensor:
-        """Return the penalty with its gradient, shortened where the ratio is above the limit."""
+        """Return the penalty with its gradient, scaled down if the ratio is above the limit."""
         if ratio is None or self.max_ratio is None or ratio <= self.max_ratio:
             return gradient.attached()
         return gradient.attached(self.max_ratio / ratio)
 
     def report(self, ratio: float) -> None:
-        """Warn once of a gradient that dwarfs that of the loss."""
+        """Warn once if the gradient is much larger than that of the loss."""
         if ratio > _WARN_ABOVE:
             self.tell("ratio", _DWARFED.format(ratio=ratio) + (_LIMITED if self.max_ratio is not None else _REMEDIES))
 
     def tell(self, what: str, message: str) -> None:
-        """Warn once in a fit."""
+        """Warn once per fit."""
         if what not in self._told:
             self._told.add(what)
             rank_zero_warn(message)
 
 
 def _scale_of(trainer: pl.Trainer) -> float:
-    """Return the factor of the loss by which float16 keeps small gradients; 1 without."""
+    """Return the loss scale of float16; 1 if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -307,14 +308,14 @@ def _divided(gradient: Tensor, scale: float) -> Tensor:
 
 
 def _sum(gradient: Tensor, other: Tensor | None) -> Tensor:
-    """Add what there is; torch adds a sparse tensor to a dense one, and nothing dense to a sparse one."""
+    """Return the sum; the sparse tensor must be the second operand of torch's addition."""
     if other is None:
         return gradient
     return other + gradient if gradient.is_sparse else gradient + other
 
 
 def norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all together, a scalar in at least float32."""
+    """Return the Euclidean norm of all gradients together, a scalar in at least float32."""
     if not gradients:
         return torch.zeros(())
     values = [one.coalesce().values() if one.is_sparse else one for one in gradients]
@@ -324,7 +325,7 @@ def norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _norm_of_mean(trainer: pl.Trainer, gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
-    """Return the norm of the mean of the gradients over the processes, as it will be in the step of the optimizer."""
+    """Return the norm of the gradients averaged over the processes, as the optimiser will use them."""
     if trainer.world_size == 1:
         return norm([one for one in gradients if one is not None])
     filled = [torch.zeros_like(at) if one is None else one for one, at in zip(gradients, parameters, strict=True)]
@@ -336,14 +337,14 @@ def _norm_of_mean(trainer: pl.Trainer, gradients: Gradients, parameters: Sequenc
 
 @contextmanager
 def _unmoved_buffers(module: nn.Module) -> Generator[None, None, None]:
-    """Put buffers back that a backward pass changes: a checkpoint runs batch norm again."""
+    """Restore buffers that a backward pass changes: activation checkpointing runs batch norm again."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
             for buffer, kept in before:
-                if not torch.equal(buffer, kept):  # writing alone would spoil what autograd has saved of them
+                if not torch.equal(buffer, kept):  # writing unchanged values would invalidate tensors saved by autograd
                     buffer.copy_(kept)
 
 
@@ -351,9 +352,9 @@ _DWARFED = (
     "The gradient of the penalty, with its weight, is {ratio:.3g} times that of the loss (logged as "
     "fisher/penalty_gradient_ratio)"
 )
-_LIMITED = ", and is shortened to max_gradient_ratio times it."
+_LIMITED = ", and is scaled down to max_gradient_ratio times it."
 _REMEDIES = (
-    ", so that the training follows the penalty alone and may diverge. Lower the weight or begin it with warmup_steps, "
+    ", so that the penalty dominates the training, which may diverge. Lower the weight, increase it with warmup_steps, "
     "or limit the gradient with FisherRegularizer(max_gradient_ratio=1.0). Where batch norm has few values per channel "
     "(small batches of small images): larger batches, use_running_statistics=True, or GroupNorm."
 )

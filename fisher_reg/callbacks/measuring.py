@@ -1,7 +1,7 @@
-"""Measure a probe, on one process or several: values per example first, then the numbers that are logged.
+"""Measure a probe on one or several processes: first values per example, then the numbers that are logged.
 
-Each process measures its share. What it has found, and what went wrong, is exchanged once; everything after that is a
-function of what all processes know, so that they log the same keys and the same numbers.
+Each process measures its share. The values and the errors are exchanged once. Everything after that is a function of
+the exchanged data, so that all processes log the same keys and numbers.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from fisher_reg.trace import Hutchinson
 _TRACE = Hutchinson(num_samples=2)
 _EXAMPLE_COLUMNS = ("eigenvalue", "trace", "is_wide", "kl_ratio")
 NUM_PICTURES = 8
-"""Most sensitive examples that are kept for a picture."""
+"""Number of the most sensitive examples that are kept for a figure."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and how.
+    """The model, the examples and the settings of a measurement.
 
     Attributes:
-        model: Gives the logits.
-        parts: The share of the probe that this process has.
-        device: Where the model is.
-        takes_parts: Whether the model takes a part of a batch, so that an example that fails can be found.
+        model: Returns the logits.
+        parts: The part of the probe on this process.
+        device: The device of the model.
+        takes_parts: Whether the model takes a part of a batch, so that a failing example can be found by bisection.
         keeps_pictures: Whether the most sensitive images are kept.
-        solver: As of :class:`fisher_reg.FisherMonitor`.
-        likelihood: As there.
-        input_std: As there.
-        geometry: As there.
-        penalty: The penalty of one step that the network is trained with, if it is.
-        memory_budget: As of :class:`fisher_reg.FisherMonitor`.
+        solver: As in :class:`fisher_reg.FisherMonitor`.
+        likelihood: As in :class:`fisher_reg.FisherMonitor`.
+        input_std: As in :class:`fisher_reg.FisherMonitor`.
+        geometry: As in :class:`fisher_reg.FisherMonitor`.
+        penalty: The single-step penalty that the network is trained with; None without one.
+        memory_budget: As in :class:`fisher_reg.FisherMonitor`.
     """
 
     model: nn.Module
@@ -66,18 +66,18 @@ class Subject:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of what is measured of each example."""
+        """Names of the values measured for each example."""
         linf = ("linf",) if isinstance(self.geometry, LInf) else ()
         return _EXAMPLE_COLUMNS + linf + (() if self.penalty is None else single_step.COLUMNS)
 
 
 @dataclass(frozen=True)
 class Level:
-    """What is known of a bound since it was first measured.
+    """The name and the kind of a bound, known after its first measurement.
 
     Attributes:
         name: ``global``, ``local``, …
-        is_per_example: Whether it is a bound at each input instead of one for all.
+        is_per_example: Whether there is one bound per input instead of one for all inputs.
     """
 
     name: str
@@ -86,18 +86,18 @@ class Level:
 
 @dataclass
 class Values:
-    """What one process has measured, or all of them together.
+    """The measured values of one process, or of all processes.
 
     Attributes:
-        places: ``(N,)``, of the examples in the data.
-        columns: Names to ``(N,)`` in double precision; NaN where an example could not be measured.
+        places: ``(N,)``, the positions of the examples in the data.
+        columns: Names to ``(N,)`` in double precision; NaN for an example that could not be measured.
         log10_bounds: Decimal logarithms of the bounds that hold for all inputs of a shape, by the number of the bound
             and that shape.
-        shapes: Of the examples.
-        levels: The number of a bound to its level.
-        without_bound: Numbers of the bounds that this network does not have.
-        seconds: The number of a bound to what it took.
-        troubles: What went wrong, in words, by its kind.
+        shapes: The shapes of the examples.
+        levels: From the number of a bound to its level.
+        without_bound: Numbers of the bounds that do not exist for this network.
+        seconds: From the number of a bound to its duration.
+        troubles: Messages about failures, by their kind.
         pictures: The most sensitive images: ``(eigenvalue, place, image, eigenvector)``.
     """
 
@@ -112,16 +112,16 @@ class Values:
     pictures: list[tuple[float, int, Tensor, Tensor]] = field(default_factory=list)
 
     def column(self, name: str) -> Tensor:
-        """Return a column, NaN where no process has it."""
+        """Return a column; NaN if no process has it."""
         return self.columns.get(name, torch.full((len(self.places),), torch.nan, dtype=torch.float64))
 
     def log10_bound(self, number: int) -> float:
-        """Return the largest of a bound over the shapes, which holds for all of them; NaN if one of them has none."""
+        """Return the largest value of a bound over the input shapes, valid for all of them; NaN if one has no bound."""
         return max((self.log10_bounds.get((number, shape), math.nan) for shape in self.shapes), default=math.nan)
 
 
 def measure_probe(subject: Subject) -> Values:
-    """Measure the share of this process; whatever goes wrong costs the examples that it concerns.
+    """Measure the share of this process; a failure makes only the affected examples NaN.
 
     Returns:
         The values of this process, without bounds.
@@ -135,11 +135,11 @@ def measure_probe(subject: Subject) -> Values:
 
 
 def _rows(subject: Subject, part: Part, values: Values) -> list[dict[str, Tensor]]:
-    """Measure some examples; where they fail together, one half after the other."""
+    """Measure some examples; if they fail together, each half separately."""
     try:
         return [_measured(subject, part, values)]
-    except Exception as error:  # whatever the user's forward raises
-        # with sharded weights each forward is one of all processes
+    except Exception as error:  # the user's forward may raise any error
+        # with sharded weights each forward is a collective operation, so no process may retry alone
         if len(part) > 1 and subject.takes_parts and not is_sharded(subject.model):
             middle = len(part) // 2
             halves = part.part(slice(middle)), part.part(slice(middle, None))
@@ -173,7 +173,7 @@ def _measured(subject: Subject, part: Part, values: Values) -> dict[str, Tensor]
 
 
 def _to_host(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Return columns ``(B,)`` in double precision on the CPU, in one transfer: the host waits for the device once."""
+    """Return columns ``(B,)`` in double precision on the CPU, in one transfer and with one synchronisation."""
     return list(torch.stack([column.to(columns[0]) for column in columns]).cpu().double())
 
 
@@ -183,21 +183,21 @@ def _pictures(part: Part, eigenvalue: Tensor, eigenvector: Tensor) -> list[tuple
     here = chosen.to(part.inputs.device)
     shown = torch.stack([part.inputs.detach()[here], eigenvector.view_as(part.inputs)[here]]).float().cpu()
     numbers, places = eigenvalue[chosen].tolist(), part.places[chosen].tolist()
-    # clones, since a view would keep, and send to the other processes, the pictures of the whole part
+    # clones: a view would keep the whole part in memory and send it to the other processes
     return [(*found, image.clone(), v.clone()) for *found, image, v in zip(numbers, places, *shown, strict=True)]
 
 
 def measure_bound(values: Values, number: int, bound: BoundFn, subject: Subject) -> None:
-    """Add a bound to what this process has measured; whatever it raises is a trouble, and leaves the rest."""
+    """Measure a bound and add it to the values of this process; an error is recorded in ``troubles``."""
     begin = time.perf_counter()
     try:
         _add_bound(values, number, bound, subject)
     except NoBoundError as error:
         values.without_bound.add(number)
-        values.troubles[f"bound {number}"] = f"leaves out a bound that this network does not have. {error}"
+        values.troubles[f"bound {number}"] = f"leaves out a bound that does not exist for this network. {error}"
     except NonFiniteError as error:
         values.troubles["weights"] = f"logs no bound for an epoch. {error}"
-    except Exception as error:  # a bound must not end a training
+    except Exception as error:  # a failing bound must not stop the training
         name = getattr(bound, "__name__", type(bound).__name__)
         values.troubles[f"bound {number}"] = f"leaves out {name}, which raised {type(error).__name__}: {error}"
     values.seconds[number] = time.perf_counter() - begin
@@ -208,7 +208,8 @@ def _add_bound(values: Values, number: int, bound: BoundFn, subject: Subject) ->
     of_each = torch.full_like(values.column("eigenvalue"), torch.nan)
     for part in subject.parts:
         rows, key = slice(begin, begin := begin + len(part)), (number, part.inputs.shape[1:])
-        chosen = is_measured[rows] if bool(is_measured.any()) else ~is_measured[rows]  # of none, all may say why
+        # if no example was measured, try all, to get the error
+        chosen = is_measured[rows] if bool(is_measured.any()) else ~is_measured[rows]
         if not bool(chosen.any()) or key in values.log10_bounds:
             continue
         inputs = part.inputs[chosen].to(subject.device)
@@ -222,15 +223,15 @@ def _add_bound(values: Values, number: int, bound: BoundFn, subject: Subject) ->
 
 
 def exchange(values: Values, end: float, num_samples: int | None) -> Values:
-    """Join what all processes have measured; each example counts once, in the order of its place.
+    """Join the values of all processes; each example counts once, in the order of its position.
 
     Args:
-        values: Of this process.
-        end: Places from this one on do not count; they are repetitions.
-        num_samples: How many examples count at most, those with the lowest places; None for all.
+        values: The values of this process.
+        end: Positions from this one on are repetitions and do not count.
+        num_samples: Largest number of examples, those with the lowest positions; None for all.
 
     Returns:
-        The same on all processes.
+        The joined values, equal on all processes.
     """
     shares = [values]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -259,7 +260,7 @@ def exchange(values: Values, end: float, num_samples: int | None) -> Values:
 
 
 def _first_of_each(places: Tensor, end: float) -> Tensor:
-    """Return the indices of the first occurrences, in ascending order of the places below ``end``."""
+    """Return the indices of the first occurrences, in ascending order of the positions below ``end``."""
     first: dict[int, int] = {}
     for index, place in enumerate(places.tolist()):
         if place < end:
@@ -268,11 +269,11 @@ def _first_of_each(places: Tensor, end: float) -> Tensor:
 
 
 def numbers(values: Values, levels: dict[int, Level]) -> dict[str, float]:
-    """Return what is logged, by the last part of its key.
+    """Return the numbers to log, by the last part of their key.
 
     Args:
-        values: Of all processes.
-        levels: Of all bounds as far as they are known; one that was tried and failed this time is NaN.
+        values: The joined values of all processes.
+        levels: The known levels of all bounds; a bound that failed in this measurement is NaN.
     """
     eigenvalue = values.column("eigenvalue")
     is_measured = eigenvalue.isfinite()
@@ -340,7 +341,7 @@ def _log10(value: float) -> float:
 
 
 def with_names(known: Mapping[int, Level], found: Mapping[int, Level]) -> dict[int, Level]:
-    """Return the levels of all bounds, each under a name of its own: a second ``global`` one has its number in it."""
+    """Return the levels of all bounds with unique names: a second ``global`` one gets its number as a suffix."""
     levels = dict(known)
     for number, level in sorted(found.items()):
         if number not in levels:
@@ -351,12 +352,12 @@ def with_names(known: Mapping[int, Level], found: Mapping[int, Level]) -> dict[i
 
 
 def messages(values: Values) -> dict[str, str]:
-    """Return what to warn of after a measurement, by its kind."""
+    """Return the warnings after a measurement, by their kind."""
     said = dict(values.troubles)
     if "examples" in said:
         left_out = int((~values.column("eigenvalue").isfinite()).sum())
         begin = f"leaves out {left_out} of the {len(values.places)} examples of its probe, which cannot be measured"
-        said["examples"] = f"{begin}. Of the first one: {said['examples']}"
+        said["examples"] = f"{begin}. The first failure: {said['examples']}"
     ratios = values.column("kl_ratio")
     ratios = ratios[ratios.isfinite()]
     if len(ratios) and ratios.median() < _MASKS:
@@ -369,7 +370,7 @@ def messages(values: Values) -> dict[str, str]:
 
 _MASKS = 0.2
 _MASKING = (
-    "sees gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the divergence is {:.1%} of "
-    "what the eigenvalue predicts, in the median. The eigenvalue is then not what an attack meets. Believe an attack, "
-    "or blackbox_spectral_norm with a step of that length, rather than it."
+    "found gradient masking: along the top eigenvector, at the length of fisher_kl_ratio, the median divergence is "
+    "{:.1%} of the value that the eigenvalue predicts. The eigenvalue then does not predict the effect of an attack. "
+    "Use an attack, or blackbox_spectral_norm with a step of that length, instead."
 )

@@ -1,4 +1,4 @@
-"""Measure while training: the estimate and its bounds, on a fixed probe, and log them."""
+"""Measure the estimate and its bounds on a fixed probe during training, and log them."""
 
 from __future__ import annotations
 
@@ -65,92 +65,94 @@ from fisher_reg.solvers import Solver
 class FisherMonitor(Callback):
     """Measure the input-space Fisher matrix at the end of each validation, on a fixed probe, and log it.
 
-    The probe is the first ``num_samples`` validation inputs over all processes, taken once, in the first validation
-    that is measured. The network is measured in evaluation behaviour and left as it was found; the measurement has no
+    The probe is the first ``num_samples`` validation inputs over all processes. It is collected once, in the first
+    validation that is measured. The network is measured in evaluation mode and not modified; the measurement has no
     effect on training. ``trainer.validate`` and ``trainer.test`` measure too, each on a probe of its own data, under
     the same keys.
 
-    Logged keys, in nats per squared input unit; all of them are in ``history`` and in ``trainer.callback_metrics``,
-    those marked * also go to the loggers, and with ``detailed=True`` all do:
+    Logged keys, in nats per squared input unit. All are in ``history`` and in ``trainer.callback_metrics``; those
+    marked * also go to the loggers (with ``detailed=True`` all of them):
 
     - ``fisher/lambda_max_mean`` *, ``_median`` *, ``_p95`` *, ``_max``: largest eigenvalue over the probe
     - ``fisher/log10_lambda_max_max`` *, ``fisher/log10_lambda_max_median``: decimal logarithms
     - ``fisher/lambda_linf_mean`` *, ``_median`` *, ``_p95`` *, ``_max``, ``fisher/log10_lambda_linf_max`` *,
-      ``fisher/log10_lambda_linf_median``: likewise of :func:`fisher_reg.fisher_linf_norm`, beside the eigenvalue, only
-      with ``geometry=LInf()``
+      ``fisher/log10_lambda_linf_median``: the same statistics of :func:`fisher_reg.fisher_linf_norm`, in addition to
+      those of the eigenvalue; only with ``geometry=LInf()``
     - ``fisher/bound_global`` *, ``fisher/log10_bound_global`` * (finite also where the bound overflows), and
-      ``fisher/log10_gap_global`` *: log10 of the bound over the largest eigenvalue of the probe. Of inputs of several
-      shapes the largest bound counts
+      ``fisher/log10_gap_global`` *: log10 of the ratio of the bound to the largest eigenvalue of the probe. For inputs
+      of several shapes it is the largest bound
     - ``fisher/bound_local_mean`` *, ``fisher/bound_blockwise_mean`` *: mean over the probe, for bounds at the inputs;
       ``fisher/log10_bound_local`` *, …: mean of the decimal logarithms, and ``fisher/log10_gap_local`` *, …: mean log10
-      of the bound over the eigenvalue, over the inputs where both are finite. All these only where bounds are measured
-    - ``fisher/seconds`` *: what the measurement took, with its pictures; ``fisher/seconds_bound_global``, …: its parts
-    - ``fisher/trace_mean``: unbiased; exact on the solver's search space (up to 6 classes: all of it), the rest by 2
-      random sign vectors, the same for all examples and each time: two passes more than the eigenvalue alone
+      of the ratio of bound to eigenvalue, over the inputs where both are finite. Only when bounds are measured
+    - ``fisher/seconds`` *: duration of the measurement with its figures; ``fisher/seconds_bound_global``, …: its parts
+    - ``fisher/trace_mean``: unbiased; exact on the solver's search space (with up to 6 classes the whole space), the
+      rest by 2 random sign vectors, the same for all examples and measurements: two passes more than the eigenvalue
     - ``fisher/wide_interval_share``: share of the examples whose interval of the largest eigenvalue is wider than the
-      solver's tolerance; by default 5 % of the eigenvalue, at a failure probability of 2 %. Difference quotients enter
-      with their measured error; ``solver=Lanczos(is_exact=True)`` takes none
-    - ``fisher/kl_ratio``: median of :func:`fisher_reg.fisher_kl_ratio`, one forward more. Far below 1 the eigenvalue is
-      not what an attack meets (gradient masking), which is warned of once
-    - ``fisher/single_step_ratio``, where a :class:`FisherRegularizer` of this Trainer has a :class:`KLPenalty`: the sum
-      of the divergences after its step over that of the largest ones that several steps of the same ball find
-      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. Below 0.25, and where several steps reach 0.05
-      nats, the network may be flat at the end of the single step only (catastrophic overfitting): warned of once
-    - ``fisher/num_left_out``: examples of the probe that could not be measured (NaN, or an exception in forward); they
-      count in no other number
+      solver's tolerance; by default 5 % of the eigenvalue, at a failure probability of 2 %. The measured error of
+      difference quotients is included; ``solver=Lanczos(is_exact=True)`` uses none
+    - ``fisher/kl_ratio``: median of :func:`fisher_reg.fisher_kl_ratio`, for one more forward. A value far below 1 means
+      gradient masking: the eigenvalue does not predict the effect of an attack. One warning is given
+    - ``fisher/single_step_ratio``, if a :class:`FisherRegularizer` of this Trainer has a :class:`KLPenalty`: the sum of
+      the divergences after its step, divided by that of the largest ones that several steps in the same ball find
+      (:func:`fisher_reg.single_step_ratio`), over the first 64 examples. If it is below 0.25 and several steps reach
+      0.05 nats, the network may be flat only at the end of the single step (catastrophic overfitting). One warning is
+      given
+    - ``fisher/num_left_out``: number of examples of the probe that could not be measured (NaN, or an exception in
+      forward); no other number includes them
 
-    Loggers that are known to take pictures (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
-    ``fisher/bound_versus_empirical`` (where bounds are measured) and, of images, ``fisher/sensitive_examples`` with
-    their top eigenvectors (both need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above zero;
-    MLflow has none), and TensorBoard charts of the log10 curves and of the gaps. They are at the steps of the scalars;
-    where one batch takes several optimiser steps, at the last of these.
+    Loggers that support images (TensorBoard, Weights & Biases, MLflow, Comet) also get the figures
+    ``fisher/bound_versus_empirical`` (when bounds are measured) and, for image inputs, ``fisher/sensitive_examples``
+    with their top eigenvectors (both need matplotlib), the histogram ``fisher/log10_lambda_max`` (of the values above
+    zero; not for MLflow), and TensorBoard charts of the log10 curves and of the gaps. Figures have the steps of the
+    scalars; if one batch takes several optimiser steps, the last of them.
 
-    Under DDP all processes log the same numbers, those of the same examples on one process: what a
-    :class:`~torch.utils.data.DistributedSampler` repeats counts once, and what fails on one process is warned of on
-    the first one.
+    Under DDP all processes log the same numbers, equal to those of the same examples on one process: examples that a
+    :class:`~torch.utils.data.DistributedSampler` repeats count once. Failures of any process are reported by the
+    process of rank 0.
 
-    Before the first measurement :func:`fisher_reg.check_model` is run on two inputs; what fails is warned of, with the
-    remedy. Examples without finite logits are left out, and a bound that raises is left out, with one warning. None of
-    these stops a training. Settings that cannot work are an error before training: one input is tried in the sanity
-    check, or before it where ``probe`` is given.
+    Before the first measurement :func:`fisher_reg.check_model` is run on two inputs; a warning lists failed checks with
+    their remedies. Examples without finite logits and bounds that raise an error are left out, with one warning. None
+    of these stops the training. Invalid settings raise an error before training: one input is measured in the sanity
+    check, or before it if ``probe`` is given.
 
-    Where another callback (:class:`~pytorch_lightning.callbacks.EarlyStopping`, a checkpoint) or a learning-rate
-    scheduler monitors one of the keys, every validation is measured, and without validation the end of every epoch,
-    whatever the rhythm, so that none of them decides on an old value.
+    If another callback (:class:`~pytorch_lightning.callbacks.EarlyStopping`, a checkpoint) or a learning-rate scheduler
+    monitors one of the keys, every validation is measured (without validation the end of every epoch), for every
+    setting of ``every_n_epochs``, so that none of them uses an old value.
 
     Args:
-        every_n_epochs: 1 measures at every validation, however many an epoch has; n at the first one, then at the first
-            one n epochs or more after the last that was measured.
-        num_samples: Size of the probe; it comes from the first validation loader. None for all of it. Its inputs are
-            kept on the CPU; what is measured of them are a few numbers per example.
-        every_n_steps: Instead, measures n optimiser steps or more after the last measurement, also between validations;
-            the first one at the first validation, or before it with ``probe``. Without ``probe`` a training that is
-            resumed measures again from its first validation on, which takes the probe.
+        every_n_epochs: 1 measures at every validation, also if an epoch has several; n measures at the first one, then
+            at the first one that is n epochs or more after the last measurement.
+        num_samples: Size of the probe, from the first validation loader; None for all its examples. The inputs are kept
+            on the CPU; the results are a few numbers per example.
+        every_n_steps: Instead of epochs: measures n optimiser steps or more after the last measurement, also between
+            validations; first at the first validation, or before it with ``probe``. Without ``probe`` a resumed
+            training measures from its first validation on, which collects the probe.
         solver: As in :func:`fisher_reg.fisher_spectral_norm`, like ``likelihood`` and ``input_std``.
-        bounds: Upper bounds to measure beside it, of :func:`fisher_reg.fisher_bound` (default),
+        bounds: Upper bounds to measure: functions among :func:`fisher_reg.fisher_bound` (default),
             :func:`fisher_reg.local_fisher_bound`, :func:`fisher_reg.blockwise_fisher_bound`; ``()`` for none.
-        bound_every_n_epochs: The bounds are measured at the first measurement, then at the first one n epochs or more
-            after the last that had them, at the last one of a training whose length is known (from ``max_epochs`` or
+        bound_every_n_epochs: The bounds are measured at the first measurement, then at the first one that is n epochs
+            or more after the last with bounds, at the last one of a training of known length (from ``max_epochs`` or
             ``max_steps``), and by ``validate`` and ``test``. A global bound takes a fifth of an epoch of the default
-            recipe, so that the four bounds of its ten epochs take 8 % of them. TensorBoard draws no line of two points,
-            so that fewer would show nothing of a short training.
+            recipe, so that the four bounds of its ten epochs take 8 % of their time. With fewer bounds TensorBoard
+            would draw no line for a short training, since a line needs more than two points.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        geometry: :class:`LInf` also measures the largest value of the Fisher form over perturbations with entries up to
-            1, an estimate from below, for the passes of :func:`fisher_reg.fisher_linf_norm`: up to ten classes ``K``
-            backward and one forward-mode pass, else about a dozen and three.
-        memory_budget: Bytes of graph and solver at once, as in :func:`fisher_reg.fisher_spectral_norm`. The bounds and
-            ``fisher/single_step_ratio`` do not count.
-        inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``, where they cannot be told by themselves: a
-            tensor, the first item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping. It
-            sees the batch alone, once: of token ids return zeros of the shape of the embeddings, give the ids by
-            ``side_inputs_fn``, and let ``logits_fn`` add the zeros to the embeddings that the module has by then.
-        logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, where ``pl_module(inputs)`` does not.
+        geometry: :class:`LInf` also measures the largest value of the Fisher form over perturbations with entries of at
+            most 1, a lower estimate. It costs the passes of :func:`fisher_reg.fisher_linf_norm`: up to ten classes
+            ``K`` backward passes and one forward-mode pass, else about a dozen and three.
+        memory_budget: Largest number of bytes of graph and vectors, as in :func:`fisher_reg.fisher_spectral_norm`. It
+            does not limit the bounds and ``fisher/single_step_ratio``.
+        inputs_fn: ``inputs_fn(batch)`` returns the inputs ``(B, *S)``. By default they are the batch itself, the first
+            item of a tuple or list, or the only floating-point tensor ``(B, *S)`` of a mapping. It is called once per
+            batch. For token ids return zeros of the shape of the embeddings, return the ids in ``side_inputs_fn``, and
+            let ``logits_fn`` add the zeros to the current embeddings.
+        logits_fn: ``logits_fn(pl_module, inputs)`` returns the logits ``(B, K)``, if ``pl_module(inputs)`` does not.
         side_inputs_fn: ``side_inputs_fn(batch)`` returns more arguments of the model (a mask, a class embedding): a
-            tuple for ``pl_module(inputs, *side_inputs)``, or a mapping for keywords; ``logits_fn`` gets them likewise.
-        probe: Inputs to measure on instead of validation data, the same on all processes; needed without a validation
-            loop. With ``inputs_fn`` it is a batch, of which that returns the inputs.
-        prefix: First part of all keys. Of several monitors with the same one the second logs under ``fisher_2/…``.
+            tuple for ``pl_module(inputs, *side_inputs)``, or a mapping for keywords. They are passed to ``logits_fn``
+            in the same way.
+        probe: Inputs to measure on instead of validation data, the same on all processes; required without a validation
+            loop. With ``inputs_fn`` it is a batch, to which ``inputs_fn`` is applied.
+        prefix: First part of all keys. A second monitor with the same prefix logs under ``fisher_2/…``.
         detailed: Whether all keys go to the loggers.
         prog_bar: Whether ``fisher/lambda_max_mean`` is shown in the progress bar.
 
@@ -224,7 +226,7 @@ class FisherMonitor(Callback):
         return f"FisherMonitor({self.rhythm}, num_samples={samples}{last})"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a fit that offers nothing to measure on; start a new probe, since the data may be new."""
+        """Raise an error for a fit without data to measure on; start a new probe, since the data may be new."""
         self._begin_anew()
         self._keys_begin_with = self._own_prefix(trainer)
         if stage != "fit":
@@ -235,12 +237,12 @@ class FisherMonitor(Callback):
             if self.given is None:
                 raise MisconfigurationException(
                     "FisherMonitor measures on validation data and this fit has none. Give the Trainer validation "
-                    "batches, or give FisherMonitor its inputs: FisherMonitor(probe=inputs)."
+                    "batches, or pass inputs to FisherMonitor: FisherMonitor(probe=inputs)."
                 )
             refuse_late(self, trainer, self._keys_begin_with)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Try a probe that was given, before any training, and compare with the regularizer's settings."""
+        """Measure one input of a given probe before training, and compare the settings with the regularizer's."""
         self._take_given(trainer, pl_module)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FisherRegularizer):
@@ -248,11 +250,11 @@ class FisherMonitor(Callback):
                     self._warn_once(name, message)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Try a probe that was given."""
+        """Measure one input of a given probe."""
         self._take_given(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Try a probe that was given."""
+        """Measure one input of a given probe."""
         self._take_given(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -264,10 +266,10 @@ class FisherMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the first inputs of the first validation that is measured as the probe.
+        """Collect the first inputs of the first measured validation as the probe.
 
-        One input of the first batch is tried, in the sanity check where there is one, so that a setting that cannot
-        work fails before training.
+        One input of the first batch is measured, in the sanity check if there is one, so that an invalid setting fails
+        before training.
         """
         if not self._probe.is_complete and dataloader_idx == 0:
             self._take(trainer, pl_module, batch, trainer.val_dataloaders)
@@ -281,7 +283,7 @@ class FisherMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the first inputs of the test as the probe."""
+        """Collect the first inputs of the test as the probe."""
         if not self._probe.is_complete and dataloader_idx == 0:
             self._take(trainer, pl_module, batch, trainer.test_dataloaders)
 
@@ -301,12 +303,12 @@ class FisherMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure and log between validations, where optimiser steps are counted."""
+        """Measure and log between validations, if ``every_n_steps`` is given."""
         if self.rhythm.steps is not None and self._probe.is_complete and self._is_due(trainer):
             self._measure_and_log(trainer, pl_module, between_validations=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure and log where no validation does it."""
+        """Measure and log in a fit without validation."""
         if trainer.enable_validation:
             return
         is_old = not self.history or self.history[-1]["step"] < trainer.global_step
@@ -315,26 +317,26 @@ class FisherMonitor(Callback):
             self._measure_and_log(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so if nothing was measured."""
+        """Warn if nothing was measured."""
         if not self.history:
-            self._warn_once("nothing", "has measured nothing, since no validation ran to its end in this fit.")
+            self._warn_once("nothing", "has measured nothing, since no validation was completed in this fit.")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the history, so that curves and rhythm go on after a resume."""
+        """Save the history, so that curves and the measurement interval continue after a resume."""
         checkpoint.setdefault(_CHECKPOINT_KEY, {})[self._keys_begin_with] = list(self.history)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the history back."""
+        """Restore the history."""
         kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._keys_begin_with)
         if kept is not None:
             self.history = list(kept)
 
     def _begin_anew(self) -> None:
-        """Forget what is known of a network and of its data."""
+        """Reset the state that depends on the network and the data."""
         self._probe = Probe(self.num_samples)
         self._keys_begin_with = self.prefix
         self._levels: dict[int, Level] = {}
@@ -346,7 +348,7 @@ class FisherMonitor(Callback):
         return f"{self._keys_begin_with}/{name}"
 
     def _own_prefix(self, trainer: pl.Trainer) -> str:
-        """Return the prefix, with a number where an earlier monitor has the same one."""
+        """Return the prefix, with a number if an earlier monitor has the same one."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         prefixes = [one.prefix for one in callbacks if isinstance(one, FisherMonitor)]
         same = [one for one in callbacks if isinstance(one, FisherMonitor) and one.prefix == self.prefix]
@@ -356,15 +358,15 @@ class FisherMonitor(Callback):
         return next(islice(free, place - 1, None)) if place else self.prefix
 
     def _given(self, probe: Any, inputs_fn: InputsFn | None) -> tuple[Tensor, SideInputs]:
-        """Return inputs and side inputs of a probe that was given.
+        """Return inputs and side inputs of a given probe.
 
         Raises:
             ValueError: If the inputs are not a non-empty floating-point batch.
         """
         if inputs_fn is None and not isinstance(probe, Tensor):
             raise ValueError(
-                f"FisherMonitor(probe=...) takes the inputs alone, a floating-point tensor (B, *S); got "
-                f"{type(probe).__name__}. Give batch[0], or say with inputs_fn=lambda batch: batch[0] what they are."
+                f"FisherMonitor(probe=...) takes only the inputs, a floating-point tensor (B, *S); got "
+                f"{type(probe).__name__}. Pass batch[0], or select them with inputs_fn=lambda batch: batch[0]."
             )
         inputs = probe if inputs_fn is None else inputs_fn(probe)
         check_inputs(inputs)
@@ -372,7 +374,7 @@ class FisherMonitor(Callback):
         return taken
 
     def _take_given(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the probe that was given that of this process, cast as a batch, and try it."""
+        """Cast a given probe like a batch, select the share of this process, and measure one input."""
         if self.given is None or self._is_tried:
             return
         self._is_tried = True
@@ -426,7 +428,7 @@ class FisherMonitor(Callback):
         self._log(trainer, pl_module, logged, between_validations)
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Values:
-        """Measure the share of this process; nothing is raised, since the other processes wait for it."""
+        """Measure the share of this process; raises no error, since the other processes wait for the exchange."""
         subject = Subject(
             logits_model(pl_module, self.logits_fn),
             self._probe.parts,
@@ -452,13 +454,13 @@ class FisherMonitor(Callback):
         return values
 
     def _learn(self, values: Values) -> None:
-        """Keep what all processes now know of the probe and of the bounds, and warn of what went wrong."""
+        """Store the exchanged facts about the probe and the bounds, and warn of failures."""
         if not self._probe.is_complete:
             self._probe.is_complete = True
             if self.num_samples is not None and len(values.places) < self.num_samples:
                 rank_zero_info(
-                    f"FisherMonitor measures on the {len(values.places)} examples that it has found; num_samples asks "
-                    f"for {self.num_samples}."
+                    f"FisherMonitor measures on the {len(values.places)} examples that it has found; num_samples is "
+                    f"{self.num_samples}."
                 )
         self._without_bound |= values.without_bound
         self._levels = with_names(self._levels, values.levels)
@@ -489,7 +491,7 @@ class FisherMonitor(Callback):
         return self.detailed or name in _SHOWN or name.startswith(_SHOWN_OF_A_BOUND)
 
     def _try(self, pl_module: pl.LightningModule, inputs: Tensor, side_inputs: SideInputs) -> None:
-        """Measure one input, or the batch where the model takes nothing less, and check the model."""
+        """Measure one input, or the batch if the model takes only whole batches, and check the model."""
         model = logits_model(pl_module, self.logits_fn)
         options: dict[str, Any] = {"solver": self.solver, "likelihood": self.likelihood, "input_std": self.input_std}
         self._takes_parts = takes_parts(model, Part(inputs, side_inputs, torch.arange(len(inputs))), options)
@@ -503,7 +505,7 @@ class FisherMonitor(Callback):
         for logger in loggers:
             try:
                 draw(logger, values, self.history, self._keys_begin_with, step)
-            except Exception as error:  # whatever the client of a logger raises
+            except Exception as error:  # the client of a logger may raise any error
                 kind = type(logger).__name__
                 self._warn_once(kind, f"draws nothing on {kind}, which raised {type(error).__name__}: {error}")
 

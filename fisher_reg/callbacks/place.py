@@ -1,4 +1,4 @@
-"""Where in a training step a penalty is taken: at the step's own forward, or by one of its own."""
+"""How the penalty of a training step is computed: from the forward of the step, or from a separate forward."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from fisher_reg.penalty.point import kernels
 
 @dataclass
 class Place:
-    """How the penalty of one regularizer is taken.
+    """Computes the penalty of one regularizer.
 
     Args:
         penalty: The penalty.
-        batch_fraction: Of the batch.
+        batch_fraction: Share of the batch that is penalised.
         use_running_statistics: Whether the deployed function is penalised.
         logits_fn: As in :class:`fisher_reg.FisherMonitor`.
     """
@@ -51,7 +51,7 @@ class Place:
     _tolerated: dict[torch.dtype, bool] = field(default_factory=dict, init=False)
 
     def begin_anew(self) -> None:
-        """Forget what was told and found out in an earlier fit."""
+        """Reset the state of an earlier fit."""
         self._told = False
         self._takes_parts = True
         self._tolerated.clear()
@@ -62,7 +62,7 @@ class Place:
         return isinstance(self.penalty, PointPenalty) and self.penalty.differentiates_twice
 
     def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
-        """Whether the penalty can be taken where the step's forward has been."""
+        """Whether the penalty can reuse the forward of the step."""
         if not isinstance(self.penalty, PointPenalty) or self.use_running_statistics:
             return False
         if self.penalty.differentiates_twice and (self.batch_fraction < 1 or has_training_batch_norm(module)):
@@ -73,9 +73,9 @@ class Place:
         return obstacle is None
 
     def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
-        """Return the half precision in which the step computes and the penalty may be taken; None for float32.
+        """Return the half precision of the step if the penalty tolerates it; None for float32.
 
-        Whether it may is found out once in a fit, from the first inputs.
+        This is determined once per fit, from the first inputs.
         """
         dtype = _autocast_dtype(module.trainer, inputs.device)
         if dtype is None or not isinstance(self.penalty, PointPenalty):
@@ -85,12 +85,12 @@ class Place:
         return dtype if self._tolerated[dtype] else None
 
     def value(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        """Return the penalty, of the whole batch where the model takes no part of it.
+        """Return the penalty; of the whole batch if the model does not take a part of it.
 
         Args:
-            module: What is trained.
+            module: The module that is trained.
             due: The inputs and the model.
-            seen: What was seen of the step's forwards.
+            seen: The observed forwards of the step.
             options: Arguments of the penalty.
 
         Returns:
@@ -98,11 +98,11 @@ class Place:
 
         Raises:
             ForwardError: If the model does not take the whole batch either.
-            LogitsShapeError: If it does not return one row for each example of the whole batch either.
+            LogitsShapeError: If the model does not return one row per example of the whole batch either.
         """
         try:
             return self.taken(module, due, seen, options)
-        except (ForwardError, LogitsShapeError) as error:  # a model may also ignore how many it got
+        except (ForwardError, LogitsShapeError) as error:  # a model may also ignore the batch size
             if self.batch_fraction == 1 or not self._takes_parts:
                 raise
             self._takes_parts = False
@@ -111,7 +111,7 @@ class Place:
             return value
 
     def taken(self, module: pl.LightningModule, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        """Return the penalty, at the step's own forward if it can be."""
+        """Return the penalty, from the forward of the step if possible."""
         if self.use_running_statistics:
             with differentiable(due.inputs) as inputs:
                 model = deployed_with_gradient(logits_model(module, self.logits_fn), inputs)
@@ -123,14 +123,14 @@ class Place:
             if recording is not None:
                 return self.by_itself(_trained(due, Noise(due.inputs.device), recording), due, options)
         except UnrecordedError:
-            self.tell("batch norms ran unseen in the training step")
+            self.tell("batch norms of the training step were not observed")
         with differentiable(due.inputs) as inputs:
             model = _trained(due, Noise(due.inputs.device), None)
             model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
         return self.by_itself(model, due, options)
 
     def reuses(self, module: pl.LightningModule, due: Due, seen: Observation) -> bool:
-        """Whether the forward that was seen is that of the penalty; tells once why not."""
+        """Whether the observed forward can be used for the penalty; logs the reason once if not."""
         flow = seen.flow
         if flow is None or flow.source is not due.source or flow.logits_fn is not self.logits_fn:
             return False
@@ -148,13 +148,13 @@ class Place:
         return obstacle is None
 
     def at_the_step(self, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
-        """Return the penalty with the logits of the step's own forward."""
+        """Return the penalty with the logits of the forward of the step."""
         assert isinstance(self.penalty, PointPenalty)
         flow = seen.flow
         assert flow is not None
         logits = flow.outputs[0].to(torch.promote_types(flow.outputs[0].dtype, torch.float32))
         leaf = None if self.differentiates_twice else seen.cut.leaf(logits)
-        # a step may leave autocast, and logits of one precision are not to be compared with those of another
+        # the step may have left autocast: both logits must be computed in the same precision
         model = EvaluatedModel(
             due.model, Noise(due.inputs.device, flow.state), False, seen.recording, flow.autocast_dtype
         )
@@ -163,7 +163,7 @@ class Place:
             if chosen is None:
                 return self.penalty.at(TrainingPoint(model, flow.inputs, logits, leaf), **options)
             assert leaf is not None  # a penalty with second derivatives reuses no part
-            # a forward of the part alone for the direction: a backward pass through the whole batch would cost more
+            # compute the direction from a forward of the part: a backward pass through the whole batch costs more
             inputs = flow.inputs.detach()[chosen].requires_grad_()
             own = called(model, inputs)
             of_the_step = (leaf[chosen], True) if self.agree(model, own, leaf.detach()[chosen]) else ()
@@ -171,18 +171,18 @@ class Place:
             return self.penalty.at(point, **_of_the_chosen(options, chosen))
 
     def agree(self, model: EvaluatedModel, own: Tensor, of_the_step: Tensor) -> bool:
-        """Tell whether a part of the batch has the logits that its examples had in the step.
+        """Return whether a part of the batch has the same logits as in the step.
 
-        It has others where the model draws (other dropout masks), or where its examples depend on each other: the
-        difference would be taken for the effect of the step, divided by its square.
+        The logits differ if the model is random (other dropout masks), or if its examples depend on each other. The
+        penalty would treat the difference as an effect of the perturbation and divide it by the squared step length.
 
         Args:
             model: The function of the step.
-            own: Its logits of the part by itself.
-            of_the_step: Those of the same examples, without a graph.
+            own: Its logits of the part alone.
+            of_the_step: The logits of the same examples in the step, without a graph.
 
         Returns:
-            Whether the latter may be taken.
+            Whether the logits of the step may be used.
         """
         if model.draws or own.shape != of_the_step.shape:
             return False
@@ -190,11 +190,11 @@ class Place:
         size = of_the_step.nan_to_num(neginf=0.0).abs().max().item()
         does = torch.allclose(own.detach().to(of_the_step), of_the_step, rtol=tolerance, atol=tolerance * size)
         if not does:
-            self.tell("a part of the batch has other logits than its examples have in the step")
+            self.tell("the logits of a part of the batch differ from those in the step")
         return does
 
     def by_itself(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
-        """Return the penalty from a forward of its own, of a part of the batch perhaps."""
+        """Return the penalty from a separate forward of the chosen examples."""
         inputs, side_inputs = due.inputs, due.side_inputs
         chosen = self.chosen(due, options)
         if chosen is not None:
@@ -206,21 +206,21 @@ class Place:
         return penalty
 
     def chosen(self, due: Due, options: dict[str, Any]) -> Tensor | None:
-        """Draw the places of the examples that are penalised; None for all."""
+        """Draw the indices of the examples that are penalised; None for all."""
         if self.batch_fraction == 1 or not self._takes_parts:
             return None
         count = max(1, round(self.batch_fraction * len(due.inputs)))
         return torch.randperm(len(due.inputs), generator=options["generator"])[:count].to(due.inputs.device)
 
     def tell(self, obstacle: str) -> None:
-        """Say once in a fit why the step's forward is not reused."""
+        """Log once per fit why the forward of the step is not reused."""
         if not self._told:
             self._told = True
             rank_zero_info(f"FisherRegularizer runs a forward of its own: {obstacle}.")
 
 
 def _trained(due: Due, noise: Noise, recording: Recording | None) -> EvaluatedModel:
-    """Return the function that is being trained, in the precision that the penalty may be taken in."""
+    """Return the function that is being trained, in the precision of the penalty."""
     return EvaluatedModel(due.model, noise, False, recording, due.half_precision)
 
 
@@ -229,7 +229,7 @@ def _of_the_chosen(options: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
 
 
 def _autocast_dtype(trainer: pl.Trainer, device: torch.device) -> torch.dtype | None:
-    """Return the half precision of the trainer's autocast; None where there is none."""
+    """Return the half precision of the trainer's autocast; None without one."""
     with trainer.precision_plugin.train_step_context():
         if not torch.is_autocast_enabled(device.type):
             return None
@@ -237,8 +237,8 @@ def _autocast_dtype(trainer: pl.Trainer, device: torch.device) -> torch.dtype | 
     return dtype if torch.finfo(dtype).bits < 32 else None
 
 
-# of the largest logit: kernels for another batch size, TF32 in convolutions among them, and bfloat16 in a deep network
+# relative to the largest logit: other kernels for another batch size (TF32 in convolutions), and bfloat16
 _ROUND_OFF = 1e-2
 _HALF_ROUND_OFF = 5e-2
 
-_ROUNDED = "the training step is under autocast, whose round-off would drown the penalty"
+_ROUNDED = "the training step is under autocast, whose rounding errors would exceed the penalty"

@@ -1,4 +1,4 @@
-"""The images that a monitor measures on: taken once, and known by their places in the validation data."""
+"""The examples that a monitor measures: collected once, identified by their positions in the validation data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Part:
     Attributes:
         inputs: ``(B, *S)``.
         side_inputs: More arguments of the model.
-        places: ``(B,)``, integers: the places of the examples in the validation data, over all processes.
+        places: ``(B,)``, integers: the positions of the examples in the validation data, over all processes.
     """
 
     inputs: Tensor
@@ -33,22 +33,22 @@ class Part:
         return len(self.inputs)
 
     def part(self, index: slice) -> Part:
-        """Return some of the examples."""
+        """Return the examples at ``index``."""
         return Part(self.inputs[index], select(self.side_inputs, index, len(self)), self.places[index])
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which examples of the data this process sees.
+    """The positions in the data of the examples of this process.
 
     Attributes:
-        rank: Its number.
-        num_processes: How many there are; the j-th example of process r has the place ``r + j * num_processes``, as
-            :class:`torch.utils.data.DistributedSampler` distributes them.
-        end: Places from this one on are repetitions, which that sampler adds so that all processes get equally many;
-            infinite if not known.
-        deals_batches: Whether that sampler distributes whole batches, as it does for ``DataLoader(batch_size=None)``;
-            the examples of a batch then have neighbouring places.
+        rank: The rank of this process.
+        num_processes: Number of processes; the j-th example of process r has the position ``r + j * num_processes``, as
+            distributed by :class:`torch.utils.data.DistributedSampler`.
+        end: Positions from this one on are repetitions, which the sampler adds so that all processes get the same
+            number of examples; infinite if not known.
+        deals_batches: Whether the sampler distributes whole batches, as for ``DataLoader(batch_size=None)``; the
+            examples of a batch then have consecutive positions.
     """
 
     rank: int = 0
@@ -58,28 +58,28 @@ class Share:
 
     @classmethod
     def of(cls, rank: int, num_processes: int, loaders: Any) -> Share:
-        """Return the share that this process has of the first of some loaders."""
+        """Return the share of this process of the first loader."""
         loader = _first(loaders)
         sampler = _sampler(loader)
         if not isinstance(sampler, DistributedSampler):
             return cls(rank, num_processes)
         deals_batches = getattr(loader, "batch_sampler", None) is None
         end = len(sampler.dataset) * (_LARGEST_BATCH if deals_batches else 1)  # type: ignore[arg-type]
-        # its own numbers: processes that share a model see the same examples
+        # the sampler's own numbers: processes that share one model get the same examples
         return cls(sampler.rank, sampler.num_replicas, end, deals_batches)
 
     def places(self, batch: int, begin: int, count: int) -> Tensor:
-        """Return the places of ``count`` examples of a batch, after the first ``begin`` examples of this process."""
+        """Return the positions of ``count`` examples of a batch, after the first ``begin`` examples of this process."""
         if self.deals_batches:
             return (self.rank + self.num_processes * batch) * _LARGEST_BATCH + torch.arange(count)
         return self.rank + self.num_processes * torch.arange(begin, begin + count)
 
 
 class Probe:
-    """The first examples of the data, in the batches in which they came.
+    """The first examples of the data, in their batches.
 
     Args:
-        num_samples: How many over all processes; None for all.
+        num_samples: Number of examples over all processes; None for all.
     """
 
     def __init__(self, num_samples: int | None) -> None:
@@ -90,7 +90,7 @@ class Probe:
 
     @classmethod
     def of(cls, inputs: Tensor, side_inputs: SideInputs, share: Share) -> Probe:
-        """Return the share of this process of inputs that all processes have."""
+        """Return the share of this process of inputs that are equal on all processes."""
         probe = cls(None)
         whole = Part(inputs, side_inputs, torch.arange(len(inputs)))
         mine = whole.part(slice(share.rank, None, share.num_processes))
@@ -102,12 +102,13 @@ class Probe:
         return iter(self.parts)
 
     def add(self, inputs: Tensor, side_inputs: SideInputs, takes_parts: bool) -> None:
-        """Take copies of the first examples of a batch that are still missing.
+        """Copy the examples of a batch that the probe still needs.
 
         Args:
             inputs: ``(B, *S)``.
             side_inputs: More arguments of the model.
-            takes_parts: Whether the model takes a part of a batch; else all of it is taken, and the rest not counted.
+            takes_parts: Whether the model takes a part of a batch; else the whole batch is copied, and the surplus is
+                not counted.
         """
         begin = sum(len(part) for part in self.parts)
         missing = self._missing(begin)
@@ -128,12 +129,12 @@ class Probe:
 
 
 def own(tensors: Any) -> Any:
-    """Return copies on the CPU, which no later change of the originals reaches."""
+    """Return copies on the CPU, independent of later changes of the originals."""
     return apply_to_collection(tensors, Tensor, lambda tensor: tensor.detach().cpu().clone())
 
 
 def _first(loaders: Any) -> Any:
-    """Return the first loader of a list or mapping of them."""
+    """Return the first loader of a list or mapping of loaders."""
     while isinstance(loaders, list | tuple | Mapping) and len(loaders):
         loaders = next(iter(_values(loaders)))
     return loaders
@@ -144,7 +145,7 @@ def _values(loaders: Any) -> Iterator[Any]:
 
 
 def _sampler(loader: Any) -> Any:
-    """Return the sampler of the examples, also where a batch sampler has it."""
+    """Return the sampler of the examples, also that inside a batch sampler."""
     sampler = getattr(loader, "sampler", None)
     if isinstance(sampler, DistributedSampler):
         return sampler

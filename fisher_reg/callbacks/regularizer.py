@@ -1,4 +1,4 @@
-"""Penalise while training: a term in the loss of a module that knows nothing of it."""
+"""Add a penalty to the training loss of an unmodified LightningModule."""
 
 from __future__ import annotations
 
@@ -46,72 +46,72 @@ from fisher_reg.printing import short
 class FisherRegularizer(Callback):
     """Add ``weight * penalty`` to the loss of an unmodified LightningModule.
 
-    The module is only read. The trainer's own call of ``training_step`` is wrapped, on its strategy, for the time of
-    ``fit`` and also given back after an exception: a module that is copied or pickled meanwhile knows nothing of it,
-    and a ``validation_step`` that calls ``training_step`` is not penalised. The penalty is part of the one loss that
-    Lightning divides, scales, clips and synchronises, so it is right under gradient accumulation, mixed precision and
-    DDP. In manual optimisation it is added to what ``self.manual_backward`` gets; where a step calls that several
-    times, ``backward_pass`` must say which call is meant.
+    The module is not modified. During ``fit`` the trainer's call of ``training_step`` is wrapped, on its strategy, and
+    restored afterwards, also after an exception. Copies and pickles of the module do not contain the wrapper, and a
+    ``validation_step`` that calls ``training_step`` is not penalised. The penalty is a term of the loss that Lightning
+    divides, scales, clips and synchronises, so that gradient accumulation, mixed precision and DDP work. In manual
+    optimisation it is added to the argument of ``self.manual_backward``; if a step calls this function several times,
+    ``backward_pass`` must select the call.
 
-    It sees the function being trained: batch norm uses the statistics of the step's own forward. That forward is reused
-    where it is sure to be that of the inputs: where the step gives the batch's own inputs once to ``forward`` or to a
+    The function being trained is penalised: batch norm uses the statistics of the forward of the step. That forward is
+    reused if it is certainly that of the inputs: the step passes the inputs of the batch once to ``forward`` or to a
     part of it, not compiled, and in full precision or in a half precision that the penalty tolerates
-    (:meth:`fisher_reg.KLPenalty.tolerates`). For a penalty with second derivatives also only without batch norm in
-    training, and for the whole batch. Otherwise the penalty runs a forward of its own, and says so once; that is in
-    half precision too where the step is and the penalty tolerates it.
+    (:meth:`fisher_reg.KLPenalty.tolerates`). A penalty with second derivatives can reuse it only without batch norm in
+    training, and for the whole batch. Otherwise the penalty runs a forward of its own, which is logged once; it is in
+    half precision too if the step is and the penalty tolerates it.
 
-    A part of the batch costs a forward of that part and a backward pass to the inputs for the direction, whose memory
-    is freed, and a forward and backward pass of the moved inputs; its logits are those of the step. Where the network
-    draws dropout masks, or the forward cannot be reused, its own forward is kept instead. A model that takes only whole
-    batches is penalised on whole batches.
+    Penalising a part of the batch costs a forward of that part and a backward pass to the inputs for the direction
+    (their memory is then freed), and a forward and backward pass of the perturbed inputs; the logits are those of the
+    step. If the network draws dropout masks, or the forward cannot be reused, the forward of the part is used instead.
+    A model that takes only whole batches is penalised on whole batches.
 
-    A penalty that is not finite, or whose gradient is not, is left out of the loss, with a warning that counts. For
-    that its gradient is taken by itself (see :mod:`fisher_reg.callbacks.gradients`), which costs the memory of a second
-    gradient, and a backward pass where a penalty with second derivatives reuses the step's forward; not with sharded
-    weights, or a hook on a weight, where only its value is looked at. With sharded weights one that is not finite stops
-    the training, since no process can leave it out alone.
+    A penalty with a value or gradient that is not finite is left out of the loss, with a warning and a count. For this
+    check the gradient is computed separately (see :mod:`fisher_reg.callbacks.gradients`), which costs the memory of a
+    second gradient, and a backward pass if a penalty with second derivatives reuses the forward of the step. With
+    sharded weights, or a hook on a weight, only the value is checked. With sharded weights a penalty that is not finite
+    stops the training, since a process cannot leave it out alone.
 
     Activation checkpointing with ``use_reentrant=False`` works; a forward of the penalty's own with second derivatives
-    or batch statistics keeps its activations all the same.
+    or batch statistics still stores its activations.
 
     Before the first penalised step :func:`fisher_reg.check_model` is run on two inputs, or on eight with batch norm in
-    training (not with sharded weights); what fails is warned of, with the remedy.
+    training (not with sharded weights); a warning lists failed checks with their remedies.
 
-    Where inputs are mixed or augmented inside the step, the penalty is taken at the inputs of the batch; do it in
-    ``on_after_batch_transfer`` to have it at those that are trained on.
+    If inputs are mixed or augmented inside the step, the penalty still uses the inputs of the batch; augment in
+    ``on_after_batch_transfer`` to penalise at the augmented inputs.
 
     Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
-    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); ``fisher/penalty_gradient_ratio``, the norm of the
-    gradient of what is added over that of the loss's, of the steps where it is measured; with ``target_lambda`` also
-    ``fisher/lambda_control``. Those of a second regularizer in the same Trainer end in ``_2``.
+    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); ``fisher/penalty_gradient_ratio``, the gradient norm of
+    the added term divided by that of the loss, over the steps at which it is measured; with ``target_lambda`` also
+    ``fisher/lambda_control``. The keys of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
-        weight: Factor of the penalty, at least 0; at 0 the training step is untouched. By default the
-            ``default_weight`` of the penalty, 0.1 for one that has none.
+        weight: Factor of the penalty, at least 0; with 0 the training step is unchanged. By default the
+            ``default_weight`` of the penalty, or 0.1 for a penalty without one.
         penalty: :class:`KLPenalty` (default), another penalty of this package, or any callable
             ``penalty(model, inputs, generator=generator)`` that returns a scalar.
-        every_n_steps: Penalises each n-th optimiser step, n times as strongly. By default each 10th, and in a training
-            of fewer than 1,000 steps so many that 100 are penalised.
+        every_n_steps: Penalises each n-th optimiser step, with n times the weight. By default each 10th; in a training
+            of fewer than 1,000 steps more often, so that 100 are penalised.
         batch_fraction: Penalises a random part of the batch of this size, in (0, 1].
         warmup_steps: Optimiser steps over which the weight rises linearly from 0.
-        schedule: What becomes of the weight over the training; :class:`ConstantSchedule`, :class:`LinearSchedule` or
+        schedule: How the weight changes during training: :class:`ConstantSchedule`, :class:`LinearSchedule` or
             :class:`CosineSchedule`.
-        target_lambda: Adapts the weight, from ``weight`` on, until the mean largest eigenvalue of the deployed function
-            on the training inputs is this. Measured on up to 64 inputs at every second penalised step. Not together
-            with a schedule or a warm-up.
+        target_lambda: Target of the mean largest eigenvalue of the deployed function on the training inputs. The weight
+            starts at ``weight`` and is adapted until the target is reached. Measured on up to 64 inputs at every second
+            penalised step. Not together with a schedule or a warm-up.
         use_running_statistics: Penalises the deployed function (running statistics of batch norm, no dropout) instead
             of the one being trained.
-        backward_pass: In manual optimisation, which ``self.manual_backward`` of a training step gets the penalty,
-            counted from 0. Needed where there are several.
-        max_gradient_ratio: Most that what is added to the loss may have of the norm of the loss's own gradient; a
-            penalty above that keeps its direction. Costs two more backward passes through the step's forward, and with
-            several processes two means of gradients, at each penalised step.
-        gradient_ratio_every: Penalised steps from one measurement of that ratio to the next, from the first step on;
-            None for none. The parameters are trained as without.
+        backward_pass: In manual optimisation, the index (from 0) of the ``self.manual_backward`` call of a training
+            step to which the penalty is added. Required if there are several calls.
+        max_gradient_ratio: Largest gradient norm of the added term, divided by that of the loss. A larger gradient is
+            scaled down to it. Costs two more backward passes through the forward of the step, and with several
+            processes two means of gradients, at each penalised step.
+        gradient_ratio_every: Number of penalised steps between two measurements of that ratio, from the first step on;
+            None for no measurement. Measuring does not change the training.
         inputs_fn: As in :class:`FisherMonitor`.
         logits_fn: As in :class:`FisherMonitor`.
         side_inputs_fn: As in :class:`FisherMonitor`.
-        labels_fn: From a batch to class indices ``(B,)``, for a penalty of labels. By default the second part.
+        labels_fn: From a batch to class indices ``(B,)``, for a penalty that needs labels. By default the second item.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[FisherRegularizer()], logger=False, enable_checkpointing=False)
@@ -136,7 +136,7 @@ class FisherRegularizer(Callback):
         side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
     ) -> None:
-        # not in the signature: jsonargparse would keep its fields for another penalty
+        # the default is not in the signature: jsonargparse would apply its fields to another penalty
         penalty = KLPenalty() if penalty is None else penalty
         PENALTY.check(penalty, self)
         weight = getattr(penalty, "default_weight", _DEFAULT_WEIGHT) if weight is None else weight
@@ -156,8 +156,8 @@ class FisherRegularizer(Callback):
         check_at_least_one(self, every_n_steps=1 if every_n_steps is None else every_n_steps)
         if schedule.num_steps is not None and schedule.num_steps <= warmup_steps:
             raise ValueError(
-                f"The warm-up of {warmup_steps} steps would outlast the schedule of {schedule.num_steps}; shorten the "
-                "one or lengthen the other."
+                f"The warm-up of {warmup_steps} steps must end before the schedule of {schedule.num_steps} steps; "
+                "shorten the warm-up or lengthen the schedule."
             )
         if target_lambda is not None:
             check_control(weight, warmup_steps, schedule)
@@ -191,7 +191,7 @@ class FisherRegularizer(Callback):
         return f"FisherRegularizer({shown}" + (f", num_skipped={self.num_skipped})" if self.num_skipped else ")")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wrap the training step of the trainer, and begin anew with what is adapted."""
+        """Wrap the training step of the trainer, and reset the adapted state."""
         if stage != "fit" or self.weight == 0:
             return
         refuse_unseen_batch_norm(pl_module)
@@ -204,11 +204,11 @@ class FisherRegularizer(Callback):
         self._step.regularizers.append(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out how long the training and the schedule last.
+        """Determine the lengths of the training and of the schedule.
 
         Raises:
-            MisconfigurationException: If it is to last as long as a training without end, or if the weights are sharded
-                and the penalty needs them whole.
+            MisconfigurationException: If the schedule has the length of a training without a known end, or if the
+                weights are sharded and the penalty needs all of them.
         """
         refuse_sharded(pl_module, self.penalty, self.differentiates_twice(), self.control is not None)
         if self.chosen_interval is None:
@@ -218,23 +218,23 @@ class FisherRegularizer(Callback):
         num_steps = self.schedule.num_steps or trainer.estimated_stepping_batches
         if not 1 <= num_steps < math.inf:  # -1 for a loader without a length
             raise MisconfigurationException(
-                f"{self.schedule} lasts as long as the training, which has no known end. Give the schedule num_steps, "
-                "or the Trainer max_steps."
+                f"{self.schedule} lasts as long as the training, which has no known end. Pass num_steps to the "
+                "schedule, or max_steps to the Trainer."
             )
         self._num_schedule_steps = num_steps
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the training step back."""
+        """Restore the training step."""
         self._unwrap()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the training step back."""
+        """Restore the training step."""
         self._unwrap()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the weight that was adapted and what was counted; everything else goes by the optimiser step."""
+        """Save the adapted weight and the counts; everything else depends only on the optimiser step."""
         own: dict[str, float] = {"num_penalised": self.guard.num_penalised}
         if self.control is not None:
             own["weight"] = self.control.weight
@@ -243,7 +243,7 @@ class FisherRegularizer(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with what a checkpoint has kept."""
+        """Restore the state of a checkpoint."""
         kept = checkpoint.get(_CHECKPOINT_KEY, {}).get(self._place(trainer), {})
         self.guard.num_penalised = int(kept.get("num_penalised", 0))
         if self.control is not None:
@@ -274,16 +274,16 @@ class FisherRegularizer(Callback):
         return self.place.differentiates_twice
 
     def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
-        """Whether the penalty can be taken where the step's forward has been."""
+        """Whether the penalty can reuse the forward of the step."""
         return self.place.can_reuse_forward(module, side_inputs)
 
     def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
-        """Return the half precision in which the step computes and the penalty may be taken; None for float32."""
+        """Return the half precision of the step if the penalty tolerates it; None for float32."""
         return self.place.half_precision(module, inputs)
 
     def check(self, module: pl.LightningModule, due: Due) -> None:
         """Run :func:`fisher_reg.check_model` once, before the first penalised step."""
-        if self._checked or is_sharded(module):  # processes must not differ in their number of forwards
+        if self._checked or is_sharded(module):  # all processes must run the same number of forwards
             return
         self._checked = True
         report_check(
@@ -298,7 +298,7 @@ class FisherRegularizer(Callback):
     def penalise(
         self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
     ) -> Tensor | None:
-        """Return the penalty with the batch statistics of the step that was seen; None if it is not finite."""
+        """Return the penalty with the batch statistics of the observed step; None if it is not finite."""
         options: dict[str, Any] = {"generator": generator}
         if isinstance(self.penalty, PointPenalty) and self.penalty.needs_labels:
             options["labels"] = self.labels_fn(batch)
@@ -310,7 +310,7 @@ class FisherRegularizer(Callback):
             penalty = self.place.value(module, due, seen, options)
         except NonFiniteError as error:
             if is_sharded(module):
-                raise  # the other processes wait for this one in the forward that it would skip
+                raise  # the other processes would wait for the forward that this one skips
             self.skip(str(error))
             return None
         if not bool(torch.isfinite(penalty.detach())):
@@ -319,7 +319,7 @@ class FisherRegularizer(Callback):
         return penalty
 
     def skip(self, reason: str) -> None:
-        """Count a penalty that is left out; warn of the first, the tenth, and so on."""
+        """Count a skipped penalty; warn at the 1st, 10th, 100th and so on."""
         self.num_skipped += 1
         if math.log10(self.num_skipped).is_integer():
             warnings.warn(
@@ -336,18 +336,18 @@ class FisherRegularizer(Callback):
 
 _DEFAULT_WEIGHT = 0.1
 _INTERVAL = 10  # optimiser steps
-_NUM_PENALISED = 100  # at least; with 40 of 200 steps a transformer learned the digits worse than with 100
+_NUM_PENALISED = 100  # at least; a transformer on digits was worse with 40 of 200 steps penalised than with 100
 _CHECKPOINT_KEY = "FisherRegularizer"
 _CONTROL_EVERY = 2  # penalised steps
 
 
 def _optimiser_step(trainer: pl.Trainer) -> int:
-    """Count the steps of all optimisers at once: with several, Lightning counts each."""
+    """Return the number of optimiser steps, counted once if there are several optimisers."""
     return trainer.global_step // max(1, len(trainer.optimizers))
 
 
 def _interval(num_steps: float) -> int:
-    """Return the steps from one penalty to the next in a training of ``num_steps``; -1 or infinity if unknown."""
+    """Return the steps between two penalties in a training of ``num_steps`` (-1 or infinity if unknown)."""
     if not 1 <= num_steps < math.inf:
         return _INTERVAL
     return min(_INTERVAL, max(1, int(num_steps) // _NUM_PENALISED))

@@ -1,4 +1,4 @@
-"""When a monitor measures."""
+"""The times at which a monitor measures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 @dataclass(frozen=True)
 class Rhythm:
-    """One measurement, and the next one some epochs or optimiser steps later.
+    """The interval between measurements, in epochs or optimiser steps.
 
     Attributes:
-        epochs: At least 1, which is every validation, however many an epoch has.
-        steps: Counted instead where given.
+        epochs: At least 1, which means every validation, also if an epoch has several.
+        steps: Optimiser steps, used instead of epochs if given.
     """
 
     epochs: int = 1
@@ -30,14 +30,14 @@ class Rhythm:
         if self.steps is not None and self.epochs != 1:
             raise ValueError(
                 f"FisherMonitor counts epochs or steps; got every_n_epochs={self.epochs} and "
-                f"every_n_steps={self.steps}. Give one of them."
+                f"every_n_steps={self.steps}. Pass only one of them."
             )
 
     def __str__(self) -> str:
         return f"every_n_epochs={self.epochs}" if self.steps is None else f"every_n_steps={self.steps}"
 
     def is_due(self, epoch: int, step: int, last: Mapping[str, Any] | None) -> bool:
-        """Say whether to measure after so many epochs and steps, and the ``last`` measurement, if any."""
+        """Return whether to measure at this epoch and step, given the ``last`` measurement, if any."""
         if last is None:
             return True
         if self.steps is not None:
@@ -45,7 +45,7 @@ class Rhythm:
         return bool(self.epochs == 1 or epoch - last["epoch"] >= self.epochs)
 
     def is_last(self, trainer: pl.Trainer) -> bool:
-        """Say whether no later measurement of this fit is to come, as far as is known beforehand."""
+        """Return whether this is the last measurement of the fit, as far as its length is known."""
         to_the_next = self._steps_to_the_next(trainer)
         if 0 <= trainer.max_steps <= trainer.global_step or 0 <= trainer.max_steps < trainer.global_step + to_the_next:
             return True
@@ -57,27 +57,27 @@ class Rhythm:
             return False
         interval = trainer.check_val_every_n_epoch if trainer.enable_validation else None
         interval = interval or 1
-        ends = trainer.current_epoch + self.epochs + 1  # of the epoch that may be the next
+        ends = trainer.current_epoch + self.epochs + 1  # the end of the next measured epoch
         return math.ceil(ends / interval) * interval > trainer.max_epochs
 
     def _steps_to_the_next(self, trainer: pl.Trainer) -> float:
-        """Return the optimiser steps until the next measurement, at most; 0 if that is not known."""
+        """Return the largest number of optimiser steps until the next measurement; 0 if it is not known."""
         if self.steps is not None:
             return self.steps
         batches = trainer.num_training_batches * self.epochs * (trainer.check_val_every_n_epoch or 1)
         if self.epochs == 1 and trainer.enable_validation:
             epochs = trainer.check_val_every_n_epoch or math.inf
-            interval = trainer.val_check_batch or math.inf  # None where it is a time
+            interval = trainer.val_check_batch or math.inf  # None if the interval is a time
             batches = min(interval, trainer.num_training_batches * epochs)
-        if batches == math.inf:  # a loader without a length: nothing is known
+        if batches == math.inf:  # a loader without a length
             return 0.0
         return float(math.ceil(batches / trainer.accumulate_grad_batches) * max(1, len(trainer.optimizers)))
 
 
 def watched_names(trainer: pl.Trainer, prefix: str) -> list[str]:
-    """Return the last parts of our keys that decide something at each validation.
+    """Return the last parts of our keys that other callbacks or schedulers monitor.
 
-    These are what other callbacks (early stopping, checkpoints) and learning-rate schedulers call their ``monitor``.
+    These are the values of the argument ``monitor`` of early stopping, checkpoints and learning-rate schedulers.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     schedulers = getattr(trainer, "lr_scheduler_configs", [])
@@ -87,17 +87,17 @@ def watched_names(trainer: pl.Trainer, prefix: str) -> list[str]:
 
 
 def refuse_late(monitor: pl.Callback, trainer: pl.Trainer, prefix: str) -> None:
-    """Refuse callbacks that would decide before ``monitor`` has measured, without a validation between them.
+    """Raise an error for callbacks that use a key before ``monitor`` has measured it, in a fit without validation.
 
     Raises:
-        MisconfigurationException: If there is one.
+        MisconfigurationException: If there is such a callback.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for earlier in callbacks[: callbacks.index(monitor)]:
         key = getattr(earlier, "monitor", None)
         if _is_ours(key, prefix):
             raise MisconfigurationException(
-                f"{type(earlier).__name__} decides on {key} at the end of the epoch, before FisherMonitor has "
+                f"{type(earlier).__name__} uses {key} at the end of the epoch, before FisherMonitor has "
                 "measured it. Put FisherMonitor before it in Trainer(callbacks=[...])."
             )
 

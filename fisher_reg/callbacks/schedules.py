@@ -1,4 +1,4 @@
-"""How the weight of a penalty changes while training."""
+"""Schedules of the weight of a penalty."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class ConstantSchedule(Schedule):
-    """The weight as it is."""
+    """A constant weight."""
 
     num_steps: int | None = None
 
@@ -44,11 +44,11 @@ class _Ramp(Schedule):
 
 
 class LinearSchedule(_Ramp):
-    """From the weight to ``end`` times the weight along a line.
+    """From the weight to ``end`` times the weight, linearly.
 
     Args:
         end: Last factor, at least 0; above 1 the weight grows.
-        num_steps: Optimiser steps until then; None for those of the whole training.
+        num_steps: Optimiser steps until the last factor; None for those of the whole training.
     """
 
     def factor(self, progress: float) -> float:
@@ -57,7 +57,7 @@ class LinearSchedule(_Ramp):
 
 
 class CosineSchedule(_Ramp):
-    """As :class:`LinearSchedule`, along half a cosine that is flat at both ends."""
+    """Like :class:`LinearSchedule`, but along half a period of a cosine."""
 
     def factor(self, progress: float) -> float:
         """Return the factor at a ``progress`` from 0 to 1."""

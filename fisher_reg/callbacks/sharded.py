@@ -1,4 +1,4 @@
-"""What cannot be had where weights are divided among processes."""
+"""Checks for weights that are sharded over processes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fisher_reg.penalty import BoundPenalty, Penalty
 
 
 def refuse_sharded(module: nn.Module, penalty: Penalty, differentiates_twice: bool, is_adapted: bool) -> None:
-    """Refuse a penalty that sharded weights do not allow.
+    """Raise an error for a penalty that does not work with sharded weights.
 
     Raises:
-        MisconfigurationException: If it needs the weights whole, or its weight is adapted.
+        MisconfigurationException: If it needs all weights at once, or its weight is adapted.
     """
     if not is_sharded(module):
         return

@@ -1,4 +1,4 @@
-"""Whether one step still finds what a penalty of one step is to prevent: measured, logged, warned of."""
+"""Detection of catastrophic overfitting: divergences after one step and after several, logged with a warning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = ("single_step", "several_steps")
 
 
 def single_step_penalty(callbacks: Iterable[pl.Callback]) -> KLPenalty | None:
-    """Return the penalty of the first regularizer that penalises the divergence after one step."""
+    """Return the first :class:`KLPenalty` among the regularizers; None without one."""
     for one in callbacks:
         if isinstance(one, FisherRegularizer) and one.weight > 0 and isinstance(one.penalty, KLPenalty):
             return one.penalty
@@ -31,7 +31,7 @@ def single_step_penalty(callbacks: Iterable[pl.Callback]) -> KLPenalty | None:
 def after_steps(model: nn.Module, part: Part, penalty: KLPenalty, takes_parts: bool) -> tuple[Tensor, Tensor]:
     """Return the divergences after one step and after several, ``(B,)`` each; NaN beyond the first examples."""
     count = int((part.places < _NUM_EXAMPLES).sum())
-    # with sharded weights each forward is one of all processes
+    # with sharded weights each forward is a collective operation of all processes
     if is_sharded(model) or (count and not takes_parts):
         count = len(part)
     divergences = torch.full((2, len(part)), torch.nan, dtype=torch.float64)
@@ -46,21 +46,21 @@ def after_steps(model: nn.Module, part: Part, penalty: KLPenalty, takes_parts: b
 
 
 def means(single: Tensor, several: Tensor) -> tuple[float, float]:
-    """Return the means over the examples ``(N,)`` where both are known; NaN where there is none."""
+    """Return the means over the examples ``(N,)`` where both values are finite; NaN without such examples."""
     is_known = single.isfinite() & several.isfinite()
     return float(single[is_known].mean()), float(several[is_known].mean())
 
 
 def ratio(single: Tensor, several: Tensor) -> float:
-    """Return the mean divergence after one step over that after several, in [0, 1]; NaN where nothing is known."""
+    """Return the mean divergence after one step divided by that after several, in [0, 1]; NaN if unknown."""
     of_one, of_several = means(single, several)
     return of_one / of_several if of_several > 0 else math.nan
 
 
 def warning(single: Tensor, several: Tensor) -> str | None:
-    """Return what to warn of, if anything.
+    """Return the warning, or None.
 
-    Not where several steps find next to nothing either, as before the network has learned anything.
+    There is no warning if several steps find almost no divergence either, as in an untrained network.
     """
     of_one, of_several = means(single, several)
     if of_several > _MATTERS and of_one < _MISSES * of_several:
@@ -68,16 +68,16 @@ def warning(single: Tensor, several: Tensor) -> str | None:
     return None
 
 
-_NUM_EXAMPLES = 64  # the first ones of the data: a mean over them is as sure as is needed
+_NUM_EXAMPLES = 64  # the first examples of the data, enough for an accurate mean
 
-_MISSES = 0.25  # convolutional networks had 0.27 or more while one step sufficed, and less soon after their collapse
+_MISSES = 0.25  # convolutional networks had 0.27 or more before catastrophic overfitting, and less soon after it
 
 _MATTERS = 0.05  # nats; untrained networks had 0.03, and a ratio of 0.2
 
 _MESSAGE = (
-    "sees that one step no longer finds what the penalty is to prevent: after the single step of KLPenalty the "
-    "divergence is {:.2g} nats on average, after several in the same ball {:.2g}. The network may have become flat at "
-    "the end of the single step only (catastrophic overfitting). Take a smaller step, or a smooth activation (SiLU, "
-    "GELU), or stop before this epoch; a warm-up (warmup_steps) alone may not prevent it. Judge by an attack of many "
-    "steps, such as AutoAttack, not by one of a single step."
+    "found that a single step no longer finds large divergences: after the single step of KLPenalty the mean "
+    "divergence is {:.2g} nats, after several steps in the same ball {:.2g}. The network may have become flat only at "
+    "the end of the single step (catastrophic overfitting). Use a smaller step, or a smooth activation (SiLU, "
+    "GELU), or stop before this epoch; a warm-up (warmup_steps) alone may not prevent it. Evaluate with an attack of "
+    "many steps, such as AutoAttack, not with a single step."
 )

@@ -1,8 +1,8 @@
-"""The training step that a Trainer runs, with penalties in its loss.
+"""The training step of a Trainer with penalties in its loss.
 
-The wrapper stands on the trainer's strategy, between the loop and the user's module, for the time of ``fit``. The
-module itself is untouched: a copy of it, or what it pickles to, knows nothing of a penalty, and a ``training_step``
-that is called by anybody but the loop is not penalised.
+During ``fit`` the trainer's strategy holds the wrapper, between the loop and the user's module. The module itself is
+not modified: copies and pickles do not contain the wrapper, and a ``training_step`` that is not called by the loop is
+not penalised.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from fisher_reg.evaluation import Recording, SideInputs, Source, check_inputs, s
 
 @dataclass
 class Observation:
-    """What is seen of the forwards of a training step while it runs.
+    """The observed forwards of a training step.
 
     Attributes:
         recording: Batch statistics.
-        flow: The inputs and logits, where a tap was open.
-        cut: By which a penalty takes logits and statistics from the step.
+        flow: The inputs and logits, if a tap was open.
+        cut: Separates the graph of a penalty from that of the step.
     """
 
     recording: Recording = field(default_factory=Recording)
@@ -42,16 +42,16 @@ class Observation:
 
 @dataclass(frozen=True)
 class Due:
-    """A penalty that this step is to get.
+    """A penalty to add in this step.
 
     Attributes:
-        number: Of the regularizer.
-        regularizer: What penalises.
+        number: Number of the regularizer.
+        regularizer: The regularizer.
         source: The inputs in the batch.
-        inputs: A copy of them from before the step, which may change them in place.
+        inputs: A copy of the inputs from before the step, since the step may change them in place.
         side_inputs: More arguments of the model.
-        model: The model as it was before the step, as a copy that shares the parameters.
-        half_precision: In which the penalty is taken; None for float32.
+        model: A copy of the model from before the step that shares the parameters.
+        half_precision: Half precision of the penalty; None for float32.
     """
 
     number: int
@@ -64,7 +64,7 @@ class Due:
 
 
 class Term(Protocol):
-    """What a training step asks of a regularizer."""
+    """The methods of a regularizer that a training step uses."""
 
     every_n_steps: int
     backward_pass: int | None
@@ -77,19 +77,19 @@ class Term(Protocol):
         """Whether this step is penalised."""
 
     def current_weight(self, trainer: pl.Trainer) -> float:
-        """Return the weight, without the factor for the steps between."""
+        """Return the weight, without the factor for skipped steps."""
 
     def differentiates_twice(self) -> bool:
         """Whether the penalty needs a forward on kernels with second derivatives."""
 
     def can_reuse_forward(self, module: pl.LightningModule, side_inputs: SideInputs) -> bool:
-        """Whether the penalty can be taken where the step's own forward has been."""
+        """Whether the penalty can reuse the forward of the step."""
 
     def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
-        """Return the half precision in which the step computes and the penalty may be taken; None for float32."""
+        """Return the half precision of the step if the penalty tolerates it; None for float32."""
 
     def check(self, module: pl.LightningModule, due: Due) -> None:
-        """Check once that the model is the function that the penalty is meant for."""
+        """Run :func:`fisher_reg.check_model` once."""
 
     def penalise(
         self, module: pl.LightningModule, due: Due, batch: object, seen: Observation, generator: torch.Generator
@@ -97,11 +97,11 @@ class Term(Protocol):
         """Return the penalty, or None if it is not finite."""
 
     def skip(self, reason: str) -> None:
-        """Count a penalty that is left out."""
+        """Count a skipped penalty."""
 
 
 class PenalisedStep:
-    """The wrapper of a strategy's training step, shared by all the regularizers of a fit."""
+    """The wrapper of a strategy's training step, shared by all regularizers of a fit."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.strategy = trainer.strategy
@@ -119,12 +119,12 @@ class PenalisedStep:
 
     @classmethod
     def of(cls, trainer: pl.Trainer, module: pl.LightningModule) -> PenalisedStep:
-        """Return the wrapper of a trainer that has one, else a new one."""
+        """Return the wrapper of a trainer, or a new one if it has none."""
         owner = getattr(trainer.strategy.training_step, "__self__", None)
         return owner if isinstance(owner, cls) else cls(trainer, module)
 
     def remove(self, regularizer: Term) -> None:
-        """Take a regularizer out; give the strategy its methods back with the last one."""
+        """Remove a regularizer; with the last one, restore the methods of the strategy."""
         self.regularizers.remove(regularizer)
         if not self.regularizers:
             for name in _WRAPPED:
@@ -151,14 +151,14 @@ class PenalisedStep:
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
-            return output  # None skips the step; anything else Lightning refuses itself
+            return output  # None skips the step; Lightning raises an error for anything else
         total = loss
         for add in terms:
             total = add(total, loss)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def due(self, number: int, regularizer: Term, batch: object) -> Due:
-        """Return what a regularizer needs of a batch, as it is before the step."""
+        """Return the data that a regularizer needs from a batch, from before the step."""
         source, side_inputs = regularizer.inputs_fn(batch), regularizer.side_inputs_fn(batch)
         check_inputs(source)
         with torch.inference_mode(False), torch.enable_grad():
@@ -167,7 +167,7 @@ class PenalisedStep:
         return Due(number, regularizer, source, source.detach().clone(), side_inputs, model, half_precision)
 
     def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add the penalties to what their backward pass of a step in manual optimisation differentiates."""
+        """Add the penalties to the loss of the chosen backward pass in manual optimisation."""
         number, self.num_backward = self.num_backward, self.num_backward + 1
         total = loss
         for add in list(self.pending):
@@ -177,15 +177,15 @@ class PenalisedStep:
             if number == (chosen or 0):
                 if chosen is not None:
                     self.pending.remove(add)
-                # the graph of what was seen is gone with an earlier backward pass
+                # an earlier backward pass has freed the observed graph
                 total = add(total, loss) if number == 0 else add(total, loss, seen=Observation())
         return self.backward(total, *args, **kwargs)
 
     def check_manual(self, step: int) -> None:
-        """Tell of a penalty that the step did not take, or takes more often than the optimizer steps.
+        """Warn of a penalty that was not added, or that was added more often than the optimiser steps.
 
         Args:
-            step: The number of optimizer steps before this training step.
+            step: The number of optimiser steps before this training step.
         """
         missed = [
             add for add in self.pending if (add.keywords["due"].regularizer.backward_pass or 0) >= self.num_backward
@@ -195,7 +195,7 @@ class PenalisedStep:
             self.tell(
                 "missed",
                 "The penalty was not added: this module optimises manually, and its training_step did not call "
-                "self.manual_backward(loss) as often as FisherRegularizer(backward_pass=...) says, but "
+                "self.manual_backward(loss) as often as FisherRegularizer(backward_pass=...) needs, but "
                 f"{self.num_backward} times. Call it instead of loss.backward(), and choose one of the calls.",
             )
         elif self.module.trainer.global_step == step:
@@ -203,17 +203,17 @@ class PenalisedStep:
                 "accumulated",
                 "A batch was penalised without a step of the optimizer after it. If training_step "
                 "divides its loss by k to accumulate gradients over k batches, divide the weight of FisherRegularizer "
-                "by k too: in manual optimisation the division is not seen.",
+                "by k too: in manual optimisation the callback cannot observe the division.",
             )
 
     def tell(self, what: str, message: str) -> None:
-        """Warn once in a fit."""
+        """Warn once per fit."""
         if what not in self.told:
             self.told.add(what)
             rank_zero_warn(message)
 
     def observed(self, due: list[Due], seen: Observation) -> ExitStack:
-        """Open what watches a step; one tap, for the first regularizer that can use it."""
+        """Start observing a step; one tap is opened, for the first regularizer that can use it."""
         stack = ExitStack()
         for one in due:
             regularizer = one.regularizer
@@ -227,14 +227,14 @@ class PenalisedStep:
         return stack
 
     def penalised(self, total: Tensor, loss: Tensor, due: Due, batch: object, seen: Observation) -> Tensor:
-        """Return what is differentiated plus a penalty, if that and its gradient are finite, and log it.
+        """Return the sum of the loss and a penalty, if the penalty and its gradient are finite, and log it.
 
         Args:
-            total: The user's loss with the penalties before.
+            total: The user's loss with the penalties added so far.
             loss: The user's loss.
             due: The penalty.
-            batch: As the step got it.
-            seen: What was seen of its forwards.
+            batch: The batch of the step.
+            seen: The observed forwards of the step.
 
         Returns:
             The sum.
@@ -252,7 +252,7 @@ class PenalisedStep:
         cut = Cut.of(trainer, self.module)
         regularizer.guard.count()
         own = Observation(cut.recording(seen.recording), seen.flow, cut)
-        # the penalty itself is kept nowhere, so that the memory of its graph is free before the step goes on
+        # no reference to the penalty is kept, so that its graph is freed before the step continues
         taken = regularizer.guard.taken(trainer, regularizer.penalise(self.module, due, batch, own, generator), cut)
         weight = regularizer.current_weight(trainer)  # after the penalty, which may adapt it
         coefficient = regularizer.every_n_steps * weight
@@ -269,7 +269,7 @@ class PenalisedStep:
         return total
 
     def log_ratio(self, suffix: str, ratio: Tensor | None, batch_size: int) -> None:
-        """Log the ratio of the gradients; one that could not be measured counts nothing in the mean."""
+        """Log the ratio of the gradient norms; a ratio that could not be measured is left out of the mean."""
         value, is_known = torch.zeros((), device=self.module.device), False
         if ratio is not None and bool(ratio.isfinite()):
             value, is_known = ratio, True
@@ -279,7 +279,7 @@ class PenalisedStep:
         )
 
     def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int) -> None:
-        """Log what was added; a penalty that was skipped counts nothing in the means."""
+        """Log the added term; a skipped penalty is left out of the means."""
         value = torch.zeros((), device=self.module.device) if penalty is None else penalty.detach().float()
         means = {f"fisher/penalty{suffix}": value, f"fisher/penalty_weighted{suffix}": weight * value}
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
@@ -293,6 +293,6 @@ _WRAPPED = ("training_step", "backward")
 
 _SEVERAL = (
     "training_step called self.manual_backward more than once, and it is not clear which loss the penalty belongs to. "
-    "Say which call gets it, counting from 0: FisherRegularizer(backward_pass=1) for the second, as in sharpness-aware "
-    "minimisation, whose first pass only looks for a direction."
+    "Choose the call, counting from 0: FisherRegularizer(backward_pass=1) for the second, as in sharpness-aware "
+    "minimisation, whose first pass only computes a direction."
 )

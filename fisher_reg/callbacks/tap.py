@@ -1,7 +1,7 @@
-"""Reuse the forward of a training step: where a module takes its inputs in, and where its logits come out.
+"""Observe the forward of a training step to reuse it: the modules that get the inputs and those that return the logits.
 
-The step is watched by torch's hooks for all modules and by rules for torch functions, both of this thread and for the
-time of the step. Nothing is attached to the user's module.
+The step is observed by torch's global module hooks and by rules for torch functions, both limited to this thread and
+removed after the step. The user's module gets no hook.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from fisher_reg.evaluation import (
 
 
 class Flow:
-    """What was seen of one training step.
+    """The observed inputs and logits of one training step.
 
     Attributes:
-        source: The inputs that were looked for.
-        logits_fn: Whose logits were looked for.
+        source: The inputs of the batch.
+        logits_fn: The function that returns the logits.
         differentiates_twice: Whether the step ran on kernels with second derivatives.
-        inputs: What the module got instead: equal, with a gradient of their own.
-        state: The random numbers when it got them.
-        autocast_dtype: The precision of autocast then; None without.
-        num_forwards: How often it got them.
-        outputs: The logits that came out, each tensor once.
-        unusable: Why the forward that was seen is not that of the penalty; None if nothing was seen against it.
+        inputs: The copy that the module got instead of ``source``, which requires a gradient.
+        state: Snapshot of the random state at that time.
+        autocast_dtype: The precision of autocast at that time; None without autocast.
+        num_forwards: Number of calls with these inputs.
+        outputs: The logits that were returned, each tensor once.
+        unusable: Why the observed forward cannot be used for the penalty; None if it can.
     """
 
     def __init__(self, source: Tensor, logits_fn: LogitsFn | None, differentiates_twice: bool) -> None:
@@ -63,7 +63,7 @@ class Flow:
         self._fingerprint: Fingerprint = ()
 
     def enter(self, part: nn.Module) -> Tensor:
-        """Return what a module shall get instead of the source."""
+        """Return the tensor to pass to a module instead of the source."""
         self.num_forwards += 1
         self.inputs = self.source.detach().requires_grad_()
         self._source_version = self.source._version
@@ -96,15 +96,15 @@ class Flow:
             return "the training step changed the inputs in place after its forward"
         assert self._inlet is not None
         if _fingerprint(self._inlet) != self._fingerprint:
-            return "the training step ran forward with other weights or modes than it leaves behind"
+            return "the training step changed weights or modes of the module after its forward"
         return self.unusable
 
 
 class Tap:
-    """The modules by which inputs go in, and those by which the logits of these inputs come out.
+    """The modules that get the inputs, and those that return the logits of these inputs.
 
-    Both are found by one forward of a copy, and only what belongs to one call is used: a module that gets the inputs
-    and nothing else, and a module inside that call (perhaps itself) that gave the very logits of the whole.
+    Both are found by one forward of a copy, and both must belong to one call: a module that gets only the inputs, and a
+    module inside that call (or the same one) that returned the logits of the model.
     """
 
     def __init__(self, inlets: list[nn.Module], outlets: list[nn.Module]) -> None:
@@ -121,7 +121,7 @@ class Tap:
             inputs: ``(B, *S)``.
 
         Returns:
-            The tap, without inlets where there is none.
+            The tap; without inlets if no module gets the inputs alone.
         """
         own = set(module.modules())
         pairs = source.modules if isinstance(source, SharedCopy) else [(part, part) for part in own]
@@ -139,15 +139,16 @@ class Tap:
                 inlets.append(original_of[part])
 
         def after(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            # only outputs of the shape of logits are kept in memory
             if part in original_of and kwargs and original_of[part] in inlets:
                 inlets.remove(original_of[part])
-            if part in original_of and isinstance(output, Tensor) and output.ndim == 2:  # all others would be kept too
+            if part in original_of and isinstance(output, Tensor) and output.ndim == 2:
                 given.append((original_of[part], output, output._version))
 
         with torch.no_grad(), _watching(before, after):
             logits = called(EvaluatedModel(source, Noise(inputs.device), is_deployed=False), inputs.detach())
         if not isinstance(logits, Tensor) or [tensor._version for tensor in probe] != versions:
-            return cls([], [])  # a step may go on with inputs that its forward has changed in place
+            return cls([], [])  # the step may use the inputs after its forward has changed them in place
         outlets = [
             part
             for part, output, version in given
@@ -157,7 +158,7 @@ class Tap:
 
     @contextmanager
     def open(self, flow: Flow) -> Generator[None, None, None]:
-        """Watch for the source of ``flow`` during the block; the inlets get a copy of it that has a gradient."""
+        """Observe the source of ``flow`` during the block; the inlets get a copy of it that requires a gradient."""
         inlets, outlets = set(self.inlets), set(self.outlets)
         inside: list[nn.Module] = []
 
@@ -182,7 +183,7 @@ class Tap:
 
 
 def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> AbstractContextManager[object]:
-    """Note the batch statistics of a training step, and run its layers on kernels that ``flow`` can use."""
+    """Record the batch statistics of a training step, and run its layers on kernels that ``flow`` can use."""
     if _is_compiled(module):
         return nullcontext()  # rules would be compiled into it
     rules = recording_rules(recording, id, moves_running_statistics=True)
@@ -190,7 +191,7 @@ def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> Abst
         for function, by_math in second_derivative_rules().items():
 
             def by_rule(*args: Any, function: Any = function, by_math: Any = by_math, **kwargs: Any) -> Any:
-                # what a checkpoint computes again in the backward pass would use the other kernel
+                # activation checkpointing would recompute with the other kernel in the backward pass
                 return (function if is_checkpointed() else by_math)(*args, **kwargs)
 
             rules[function] = by_rule
@@ -198,9 +199,9 @@ def recorded(module: nn.Module, recording: Recording, flow: Flow | None) -> Abst
 
 
 class _OfAStep(Rules):
-    """Rules for a user's own training step, which notice activation checkpointing.
+    """Rules for the user's training step that detect activation checkpointing.
 
-    A backward pass for the penalty would run the checkpointed parts of the user's forward once more.
+    A backward pass for the penalty would run the checkpointed parts of the forward once more.
     """
 
     def __init__(self, rules: dict[Any, Any], flow: Flow | None) -> None:
@@ -211,7 +212,7 @@ class _OfAStep(Rules):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if self.flow is not None and self.flow.unusable is None and is_checkpointed():
-            self.flow.unusable = "the training step computes a part of its forward again in the backward pass"
+            self.flow.unusable = "the training step recomputes a part of its forward in the backward pass"
         return super().__torch_function__(function, types, args, kwargs)
 
 
@@ -232,7 +233,7 @@ def _watching(before: Any, after: Any) -> Generator[None, None, None]:
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(pre_hook).remove)
         handle = register_module_forward_hook(hook, with_kwargs=True)
-        # torch leaves this entry behind when the handle is removed
+        # torch does not remove this entry with the handle
         stack.callback(torch.nn.modules.module._global_forward_hooks_with_kwargs.pop, handle.id, None)
         stack.callback(handle.remove)
         yield
@@ -242,15 +243,15 @@ Fingerprint = tuple[tuple[int, int] | bool, ...]
 
 
 def _fingerprint(module: nn.Module) -> Fingerprint:
-    """Tell weights and modes apart without reading a number."""
+    """Return a value that changes with the weights and modes, without reading the weights."""
     weights = tuple((id(parameter), parameter._version) for parameter in module.parameters())
     return (*weights, *(getattr(part, "training", False) for part in module.modules()))
 
 
 def standing_obstacle(module: pl.LightningModule) -> str | None:
-    """Why no forward of this module can be reused now, whatever the step does; None if one can."""
+    """Why no forward of this module can be reused in any step; None if it can."""
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in module.parameters()):
-        return "the module computes in half precision, whose round-off would drown the penalty"
+        return "the module computes in half precision, whose rounding errors would exceed the penalty"
     return "the training step is compiled" if _is_compiled(module) else None
 
 

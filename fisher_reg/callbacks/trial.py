@@ -1,4 +1,4 @@
-"""Try whether something can be measured at all, before a training begins."""
+"""Test before training whether the model can be measured."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _NUM_TRIED = 8
 
 
 def takes_parts(model: nn.Module, batch: Part, options: dict[str, Any]) -> bool:
-    """Measure one example, or the batch where the model takes nothing less.
+    """Measure one example, or the batch if the model takes only whole batches.
 
     Args:
-        model: Gives the logits.
-        batch: The first one.
-        options: Of :func:`fisher_reg.fisher_spectral_norm`.
+        model: Returns the logits.
+        batch: The first batch.
+        options: Options of :func:`fisher_reg.fisher_spectral_norm`.
 
     Returns:
-        Whether the model takes a part of a batch. Raises what the measurement of the batch raises, if no example can be
-        measured either; logits that are not finite say nothing of the settings.
+        Whether the model takes a part of a batch. If no example can be measured, the error of the whole batch is
+        raised. Logits that are not finite raise no error, since the settings may still be valid.
     """
-    for index in range(min(len(batch), _NUM_TRIED)):  # one that fails says nothing of the settings
+    for index in range(min(len(batch), _NUM_TRIED)):  # a single failure may be due to the example, not to the settings
         try:
             _measure(model, batch.part(slice(index, index + 1)), options)
-        except Exception:  # whatever the user's forward raises
+        except Exception:  # the user's forward may raise any error
             continue
         return True
     _measure(model, batch, options)

@@ -1,20 +1,21 @@
 r"""Batch norm as a per-example function, by rules for its calls.
 
-In evaluation batch norm is a fixed scale and shift of each channel. In training it computes
-:math:`(h - \mu(H)) / \sigma(H)` with the statistics of the whole batch of activations :math:`H`: the trained function
-couples the examples, and no per-example Fisher matrix exists. Holding :math:`\mu, \sigma` fixed *with respect to the
-inputs* uncouples them; keeping them differentiable *with respect to the parameters* keeps the gradient of a penalty
-true to the trained function: it cannot lower the penalty by shrinking a weight that the normalisation rescales anyway.
+In evaluation mode batch norm is a fixed scale and shift of each channel. In training mode it computes
+:math:`(h - \mu(H)) / \sigma(H)` with the statistics of the whole batch of activations :math:`H`: the examples depend on
+each other, and there is no per-example Fisher matrix. Here :math:`\mu, \sigma` are constant *with respect to the
+inputs*, which makes the function per-example, and differentiable *with respect to the parameters*, so that the gradient
+of a penalty is that of the trained function: shrinking a weight before the normalisation does not lower the penalty.
+Therefore the calls of a forward (that of the training step, or one without input gradient) are recorded and replayed.
 
-So the calls of a forward are recorded (the training step's own, or one without input gradient) and then replayed.
-With fixed statistics an input that moves can leave the range of batch norm: in training none of :math:`n` values is
-further than :math:`\sqrt{n - 1}\,\sigma` from their mean, whatever the input, while the fixed map has no limit. Over
-the four values per channel that the last stage of a DenseNet has of 4 small images, 70 layers took a moved input
-:math:`10^4\,\sigma` away and the gradient of a penalty to :math:`10^7` (in float64 too, and with the statistics held
-constant); so a replay over few values is kept to :math:`\sqrt n\,\sigma`, which changes nothing at the input itself.
+With fixed statistics a perturbed input can leave the range of batch norm: in training the distance of any of :math:`n`
+values from their mean is at most :math:`\sqrt{n - 1}\,\sigma`, while the fixed map has no limit. In the last stage of a
+DenseNet, with 4 values per channel for 4 small images, the activations of a perturbed input grew to
+:math:`10^4\,\sigma` over 70 layers, and the gradient of a penalty to :math:`10^7` (also in float64, and with constant
+statistics). Therefore a replay with few values is limited to :math:`\sqrt n\,\sigma`, which changes nothing at the
+input itself.
 
-Calls are recognised by their weight or running mean, wherever they are made: in a module of torch, a subclass of it, or
-a module that calls the function itself. Running statistics are not moved.
+Calls are identified by their weight or running mean, in a module of torch, a subclass of it, or a module that calls the
+function itself. Running statistics are not updated.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from fisher_reg.evaluation.rules import Rule, itself
 IdentityOf = Callable[[Tensor], int]
 _Key = tuple[int, int]
 
-# sqrt(32) deviations: hardly a value is beyond that by itself, and a larger layer would pay for being compared
+# sqrt(32) standard deviations: values beyond it are rare, so that larger layers can skip the comparison
 _FEW_VALUES = 32
 
 
 class Statistics(NamedTuple):
-    """What one call of batch norm in training mode normalises with.
+    """The statistics of one call of batch norm in training mode.
 
     Attributes:
         mean: ``(C,)``, at least float32.
         variance: ``(C,)``, biased.
-        num_values: Of how many values per channel.
+        num_values: Number of values per channel.
     """
 
     mean: Tensor
@@ -51,27 +52,27 @@ class Statistics(NamedTuple):
 
 
 class UnrecordedError(ValueError):
-    """A batch norm normalises with batch statistics that nobody has recorded."""
+    """A batch norm uses batch statistics that have not been recorded."""
 
 
 @dataclass
 class Recording:
-    """The statistics that each batch norm used in training mode, in the order of its calls.
+    """The statistics of each batch norm in training mode, in the order of its calls.
 
-    They stay attached to the autograd graph.
+    They stay in the autograd graph.
     """
 
     calls: dict[_Key, list[Statistics]] = field(default_factory=dict)
 
     @property
     def is_clear(self) -> bool:
-        """Whether each batch norm was called once, so that its statistics are sure to be those of one forward."""
+        """Whether each batch norm was called once, so that the statistics belong to one forward."""
         return all(len(found) == 1 for found in self.calls.values())
 
     def add(self, call: _Call, identity_of: IdentityOf) -> Statistics:
-        """Note the statistics of a call."""
+        """Record the statistics of a call."""
         hidden = call.hidden.to(torch.promote_types(call.hidden.dtype, torch.float32))
-        with torch.autograd.graph.saved_tensors_hooks(itself, itself):  # not again in the backward pass of a checkpoint
+        with torch.autograd.graph.saved_tensors_hooks(itself, itself):  # not repeated by checkpointing
             mean, variance = _Moments.apply(hidden)
         statistics = Statistics(mean, variance, hidden.numel() // len(mean))
         self.calls.setdefault(call.key(identity_of), []).append(statistics)
@@ -85,7 +86,7 @@ class Recording:
         """
         found = self.calls.get(_key(weight, running_mean, identity_of), [])
         if len(found) > 1:
-            raise ValueError(f"A batch norm was called {len(found)} times and has no one scale.")
+            raise ValueError(f"A batch norm was called {len(found)} times and has no unique scale.")
         return found[0] if found else None
 
 
@@ -106,8 +107,8 @@ class _Call:
         return _key(self.weight, self.running_mean, identity_of)
 
     def with_statistics(self, mean: Tensor, variance: Tensor, num_values: int) -> Tensor:
-        # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias that take
-        # on the derivatives of what it leaves constant.
+        # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias whose
+        # gradients include those of the statistics.
         scale, shift = scale_and_shift(mean, variance, self.weight, self.bias, self.eps)
         fixed_mean, fixed_variance = mean.detach(), variance.detach()
         deviation = (fixed_variance + self.eps).sqrt()
@@ -116,14 +117,14 @@ class _Call:
         return batch_norm(hidden, fixed_mean, fixed_variance, weight, bias, training=False, eps=self.eps)
 
     def within_range(self, mean: Tensor, variance: Tensor, num_values: int) -> Tensor:
-        # sqrt(num_values - 1) is the limit; the slack keeps rounding from cutting off a derivative at the input itself
+        # sqrt(num_values - 1) is the limit; the slack avoids that rounding clips values at the input itself
         radius = (num_values * (variance + self.eps)).sqrt()
         shape = (1, -1) + (1,) * (self.hidden.ndim - 2)
         lowest, highest = (mean - radius).view(shape), (mean + radius).view(shape)
         return torch.clamp(self.hidden, lowest.to(self.hidden.dtype), highest.to(self.hidden.dtype))
 
     def as_affine(self, known: dict[tuple[int, ...], _Affine]) -> Tensor:
-        # One pass over the activations, not three. A scale that needs a gradient would keep its argument in memory.
+        # one pass over the activations instead of three; for a scale with a gradient autograd would save the argument
         given = tuple(x for x in (self.running_mean, self.running_var, self.weight, self.bias) if x is not None)
         key = tuple(map(id, given))
         if key not in known or not known[key].holds_for(given, self.eps):
@@ -133,11 +134,11 @@ class _Call:
 
 
 class _Affine(NamedTuple):
-    """The scale and shift ``(C,)`` of a batch norm, kept while the tensors that they were computed of are unchanged."""
+    """The scale and shift ``(C,)`` of a batch norm, cached while the tensors they depend on are unchanged."""
 
     scale: Tensor
     shift: Tensor
-    given: tuple[Tensor, ...]  # held, so that their identities stay theirs
+    given: tuple[Tensor, ...]  # references, so that no other tensor gets the same id
     versions: tuple[int, ...]
     eps: float
 
@@ -154,14 +155,14 @@ class _Affine(NamedTuple):
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return how often tensors were changed; nothing where one does not count that, as in inference mode."""
+    """Return the version counters of tensors; empty if a tensor has none, as in inference mode."""
     return () if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
 
 
 def scale_and_shift(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift ``(C,)`` that batch norm is with the statistics ``(C,)``."""
+    """Return the scale and shift ``(C,)`` of batch norm with the statistics ``(C,)``."""
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -171,7 +172,7 @@ def scale_and_shift(
 def running_rules() -> dict[Any, Rule]:
     """Rules for the deployed function: batch norm is the scale and shift of its running statistics.
 
-    They remember both of each batch norm, for the calls of one function.
+    Scale and shift of each batch norm are cached for the calls of one function.
 
     Returns:
         The rules.
@@ -181,7 +182,7 @@ def running_rules() -> dict[Any, Rule]:
     def answer(call: _Call, proceed: Callable[[], Tensor]) -> Tensor:
         if call.training or call.running_mean is None or call.running_var is None:
             raise ValueError(
-                f"A batch norm over {call.hidden.shape[1]} channels keeps no running statistics, or is in training "
+                f"A batch norm over {call.hidden.shape[1]} channels has no running statistics, or is in training "
                 "mode, so that each prediction depends on the whole batch and no per-example Fisher matrix exists. Use "
                 "track_running_stats=True and evaluation mode."
             )
@@ -191,12 +192,12 @@ def running_rules() -> dict[Any, Rule]:
 
 
 def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running_statistics: bool) -> dict[Any, Rule]:
-    """Rules that note the statistics of every batch norm in training mode.
+    """Rules that record the statistics of every batch norm in training mode.
 
     Args:
-        recording: Where they are noted.
-        identity_of: Tells tensors apart, the same way in a replay.
-        moves_running_statistics: Whether the calls go on as they were made.
+        recording: Stores the statistics.
+        identity_of: Identifies tensors, as in a replay.
+        moves_running_statistics: Whether the original calls are executed too, which update running statistics.
 
     Returns:
         The rules.
@@ -206,7 +207,7 @@ def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running
         if not call.training:
             return proceed()
         if moves_running_statistics:
-            if torch.is_grad_enabled():  # other forwards say nothing of the loss
+            if torch.is_grad_enabled():  # other forwards do not contribute to the loss
                 recording.add(call, identity_of)
             return proceed()
         return call.with_statistics(*recording.add(call, identity_of))
@@ -215,10 +216,10 @@ def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running
 
 
 def replaying_rules(recording: Recording | None, identity_of: IdentityOf) -> dict[Any, Rule]:
-    """Rules that answer each batch norm in training mode with its recorded statistics, those of each call in turn.
+    """Rules that replace each batch norm in training mode by one with its recorded statistics, call by call.
 
     Args:
-        recording: The statistics; None where none have been looked for. They are asked for by an exception.
+        recording: The statistics; None if none have been recorded. Then a call raises :class:`UnrecordedError`.
         identity_of: As in the recording.
 
     Returns:
@@ -232,8 +233,8 @@ def replaying_rules(recording: Recording | None, identity_of: IdentityOf) -> dic
         key = call.key(identity_of)
         if recording is None or key not in recording.calls:
             raise UnrecordedError(
-                f"A batch norm over {call.hidden.shape[1]} channels normalises with the statistics of the batch, of "
-                "which none were recorded: it keeps no running statistics. Use track_running_stats=True."
+                f"A batch norm over {call.hidden.shape[1]} channels uses the statistics of the batch, but "
+                "none were recorded: it has no running statistics. Use track_running_stats=True."
             )
         found = recording.calls[key]
         counts[key] = counts.get(key, 0) + 1
@@ -256,7 +257,7 @@ def _rules(answer: Callable[[_Call, Callable[[], Tensor]], Tensor]) -> dict[Any,
 
 
 def _key(weight: Tensor | None, running_mean: Tensor | None, identity_of: IdentityOf) -> _Key:
-    """What tells a batch norm from the others: its running mean, else its weight, else nothing."""
+    """Return the identity of a batch norm: that of its running mean, else of its weight, else nothing."""
     for kind, tensor in enumerate((running_mean, weight)):
         if tensor is not None:
             return kind, identity_of(tensor)

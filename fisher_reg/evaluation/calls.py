@@ -1,4 +1,4 @@
-"""The first call of a model, with an error that says what was called with what."""
+"""The first call of a model, with an error message that names the function and its arguments."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def called(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """Return ``function(inputs)``.
 
     Raises:
-        ForwardError: For whatever the model raises, which is the cause; but errors of this package and those of memory
-            are passed on.
+        ForwardError: If the model raises an error, which is the cause; errors of this package and out-of-memory errors
+            are raised unchanged.
     """
     try:
         return function(inputs)
@@ -32,7 +32,7 @@ def called(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
 
 
 def _is_own(error: Exception) -> bool:
-    """Say whether this package refuses what the model does: functions of torch that our rules call raise no such."""
+    """Return whether this package raised the error, and not a function of torch that one of our rules called."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -41,7 +41,7 @@ def _is_own(error: Exception) -> bool:
 
 
 def name_of_call(function: object, inputs: Tensor) -> str:
-    """Say what is called with what, such as ``Net.forward, called with inputs (4, 3, 8, 8) torch.float32,``."""
+    """Return function and arguments, such as ``Net.forward, called with inputs (4, 3, 8, 8) torch.float32,``."""
     shape = f"{tuple(inputs.shape)} {inputs.dtype}"
     return f"{_name(function)}, called with inputs {shape}{_beside(function)},"
 
@@ -57,7 +57,7 @@ def _name(function: object) -> str:
 
 
 def _inner(function: object) -> object:
-    """Return what one of our own wrappers, or a method of one, calls; None for the user's."""
+    """Return the function that one of our wrappers, or a method of one, calls; None for a function of the user."""
     owner = getattr(function, "__self__", function)
     if not type(owner).__module__.startswith("fisher_reg.evaluation."):
         return None
@@ -82,18 +82,18 @@ def _short(error: Exception) -> str:
 def _remedy(error: Exception) -> str:
     if isinstance(error, NotImplementedError) and "forward" in str(error):
         return (
-            "The module has no forward. Write forward(self, inputs) that returns the logits, or say how to get them: "
+            "The module has no forward. Write forward(self, inputs) that returns the logits, or a function for them: "
             "logits_fn=lambda module, x: module.network(x) in a callback, LogitsOf(module, logits_fn) elsewhere."
         )
     if "allow_tf32" in str(error):
         return (
-            "It opens torch.backends.cudnn.flags(), which torch refuses while TensorFloat-32 is off for float32. Set "
-            "torch.backends.cudnn.allow_tf32, to True or False, once at the beginning of the program, or leave "
-            "flags() out: recurrent layers run without cuDNN here where that is needed."
+            "It opens torch.backends.cudnn.flags(), which raises an error while TensorFloat-32 is off for float32. Set "
+            "torch.backends.cudnn.allow_tf32, to True or False, once at the start of the program, or remove "
+            "flags(): recurrent layers run without cuDNN here if necessary."
         )
     return (
-        "It gets the inputs alone, as they are in the batch. Where forward takes the whole batch or another shape, say "
-        "how to get logits, such as logits_fn=lambda module, x: module((x, None)) or logits_fn=lambda module, x: "
-        "module(x.flatten(1)), in a callback, or LogitsOf(module, logits_fn) elsewhere; where the inputs are another "
+        "It gets only the inputs, as they are in the batch. If forward takes the whole batch or another shape, pass "
+        "a function for the logits, such as logits_fn=lambda module, x: module((x, None)) or logits_fn=lambda module, "
+        "x: module(x.flatten(1)), in a callback, or LogitsOf(module, logits_fn) elsewhere; if the inputs are another "
         "part of the batch, inputs_fn=lambda batch: batch[1]."
     )

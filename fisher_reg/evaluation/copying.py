@@ -1,13 +1,13 @@
-"""A structural copy of a model that shares its parameters: what a Fisher pass runs instead of the user's module.
+"""A structural copy of a model that shares its parameters. A Fisher pass runs the copy instead of the user's module.
 
-The copy has the same classes and the same parameters, so that gradients reach the user's; or constant parameters, which
-share their storage and require no gradient, where nobody asks for one. It has its own flags, buffers, containers, hooks
-and random generators, so that whatever a forward writes is written there. Functions and methods that hold a copied
-module hold its copy instead.
+The copy has the same classes and the same parameters, so that the user's parameters get the gradients; if no gradient
+is needed, it has constant parameters with the same storage. It has its own flags, buffers, containers, hooks and random
+generators, so that a forward changes only the copy. Functions and methods that refer to a copied module refer to its
+copy instead.
 
-Shared are, beside the parameters: what cannot be copied (a lock, an open file, a process group), what cleans up after
-itself (``__del__``), large NumPy arrays, data sets, optimizers and the trainer. A forward that writes to these, or to a
-parameter, writes to the user's.
+The copy also shares objects that cannot be copied (a lock, an open file, a process group), objects with ``__del__``,
+large NumPy arrays, data sets, optimisers and the trainer. A forward that writes to these, or to a parameter, changes
+the user's objects.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from fisher_reg.evaluation.precision import at_least_float32
 
 
 class Copier:
-    """Copies a model and everything that it reaches, each object once.
+    """Copies a model and all objects it refers to, each object once.
 
     Args:
-        dtype: Precision of the floating-point tensors of the copy; None keeps theirs, but promotes half precision to
-            float32. A parameter of another precision is replaced by its conversion, through which gradients pass.
-        has_constant_weights: Whether a parameter is replaced by one that shares its storage and requires no gradient. A
-            graph then saves nothing for gradients of weights. Subclasses of parameters, whose data can be anywhere,
-            stay themselves.
+        dtype: Precision of the floating-point tensors of the copy; None keeps their precision, but promotes half
+            precision to float32. A parameter of another precision is replaced by its differentiable conversion.
+        has_constant_weights: Whether a parameter is replaced by one with the same storage that requires no gradient. A
+            graph then saves nothing for gradients of weights. Subclasses of parameters are not replaced, since their
+            data may be stored elsewhere.
 
     Attributes:
         modules: Pairs of a module and its copy.
-        generators: Copies of the random generators that the model holds.
+        generators: Copies of the random generators of the model.
         promoted: Whether a tensor was converted.
     """
 
@@ -59,10 +59,10 @@ class Copier:
         self._methods: dict[type, Callable[[Copier, Any], Any] | None] = {}
         self._cells: dict[int, types.CellType] = {}
         self._num_open_modules = 0
-        self._originals: list[Any] = []  # kept alive, so that no id is used twice
+        self._originals: list[Any] = []  # references, so that no id is used twice
 
     def __call__(self, value: Any) -> Any:
-        """Return the copy of ``value``, or ``value`` itself where it is shared."""
+        """Return the copy of ``value``, or ``value`` itself if it is shared."""
         kind: Any = type(value)
         if kind not in self._methods:
             self._methods[kind] = _method_for(kind)
@@ -75,7 +75,7 @@ class Copier:
         return self._remember(value, copy_of_kind(self, value))
 
     def root(self, model: Any) -> Any:
-        """Return the copy of a model; a callable that holds no module is its own copy."""
+        """Return the copy of a model; a callable without a module is returned unchanged."""
         return self._reached(model)
 
     def origins(self) -> dict[int, int]:
@@ -149,9 +149,9 @@ class Copier:
 
     def _script(self, module: nn.Module) -> nn.Module:
         try:
-            copied = copy.deepcopy(module)  # its weights exist twice until the next lines
+            copied = copy.deepcopy(module)  # the weights exist twice until the next lines
         except RuntimeError:
-            return module  # frozen and optimised: it has nothing that a forward could change
+            return module  # frozen and optimised: a forward cannot change it
         for original, part in zip(module.modules(), copied.modules(), strict=True):
             for name, parameter in original._parameters.items():
                 part._parameters[name] = self(parameter)
@@ -204,7 +204,7 @@ class Copier:
             for key, item in pairs or ():
                 copied[self(key)] = self(item)
             return copied
-        except Exception:  # whatever an object of the user's raises: it does not let itself be copied
+        except Exception:  # an object of the user that cannot be copied may raise any error
             return self._remember(value, value)
 
     def _by_its_own_means(self, value: Any) -> Any:
@@ -231,13 +231,13 @@ class Copier:
         return self._function(value) if compiled_from is None else self(compiled_from)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Copy a function with what it holds and names.
+        """Copy a function with the objects it refers to.
 
-        One that a module holds (a hook) has its own variables in the copy; of another, which is a model itself, only
-        the modules are copied.
+        A function in a module (a hook) gets its own variables in the copy. For a function that is itself the model,
+        only the modules are copied.
 
         Returns:
-            The copy; the function itself where it holds nothing.
+            The copy; the function itself if it refers to nothing.
         """
         if _is_torchs_own(function):
             return function
@@ -255,7 +255,7 @@ class Copier:
         namespace = dict(function.__globals__) if named else function.__globals__
         closure = tuple(self._cells.setdefault(id(cell), types.CellType()) for cell in cells)
         copied = types.FunctionType(function.__code__, namespace, function.__name__, None, closure)
-        self._remember(function, copied)  # it may hold itself
+        self._remember(function, copied)  # it may refer to itself
         copied.__defaults__ = tuple(map(copy_of, defaults)) or None
         copied.__kwdefaults__ = function.__kwdefaults__
         copied.__dict__.update(function.__dict__)
@@ -266,23 +266,23 @@ class Copier:
         return copied
 
     def _reached(self, value: Any) -> Any:
-        """Return the copy of what a function holds, if that is or has a module; else the thing itself."""
+        """Return the copy of an object of a function, if it is or contains a module; else the object itself."""
         if type(value) in _CALLABLES or _reaches(value):
             return self(value)
         return self._copies.get(id(value), value)
 
 
 def _constant(copied: Tensor, original: Tensor) -> Tensor:
-    """Return a tensor of the kind of the original that shares the storage of its copy and requires no gradient."""
+    """Return a tensor of the class of the original with the storage of its copy that requires no gradient."""
     constant = copied.detach()
     if isinstance(original, nn.Parameter):
         constant = nn.Parameter(constant, requires_grad=False)
-    constant.__dict__.update(original.__dict__)  # attributes that the user has given it
+    constant.__dict__.update(original.__dict__)  # attributes set by the user
     return constant
 
 
 class _Unwrapped(nn.Module):
-    """Stands for a wrapper around a module whose forward does nothing but call it, perhaps in another precision."""
+    """Replaces a wrapper around a module whose forward only calls it, perhaps in another precision."""
 
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
@@ -302,18 +302,18 @@ class _Unwrapped(nn.Module):
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
-    """Return under which name a wrapper of one process's module has it; None for any other module."""
+    """Return the name of the wrapped module in a wrapper (DDP and similar); None for any other module."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
     parts = vars(module).get("_modules", ())
-    if "_forward_module" in parts and "_original_module" in parts:  # Fabric's, which refuses a backward of ours
+    if "_forward_module" in parts and "_original_module" in parts:  # Fabric, which rejects our backward pass
         return "_forward_module"
     return "_orig_mod" if "_orig_mod" in parts else None
 
 
 def is_sharded(model: object) -> bool:
-    """Whether the weights of a part are divided among processes by FSDP, whose hooks work on that very module."""
-    # Nothing is sharded before somebody imports FSDP. We do not: it takes as long as half of torch.
+    """Whether FSDP shards the weights of a part; its hooks work only on the original module."""
+    # If FSDP has not been imported, nothing is sharded. It is not imported here, since that is slow.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(model, nn.Module):
         return False
@@ -323,12 +323,12 @@ def is_sharded(model: object) -> bool:
 
 
 def _method_for(kind: Any) -> Callable[[Copier, Any], Any] | None:
-    """Return the method that copies objects of a type; None where they are shared."""
+    """Return the method that copies objects of a type; None if they are shared."""
     if kind in _IMMUTABLE or issubclass(kind, _SHARED_TYPES):
         return None
     if issubclass(kind, nn.Module):
         return Copier._module
-    if _is_of_a_trainer(kind) or hasattr(kind, "__del__"):  # a copy would clean up what is not its own
+    if _is_of_a_trainer(kind) or hasattr(kind, "__del__"):  # a copy would clean up resources of the original
         return None
     for types_, method in _METHODS:
         if kind in types_ if isinstance(types_, frozenset) else issubclass(kind, types_):
@@ -354,7 +354,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _reaches(value: Any, depth: int = 3) -> bool:
-    """Whether a thing is a module or a random generator, or has one in it, at most ``depth`` levels down."""
+    """Whether an object is a module or a random generator, or contains one, at most ``depth`` levels deep."""
     if isinstance(value, _REACHED):
         return True
     if depth == 0 or isinstance(value, type | types.ModuleType | types.FunctionType | Tensor):
@@ -368,18 +368,18 @@ def _is_of_the_file(value: Any, function: types.FunctionType) -> bool:
 
 
 def _is_torchs_own(function: types.FunctionType) -> bool:
-    """Whether it is a public function of torch, such as the ``F.relu`` of an attribute, which holds no module."""
+    """Whether it is a public function of torch, such as an attribute ``F.relu``, which refers to no module."""
     home = sys.modules.get(function.__module__ or "")
     return (function.__module__ or "").split(".")[0] == "torch" and getattr(home, function.__name__, None) is function
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand for the logging of a module that a trainer runs: a measurement is no step of it."""
+    """Replace the logging of a LightningModule, since a measurement is not a training step."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Return the names that a function and those inside it look up, attributes among them."""
+    """Return the names that a function and its inner functions look up, including attributes."""
     inner: Iterable[str] = (
         name for item in code.co_consts if isinstance(item, types.CodeType) for name in _global_names(item)
     )
@@ -387,12 +387,12 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 
 _NEW: Any = object().__reduce_ex__(4)[0]
-"""What a plain object says that it is made anew by; one with means of its own says something else."""
+"""The constructor that ``__reduce_ex__`` returns for a plain object; an object with its own method returns another."""
 
-_LARGE = 2**20  # bytes of an array that is taken for data, which no forward writes to
+_LARGE = 2**20  # bytes; a larger array is assumed to be data, which no forward changes
 
 _TRAINER_PACKAGES = frozenset({"accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"})
-"""Their objects (a trainer, a data module, a logger) stand around a model and are no part of its function."""
+"""Objects of these packages (a trainer, a data module, a logger) are not part of the function of a model."""
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque})
 _CALLABLES = frozenset(

@@ -1,7 +1,8 @@
-"""Which function of a model is meant, as a value: the deployed one, or the one that is being trained.
+"""The function of a model: the deployed one, or the one that is being trained.
 
-The rooms above see only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable, gives the same
-logits in each call, and only reads the user's model (see :mod:`fisher_reg.evaluation.copying` for what is shared).
+The rest of the package uses only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable, gives
+the same logits in each call, and does not modify the user's model (:mod:`fisher_reg.evaluation.copying` lists what is
+shared).
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from fisher_reg.evaluation.switching import Switched
 
 
 class Source(Protocol):
-    """What is run in place of a user's model.
+    """The model that is run instead of the user's model.
 
     Attributes:
-        model: What is called.
+        model: The model.
         is_promoted: Whether its weights are in full precision.
     """
 
@@ -48,32 +49,32 @@ class Source(Protocol):
 
     @property
     def draws(self) -> bool:
-        """Whether a call has drawn from a random generator that the model holds."""
+        """Whether a call has drawn from a random generator of the model."""
 
     def identity_of(self, tensor: Tensor) -> int:
-        """Return what tells a tensor of the user's model apart, given it or its copy."""
+        """Return the identity of a tensor of the user's model, given the tensor or its copy."""
 
     def opened(self) -> AbstractContextManager[None]:
         """Open a context in which the model is ready for one call."""
 
     def with_other_noise(self) -> AbstractContextManager[None]:
-        """Open a context in which the generators that the model holds give other numbers."""
+        """Open a context in which the generators of the model give other numbers."""
 
 
 class EvaluatedModel(nn.Module):
-    """One function of a model: called with inputs ``(B, *S)`` it gives logits ``(B, K)`` of the same precision.
+    """A function of a model from inputs ``(B, *S)`` to logits ``(B, K)`` of the same precision.
 
-    Every call draws the same random numbers, works on a copy of the inputs, and leaves no trace.
+    Every call draws the same random numbers, works on a copy of the inputs, and has no side effects.
 
     Args:
-        source: What is run.
-        noise: What is drawn.
+        source: The model to run.
+        noise: The random state of each call.
         is_deployed: Whether batch norm uses its running statistics; otherwise those of a recording.
         recording: Batch statistics, for a function that is being trained; by default those of the inputs of the first
-            call, at the cost of one more forward if there is any batch norm in training mode.
-        half_precision: In which it computes, under autocast, as the training step does; None for full precision.
-        with_gradient: Makes another source, whose weights require gradients, for a forward that fails because those of
-            ``source`` do not: one that differentiates with respect to its own weights.
+            call, which costs one more forward if a batch norm is in training mode.
+        half_precision: Half precision under autocast, as in the training step; None for full precision.
+        with_gradient: Creates another source whose weights require gradients. It is used if a forward fails because
+            those of ``source`` do not, since it differentiates with respect to its own weights.
 
     Attributes:
         saw_half_precision: Whether a call computed in half precision.
@@ -103,7 +104,7 @@ class EvaluatedModel(nn.Module):
         self.source = source
         vars(self)["model"] = source.model
         if isinstance(source.model, nn.Module) and not isinstance(source.model, torch.jit.ScriptModule):
-            for name in ("_modules", "_parameters", "_buffers"):  # with the names that they have in the model
+            for name in ("_modules", "_parameters", "_buffers"):  # with their names in the model
                 vars(self)[name] = vars(source.model)[name]
 
     @property
@@ -128,14 +129,14 @@ class EvaluatedModel(nn.Module):
         if self.recording is None and not has_training_batch_norm(self.model):
             try:
                 return self._replay(inputs, side_inputs, named_side_inputs)
-            except UnrecordedError:  # it normalises by a function and not by a module
+            except UnrecordedError:  # it calls the function of batch norm instead of a module
                 pass
         if self.recording is None:
             self.recording = self.record(inputs, *side_inputs, **named_side_inputs)
         return self._replay(inputs, side_inputs, named_side_inputs)
 
     def record(self, inputs: Tensor, *side_inputs: Any, **named_side_inputs: Any) -> Recording:
-        """Return the statistics that batch norms in training mode have at ``inputs``: one forward."""
+        """Return the statistics of batch norms in training mode at ``inputs``: one forward."""
         recording = Recording()
         rules = recording_rules(recording, self.source.identity_of, moves_running_statistics=False)
         self._run(rules, True, inputs.detach(), side_inputs, named_side_inputs)
@@ -175,7 +176,7 @@ class EvaluatedModel(nn.Module):
         return logits.to(inputs.dtype) if is_real else logits
 
     def __getattr__(self, name: str) -> Any:
-        """Look up in the copy what a user's own penalty asks of its model."""
+        """Look up attributes in the copy, for a user-defined penalty."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -185,31 +186,31 @@ class EvaluatedModel(nn.Module):
 
 
 _NO_GRADIENT = "does not require grad"
-"""In the messages of torch where a derivative is asked for that no graph leads to."""
+"""Part of torch's message for a derivative without a graph."""
 
 _HALF_INSIDE = (
-    "The model computes in half precision inside, and derivatives of rounded values are noise. Pass the nn.Module "
-    "itself instead of a function around it, so that it can be promoted to float32, or convert it with model.float()."
+    "The model computes in half precision inside, so that its derivatives are mostly rounding errors. Pass the "
+    "nn.Module itself instead of a function around it, so that it can be promoted to float32, or use model.float()."
 )
 
 
 def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the deployed function of a model: running statistics of batch norm, no dropout.
 
-    It is the function that every estimate is about: what is measured beside an estimate, as an attack is, should be
-    measured of it. The model is only read, and stays in its mode.
+    Every estimate measures this function, so that attacks and other measurements to compare with should use it too. The
+    model is not modified and stays in its mode.
 
-    A callable that is no module is taken as it is found. The weights get no gradient from it, so that its graph saves
-    nothing for them; see :func:`deployed_with_gradient`.
+    A callable that is not a module is used unchanged. The function has no gradient to the weights, so that its graph
+    saves nothing for them; see :func:`deployed_with_gradient`.
 
     Args:
         model: Maps ``(B, *S)`` to logits ``(B, K)``.
-        inputs: ``(B, *S)``, of which the device alone matters.
+        inputs: ``(B, *S)``; only the device matters.
 
     Returns:
         A module that maps ``(B, *S)`` to logits ``(B, K)``, with a gradient to its inputs, the same in each call.
-        What else ``model`` takes is passed on. Its structure is copied here, at the cost of no forward; parameters
-        are shared, so that later steps of an optimiser show in it.
+        Further arguments are passed to ``model``. The structure is copied, without a forward. Parameters are shared, so
+        that later steps of an optimiser change the function.
 
     Raises:
         ValueError: For lazy layers whose weights do not exist yet.
@@ -234,11 +235,11 @@ def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the function that is being trained: the modes of the model, constant batch statistics, constant noise.
 
     Args:
-        model: The model, taken as it is found.
-        inputs: The inputs; their device matters.
+        model: The model, in its current modes.
+        inputs: The inputs; only their device matters.
 
     Returns:
-        The function; ``model`` itself where it is one already.
+        The function; ``model`` itself if it is already such a function.
     """
     if isinstance(model, EvaluatedModel):
         return model
@@ -247,22 +248,22 @@ def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
 
 
 def deployed_module(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a copy of a module in evaluation mode that shares its parameters, for a bound to read.
+    """Return a copy of a module in evaluation mode that shares its parameters, for bounds.
 
     Args:
         model: The module.
-        dtype: Precision of the copy's weights, through whose conversion gradients pass; None keeps theirs.
+        dtype: Precision of the copy's weights, which are converted differentiably; None keeps their precision.
 
     Returns:
         The copy.
 
     Raises:
-        ValueError: For weights that are divided among processes.
+        ValueError: For weights that are sharded over processes.
     """
     if is_sharded(model):
         raise ValueError(
-            f"{type(model).__name__} has weights that FSDP divides among processes, and a bound needs them whole. "
-            "Bound a model that has loaded its state_dict."
+            f"{type(model).__name__} has weights that FSDP shards over processes, and a bound needs all of them. "
+            "Bound an unsharded model that has loaded its state_dict."
         )
     module: nn.Module = SharedCopy(_underlying(model), is_deployed=True, dtype=dtype).model
     return module
@@ -292,11 +293,11 @@ def trained_module(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def refuse_random(function: EvaluatedModel, logits: Tensor, call: Callable[[], Tensor]) -> None:
-    """Refuse a deployed function whose logits depend on random numbers. One forward where it draws any, else none.
+    """Raise an error if the logits of a deployed function are random. One forward if it draws numbers, else none.
 
     Args:
         function: The function.
-        logits: What it gave.
+        logits: Its logits.
         call: Calls it again.
 
     Raises:
@@ -308,19 +309,19 @@ def refuse_random(function: EvaluatedModel, logits: Tensor, call: Callable[[], T
         again = call()
     if not torch.allclose(again, logits.detach(), rtol=1e-4, atol=1e-5, equal_nan=True):
         raise ValueError(
-            "The forward of the model is random, also in evaluation mode, so that there is no one prediction to "
+            "The forward of the model is random, also in evaluation mode, so that there is no unique prediction to "
             "measure. Draw random numbers only if self.training; to measure one network of an ensemble fix its noise."
         )
 
 
 def has_training_batch_norm(model: object) -> bool:
-    """Whether a module of torch in the model would normalise with the statistics of the batch."""
+    """Whether the model contains a torch module that uses the statistics of the batch."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(isinstance(part, _BatchNorm) and part.training for part in modules)
 
 
 def refuse_unseen_batch_norm(model: object) -> None:
-    """Refuse batch norm in training mode whose statistics cannot be held fixed.
+    """Raise an error for batch norm in training mode whose statistics cannot be kept constant.
 
     Raises:
         ValueError: With the remedy.
@@ -337,13 +338,13 @@ def refuse_unseen_batch_norm(model: object) -> None:
         name = str(getattr(part, "original_name", ""))
         if isinstance(part, torch.jit.ScriptModule) and name.startswith("BatchNorm"):
             raise ValueError(
-                f"The penalty cannot hold the batch statistics of {name} fixed inside a TorchScript module. Script the "
+                f"The penalty cannot keep the batch statistics of {name} constant in a TorchScript module. Script the "
                 "model after training, or put it in evaluation mode with model.eval()."
             )
 
 
 def source_of(model: LogitsFunction, is_deployed: bool, has_constant_weights: bool = False) -> Source:
-    """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be.
+    """Return the source of a model: a copy that shares the parameters, or the model itself if it cannot be copied.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""What the pixels were divided by before they reached the model, in the forms in which people have it."""
+"""The standard deviation of the input normalisation, in all accepted forms."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ InputStd = float | Sequence[float] | Tensor
 
 
 def check_input_std(input_std: InputStd | None) -> None:
-    """Refuse what can be no standard deviation of any inputs; None is none.
+    """Raise an error for a value that is not a standard deviation of any inputs; None is allowed.
 
     Raises:
-        TypeError: If it is not made of real numbers.
-        ValueError: If a number in it is not positive and finite, or there is none.
+        TypeError: If it does not consist of real numbers.
+        ValueError: If a number is not positive and finite, or if there is no number.
     """
     if input_std is not None:
         _numbers(input_std)
@@ -29,16 +29,16 @@ def standard_deviation(input_std: InputStd | None, inputs: Tensor) -> Tensor | N
 
     Args:
         input_std: A number, or numbers. A vector (a list, a tuple, a tensor ``(C,)``) has one number per channel, the
-            first axis of an example, or else one per entry of the last axis. Anything with more axes is broadcast to
-            one example; a leading axis of length one may stand for the batch.
-        inputs: ``(B, *S)``; only the shape counts.
+            first axis of an example, or else one per entry of the last axis. A tensor with more axes is broadcast to
+            one example; it may have a leading batch axis of length one.
+        inputs: ``(B, *S)``; only the shape matters.
 
     Returns:
-        As it is broadcast, with as many axes as an example or none, on its own device; None for None.
+        A tensor with as many axes as an example or none, on its own device; None for None.
 
     Raises:
-        TypeError: As :func:`check_input_std`.
-        ValueError: As there, or if the shape does not fit, or fits in two ways.
+        TypeError: As in :func:`check_input_std`.
+        ValueError: As in :func:`check_input_std`, or if the shape does not fit, or fits in two ways.
 
     Example:
         >>> standard_deviation([0.2, 0.3, 0.4], torch.zeros(5, 3, 8, 8)).shape
@@ -82,7 +82,7 @@ def _numbers(input_std: Any) -> Tensor:
 
 
 def _tensor(value: Any) -> Tensor:
-    """Return a tensor as it is; a number, an array or a sequence of these in double precision."""
+    """Return a tensor unchanged; a number, an array or a sequence of these in double precision."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, str | bytes | bool | complex):
@@ -118,6 +118,6 @@ def _fits(std: Tensor, example: torch.Size) -> bool:
 def _misfit(given: tuple[int, ...], example: torch.Size) -> str:
     what = "feature" if len(example) == 1 else f"channel (shape {(example[0], *[1] * (len(example) - 1))})"
     return (
-        f"input_std of shape {given} does not fit one example of shape {tuple(example)}. Give one number, "
+        f"input_std of shape {given} does not fit one example of shape {tuple(example)}. Pass one number, "
         f"{example[0]} numbers for one per {what}, or a tensor that is broadcastable to one example."
     )

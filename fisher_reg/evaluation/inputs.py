@@ -1,4 +1,4 @@
-"""What a model is called with: a batch of examples, and what else belongs to each example."""
+"""The arguments of a model: a batch of examples, and side inputs of each example."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LogitsFunction = Callable[..., Tensor]
-"""From inputs ``(B, *S)``, and perhaps side inputs, to logits ``(B, K)``."""
+"""From inputs ``(B, *S)``, and optional side inputs, to logits ``(B, K)``."""
 
 SideInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
 """More arguments of a model: one tensor, positional ones, or keywords."""
@@ -19,15 +19,15 @@ Index = Tensor | slice
 
 
 def check_inputs(inputs: Tensor) -> None:
-    """Refuse anything but a non-empty floating-point batch.
+    """Raise an error unless the inputs are a non-empty floating-point batch.
 
     Raises:
-        ValueError: With what was given and what to do.
+        ValueError: With the argument and a remedy.
     """
     if not isinstance(inputs, Tensor):
         raise ValueError(
             f"inputs must be a floating-point tensor (B, *S); got {type(inputs).__name__}. Pass the tensor in it, in a "
-            "callback by inputs_fn=lambda batch: batch[0]; more arguments of the model are side inputs."
+            "callback with inputs_fn=lambda batch: batch[0]; more arguments of the model are side inputs."
         )
     if not inputs.is_floating_point():
         raise ValueError(
@@ -35,26 +35,26 @@ def check_inputs(inputs: Tensor) -> None:
             f"{inputs.dtype} {tuple(inputs.shape)}. {remedy_for_integers('inputs')}"
         )
     if inputs.ndim < 2 or inputs.numel() == 0:
-        remedy = " One number per example is inputs[:, None]." if inputs.ndim == 1 and inputs.numel() else ""
+        remedy = " For one number per example pass inputs[:, None]." if inputs.ndim == 1 and inputs.numel() else ""
         raise ValueError(f"inputs must be a non-empty batch (B, *S); got shape {tuple(inputs.shape)}.{remedy}")
 
 
 def remedy_for_integers(inputs: str) -> str:
-    """Return what to do with inputs that are integers, given the expression that they are."""
+    """Return the remedy for integer inputs, given their expression."""
     return (
         f"For images pass {inputs}.float(), and divide as in training only if the model does not do that itself. Token "
-        "ids have no derivative: pass their embeddings, with LogitsOf(model, logits_fn) or logits_fn from there on."
+        "ids have no derivative: pass their embeddings, and the rest of the model with LogitsOf or logits_fn."
     )
 
 
 @dataclass(frozen=True)
 class WithSideInputs:
-    """A model with its side inputs for a batch: a function of the inputs alone.
+    """A model with its side inputs for a batch, as a function of the inputs only.
 
     Attributes:
-        model: Called as ``model(inputs, *side_inputs)``, or with keywords where they are a mapping.
-        side_inputs: One tensor, a tuple or a mapping. A tensor in them whose first axis has the length of the batch
-            belongs to the examples; everything else is passed on as it is.
+        model: Called as ``model(inputs, *side_inputs)``, or with keywords if they are a mapping.
+        side_inputs: One tensor, a tuple or a mapping. Tensors whose first axis has the length of the batch are indexed
+            with the examples; everything else is passed unchanged.
         batch_size: Length of the batch.
     """
 
@@ -63,14 +63,14 @@ class WithSideInputs:
     batch_size: int
 
     def __call__(self, inputs: Tensor) -> Any:
-        """Return what the model does: the logits ``(B, K)``."""
+        """Return the output of the model: the logits ``(B, K)``."""
         if isinstance(self.side_inputs, Mapping):
             return self.model(inputs, **self.side_inputs)
         side_inputs = (self.side_inputs,) if isinstance(self.side_inputs, Tensor) else self.side_inputs or ()
         return self.model(inputs, *side_inputs)
 
     def part(self, index: Index) -> WithSideInputs:
-        """Return the function of some of the examples."""
+        """Return the function of the examples at ``index``."""
         chosen = select(self.side_inputs, index, self.batch_size)
         if isinstance(index, slice):
             count = len(range(*index.indices(self.batch_size)))
@@ -80,7 +80,7 @@ class WithSideInputs:
 
 
 def select(side_inputs: Any, index: Index, batch_size: int) -> Any:
-    """Return the side inputs of some of the examples.
+    """Return the side inputs of the examples at ``index``.
 
     Example:
         >>> import torch

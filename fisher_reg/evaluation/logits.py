@@ -1,4 +1,4 @@
-"""A module that returns something else than logits, made into one that returns them."""
+"""An adapter for modules that do not return logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fisher_reg.arguments import CHOSEN_LOGITS_FN, MODEL
 
 
 class LogitsOf(nn.Module):
-    """A module whose forward returns the logits of another one that returns something else.
+    """A module that returns the logits of another module, whose forward returns something else.
 
     Args:
-        module: The network; its parameters, modes and batch norms stay visible to the Fisher pass.
+        module: The network; its parameters, modes and batch norms are used by the Fisher pass.
         logits_fn: ``logits_fn(module, inputs)`` returns logits ``(B, K)``. Side inputs follow ``inputs``. Use the
-            argument ``module``: a Fisher pass gives a copy of it.
+            argument ``module``, since a Fisher pass passes a copy.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The random numbers that a forward draws: the same ones in every call, and none of anybody else's."""
+"""The random numbers of a forward: the same in every call, without a change of the global generators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 _OTHER_SEED = 0x5EED
 
-_LOCK = threading.RLock()  # the global generators belong to the whole process
+_LOCK = threading.RLock()  # the global generators are shared by the whole process
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class GlobalState:
 
     @classmethod
     def read(cls, device: torch.device) -> GlobalState:
-        """Take the snapshot; nothing is drawn."""
+        """Take the snapshot, without drawing numbers."""
         of_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_index(device))
         of_numpy = np.random.get_state(legacy=True)
         return cls(device, torch.get_rng_state(), of_device, random.getstate(), tuple(of_numpy))
 
     @classmethod
     def other(cls, device: torch.device) -> GlobalState:
-        """Return another state, which does not depend on the present one; nothing is drawn."""
+        """Return another state, independent of the current one, without drawing numbers."""
         with _LOCK:
             present = cls.read(device)
             try:
@@ -69,18 +69,18 @@ class GlobalState:
 
 
 class Noise:
-    """What the calls of one function draw: each begins at the same state and leaves no trace in it.
+    """The random state of the calls of one function: each call starts from the same state, which is then restored.
 
-    The first call shows whether the function draws from the global generators at all. If not, later calls do not touch
-    them. Calls that draw exclude each other in the process, also across threads.
+    The first call shows whether the function draws from the global generators. If not, later calls do not use them.
+    Calls that draw exclude each other in the process, also across threads.
 
     Args:
-        device: Of the inputs.
-        state: Where each call begins; by default the present state.
+        device: The device of the inputs.
+        state: The state at the start of each call; by default the current state.
     """
 
     def __init__(self, device: torch.device, state: GlobalState | None = None) -> None:
-        with _LOCK:  # a replay in another thread may be under way
+        with _LOCK:  # another thread may be in a replay
             self.state = GlobalState.read(device) if state is None else state
         self._may_draw = True
         self._has_drawn = False
@@ -92,7 +92,7 @@ class Noise:
 
     @contextmanager
     def replayed(self) -> Generator[None, None, None]:
-        """Run one call of the function in the block."""
+        """Set the random state for one call of the function in the block, and restore it afterwards."""
         if not self._may_draw:
             yield
             return
@@ -103,7 +103,7 @@ class Noise:
             try:
                 yield
                 self._has_drawn |= GlobalState.read(self.state.device) != self.state
-                self._may_draw = self._has_drawn or not torch.is_grad_enabled()  # a forward may draw for a gradient
+                self._may_draw = self._has_drawn or not torch.is_grad_enabled()  # it may draw only with gradients
             finally:
                 if self._has_drawn or before != self.state or GlobalState.read(self.state.device) != before:
                     before.write()
@@ -132,5 +132,5 @@ def set_state(generator: Any, state: Any) -> None:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the arguments that choose a device among its kind: there is but one of Apple's."""
+    """Return the arguments that select a device of its type; MPS has only one device."""
     return () if device.type == "mps" else (device,)

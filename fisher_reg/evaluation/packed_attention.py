@@ -1,4 +1,4 @@
-"""Self-attention whose backward pass stacks the gradients of query, key and value, instead of adding padded ones."""
+"""Self-attention whose backward pass stacks the gradients of query, key and value instead of adding padded tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fisher_reg.evaluation.rules import Rule
 def packed_attention_rules() -> dict[Any, Rule]:
     """Rule for the self-attention of ``nn.MultiheadAttention`` in evaluation mode, without masks and weights.
 
-    ``torch.nn.functional.multi_head_attention_forward`` selects query, key and value out of one projection; the
-    backward pass of each selection fills a tensor of the size of all three with zeros. Here they are unbound, which
-    takes back together. The same products in the same order, so that the numbers are equal.
+    ``torch.nn.functional.multi_head_attention_forward`` selects query, key and value from one projection; the backward
+    pass of each selection fills a tensor of the size of all three with zeros. Here they are unbound, which needs one
+    stack in the backward pass. The products and their order are the same, so that the numbers are equal.
 
     Returns:
         From torch functions to their replacements.

@@ -1,4 +1,4 @@
-"""Full precision inside a forward: derivatives of rounded values are noise."""
+"""Full precision inside a forward, since derivatives of rounded values are dominated by rounding errors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class FullPrecision(Rules):
     """Rules that undo autocast, and casts to half precision, inside a forward.
 
     Args:
-        rules: More rules, as for :class:`Rules`.
-        needs_graph: As for :class:`Rules`.
-        device_type: Whose autocast is undone.
-        undoes_casts: Whether casts are undone, for a module whose weights have been promoted too.
+        rules: More rules, as in :class:`Rules`.
+        needs_graph: As in :class:`Rules`.
+        device_type: The device type whose autocast is undone.
+        undoes_casts: Whether casts are undone, for a module whose weights have also been promoted.
 
     Attributes:
-        saw_half: Whether a call returned half precision all the same.
+        saw_half: Whether a call still returned half precision.
     """
 
     def __init__(

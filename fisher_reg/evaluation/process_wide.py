@@ -1,4 +1,4 @@
-"""Settings of torch that hold for the whole process, changed while at least one block is open."""
+"""Changes of process-wide settings of torch while at least one block is open."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager, ExitStack
 
 
 class ProcessWide:
-    """One change of a setting for all threads: made by the first block that opens, undone by the last that closes.
+    """A change of a setting for all threads: made when the first block opens, undone when the last one closes.
 
     Args:
-        change: Opens the change.
+        change: A context manager that makes the change.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[object]]) -> None:

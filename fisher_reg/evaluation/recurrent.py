@@ -1,4 +1,4 @@
-"""Recurrent layers on a GPU that can be differentiated in evaluation mode, and twice, which cuDNN's cannot."""
+"""Recurrent layers on a GPU with derivatives in evaluation mode and second derivatives, which cuDNN does not have."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def is_on_cuda(tensor: Tensor) -> bool:
 def recurrent_rules(
     differentiates_twice: bool = False, is_of_cudnn: IsOfCudnn = is_on_cuda
 ) -> dict[Any, Callable[..., Any]]:
-    """Rules that compute recurrent layers without cuDNN, from operations of torch, where cuDNN has no derivative.
+    """Rules that compute recurrent layers without cuDNN, from operations of torch, if cuDNN has no derivative.
 
-    It has a first one in training mode alone, and no second. A layer that needs no gradient stays with cuDNN. The
-    setting is torch's, for the whole process and the time of one call of a layer; a backward pass does not read it.
+    cuDNN has first derivatives only in training mode, and no second derivatives. A layer without a gradient still uses
+    cuDNN. The setting of torch is changed for the whole process during one call of a layer; backward passes ignore it.
 
     Args:
-        differentiates_twice: Whether training mode is no exception.
+        differentiates_twice: Whether cuDNN is avoided in training mode too.
         is_of_cudnn: Whether a layer over this tensor would run in cuDNN.
 
     Returns:
@@ -62,7 +62,7 @@ def recurrent_rules(
 
 
 _FUNCTIONS: tuple[Any, ...] = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu) + tuple(
-    getattr(getattr(torch.ops.aten, name), overload)  # as a program of torch.export calls them
+    getattr(getattr(torch.ops.aten, name), overload)  # the names that torch.export uses
     for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     for overload in ("input", "data")
 )

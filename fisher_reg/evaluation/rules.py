@@ -1,8 +1,8 @@
-"""What a Fisher pass computes otherwise than the user's forward, by rules for torch functions.
+"""Rules that replace torch functions in a Fisher pass.
 
-A rule answers calls of one torch function. The rules act on the calls of the current thread alone and change no module:
-batch norm, attention, recurrent layers and precision are all handled in this way. They change no setting of torch
-either, but for cuDNN while a recurrent layer runs.
+A rule replaces the calls of one torch function. Rules act only on calls of the current thread and change no module:
+batch norm, attention, recurrent layers and precision are all handled in this way. They change no setting of torch,
+except that of cuDNN while a recurrent layer runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Rule = Callable[..., Any]
 
 
 class Rules(TorchFunctionMode):
-    """Answers calls of some torch functions in a ``with`` block.
+    """Replaces calls of some torch functions in a ``with`` block.
 
     Args:
-        rules: From a torch function to what is called instead, with the same arguments.
-        needs_graph: Whether a graph that is made in the block must hold what it needs. Activation checkpointing would
-            compute it again after the block, without the rules, so that inside the block it keeps everything.
+        rules: From a torch function to its replacement, with the same arguments.
+        needs_graph: Whether a graph that is made in the block must store all tensors it needs. Activation checkpointing
+            would recompute them after the block, without the rules; it is therefore disabled inside the block.
     """
 
     def __init__(self, rules: dict[Any, Rule], needs_graph: bool = False) -> None:
@@ -48,10 +48,10 @@ class Rules(TorchFunctionMode):
 
 
 def is_checkpointed() -> bool:
-    """Whether saved tensors are replaced now, as ``torch.utils.checkpoint`` does."""
+    """Whether hooks for saved tensors are active, as in ``torch.utils.checkpoint``."""
     if _top_hooks is not None:
         return _top_hooks(True) is not None
-    frame = inspect.currentframe()  # torch before 2.8 does not tell
+    frame = inspect.currentframe()  # torch before 2.8 has no function for it
     while frame is not None and not frame.f_code.co_filename.endswith(_CHECKPOINT_FILE):
         frame = frame.f_back
     return frame is not None
@@ -62,7 +62,7 @@ _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", Non
 
 
 def itself(tensor: Tensor) -> Tensor:
-    """Save a tensor as it is."""
+    """Save a tensor unchanged."""
     return tensor
 
 
@@ -87,7 +87,7 @@ def attention_by_math(
 
 
 def multi_head_attention_by_math(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Multi-head attention with its weights, which torch computes from elementary operations then."""
+    """Multi-head attention with its weights, for which torch uses elementary operations."""
     bound = _MULTI_HEAD.bind(*args, **kwargs)
     asked = bound.arguments.get("need_weights", True)
     bound.arguments["need_weights"] = True
@@ -99,7 +99,7 @@ _MULTI_HEAD = inspect.signature(multi_head_attention_forward)
 
 
 def second_derivative_rules() -> dict[Any, Rule]:
-    """Rules for attention and recurrent layers with second derivatives, which the fused kernels and cuDNN lack."""
+    """Rules for attention and recurrent layers with second derivatives, which fused kernels and cuDNN do not have."""
     attention: dict[Any, Rule] = {
         multi_head_attention_forward: multi_head_attention_by_math,
         scaled_dot_product_attention: attention_by_math,
@@ -109,5 +109,5 @@ def second_derivative_rules() -> dict[Any, Rule]:
 
 
 def twice_differentiable() -> Rules:
-    """Open a forward whose attention and recurrent layers have second derivatives."""
+    """Open a context in which attention and recurrent layers have second derivatives."""
     return Rules(second_derivative_rules(), needs_graph=True)

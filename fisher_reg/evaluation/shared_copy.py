@@ -1,4 +1,4 @@
-"""A copy that each call finds as it was made."""
+"""A copy of a model whose state is restored before each call."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fisher_reg.evaluation.noise import set_state, state_of
 
 
 class SharedCopy:
-    """A copy of a model that shares its parameters; each call finds it in the state in which it was copied.
+    """A copy of a model that shares its parameters; each call starts from the state in which it was copied.
 
     Args:
         model: The model, a module or any callable.
-        is_deployed: Whether the copy is in evaluation mode; otherwise in the modes in which the model is.
+        is_deployed: Whether the copy is in evaluation mode; otherwise it has the modes of the model.
         dtype: As in :class:`Copier`.
-        has_constant_weights: As there.
+        has_constant_weights: As in :class:`Copier`.
 
     Attributes:
         model: The copy.
         modules: Pairs of a module and its copy.
-        is_promoted: Whether no half precision is left in the weights: in those of a module, but perhaps not in those
-            that a function reaches.
-        draws: Whether a call has drawn from a random generator that the model holds.
+        is_promoted: Whether all weights are in full precision: those of a module, but perhaps not those that a function
+            refers to.
+        draws: Whether a call has drawn from a random generator of the model.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class SharedCopy:
         self._states = [(vars(part), dict(vars(part))) for part in plain]
 
     def identity_of(self, tensor: Tensor) -> int:
-        """Return the identity of the tensor of which ``tensor`` is a copy; its own if it is none."""
+        """Return the identity of the original of ``tensor``; its own if it is not a copy."""
         return self._origins.get(id(tensor), id(tensor))
 
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
-        """Have the attributes, the buffers and the generators as they were copied during the block."""
+        """Restore the copied state of attributes, buffers and generators for the block."""
         with self._lock:
             for state, kept in self._states:
                 state.clear()
@@ -86,7 +86,7 @@ class SharedCopy:
 
     @contextmanager
     def with_other_noise(self) -> Generator[None, None, None]:
-        """Let the generators give other numbers during the block."""
+        """Use other random numbers during the block."""
         kept = self._generators
         for number, (generator, _) in enumerate(kept):
             _draw_from(generator, 1 + number)
@@ -98,7 +98,7 @@ class SharedCopy:
 
 
 class _Buffer:
-    """A buffer of a copy, and what it is at the beginning of each call."""
+    """A buffer of a copy, and its value at the start of each call."""
 
     def __init__(self, slots: Any, name: str, tensor: Tensor, identity: int) -> None:
         self.slots = slots
@@ -109,11 +109,11 @@ class _Buffer:
 
     @property
     def has_changed(self) -> bool:
-        """Whether a call has written to it or replaced it."""
+        """Whether a call has changed or replaced it."""
         return self.slots[self.name] is not self.tensor or self.tensor._version != self.version
 
     def renewed(self) -> Tensor:
-        """Put a fresh tensor in its place: in place it would change what a graph has saved."""
+        """Replace it by a new tensor, since an in-place change would invalidate tensors saved by autograd."""
         with _versioned():
             self.tensor = self.slots[self.name] = self.kept.clone()
         self.version = self.tensor._version
@@ -122,7 +122,7 @@ class _Buffer:
 
 @contextmanager
 def _versioned() -> Generator[None, None, None]:
-    """Make tensors that count their changes, which those of inference mode do not; the grad mode stays as it is."""
+    """Create tensors with version counters, also in inference mode; the grad mode is unchanged."""
     is_enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(is_enabled):
         yield

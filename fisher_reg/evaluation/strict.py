@@ -1,13 +1,13 @@
-"""float32 that is float32: no TensorFloat-32 and no bfloat16 inside multiplications and convolutions.
+"""Strict float32: no TensorFloat-32 and no bfloat16 in matrix products and convolutions.
 
-torch computes float32 convolutions on a GPU in TensorFloat-32 unless it is told not to, and matrix products where it is
-told to (on a CPU in bfloat16, with ``set_float32_matmul_precision("medium")``). Ten bits are left then, and the
-derivative of a rounded function is noise of about 1e-3 of it; a difference quotient over a step of half the digits is
-nothing but noise. A strict pass gives the numbers of the CPU and may take quotients, of one forward each, in place of
-dual numbers, of about three. The price is slower convolutions, which ``recipes.gpu_check`` measures.
+By default torch computes float32 convolutions on a GPU in TensorFloat-32, and optionally also matrix products (on a CPU
+in bfloat16, with ``set_float32_matmul_precision("medium")``). The mantissa then has ten bits, the derivative has a
+relative error of about 1e-3, and a difference quotient over a step of half the digits is only rounding error. A strict
+pass gives the numbers of the CPU and may use difference quotients, which cost one forward, instead of dual numbers,
+which cost about three. Convolutions are slower in it; ``recipes.gpu_check`` measures by how much.
 
-The settings are torch's, for the whole process: another thread computes strictly too while a block is open. On a GPU
-``torch.backends.cudnn.flags()`` raises in a block, from torch's defaults on: it refuses settings of single operations.
+These are settings of torch for the whole process: other threads are also strict while a block is open. On a GPU
+``torch.backends.cudnn.flags()`` raises an error in a block, since it does not support settings of single operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from fisher_reg.evaluation.process_wide import ProcessWide
 
-_C: Any = torch._C  # torch.backends.mkldnn.fp32_precision of torch 2.14 sets another setting than it gets
+_C: Any = torch._C  # torch.backends.mkldnn.fp32_precision of torch 2.14 reads and writes different settings
 _HAS_OPERATIONS = hasattr(_C, "_get_fp32_precision_getter")  # torch 2.9
 _BACKENDS = (("cuda", "all"), ("mkldnn", "all"))
 _CUDNN = (("cuda", "conv"), ("cuda", "rnn"))
@@ -33,15 +33,15 @@ _REDUCED = ("tf32", "bf16")
 def strict_by_operation() -> Generator[None, None, None]:
     """Change the settings of each operation, of torch 2.9 and later.
 
-    An operation that has no setting of its own follows its backend, and that follows ``torch.backends.fp32_precision``.
-    A getter does not tell which is the case, and an operation that has been set never follows again. So the general
-    settings are changed first, and then what does not follow them.
+    An operation without its own setting inherits that of its backend, and a backend that of
+    ``torch.backends.fp32_precision``. A getter does not show whether a setting is inherited, and an operation that has
+    been set never inherits again. Therefore the general settings are changed first, and then those that do not follow.
     """
     with ExitStack() as stack:
         found = [(backend, _get(backend)) for backend in _BACKENDS]
         _change(stack, ("generic", "all"), _get(("generic", "all")))
         for backend, precision in found:
-            if precision != "ieee":  # one that is strict now followed the general setting
+            if precision != "ieee":  # an operation that is strict now inherits the general setting
                 _change(stack, backend, precision if _get(backend) in _REDUCED else "none")
         if all(_get(operation) == "tf32" for operation in _CUDNN):
             _clear_flag_of_cudnn(stack)
@@ -65,7 +65,7 @@ def strict_by_flags() -> Generator[None, None, None]:
 
 @contextmanager
 def strict_on_cpu() -> Generator[None, None, None]:
-    """Change something only if a program has asked for less than float32 on a CPU, which is not the default."""
+    """Change the CPU settings only if a program has reduced the precision, which is not the default."""
     if _HAS_OPERATIONS:
         is_reduced = any(_get(operation) in _REDUCED for operation in _OPERATIONS if operation[0] == "mkldnn")
     else:
@@ -79,7 +79,7 @@ _ON_CPU, _EVERYWHERE = ProcessWide(strict_on_cpu), ProcessWide(strict_everywhere
 
 
 def strictly(device: torch.device) -> ProcessWide:
-    """Compute float32 in float32 on a device during the block, and put back the settings that were found."""
+    """Compute float32 strictly on a device during the block, and restore the settings afterwards."""
     return _ON_CPU if device.type == "cpu" else _EVERYWHERE
 
 
@@ -94,10 +94,10 @@ def _change(stack: ExitStack, setting: tuple[str, str], found: str) -> None:
 
 
 def _clear_flag_of_cudnn(stack: ExitStack) -> None:
-    # torch.backends.cudnn.flags, which a model may open, reads the flag, and refuses to where the operations differ
-    # from it. A program that has set them by themselves is used to that: the flag stays as it is then.
+    # torch.backends.cudnn.flags, which a model may open, reads the flag and raises an error if the operations differ
+    # from it. If a program has set operations itself, the flag is not changed.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 says once that the flag is old
+        warnings.simplefilter("ignore")  # torch 2.9 warns once that the flag is deprecated
         try:
             is_allowed = _C._get_cudnn_allow_tf32()
         except RuntimeError:

@@ -1,8 +1,8 @@
-"""Differentiable penalties: the gradient of the sensitivity with respect to the parameters.
+"""Penalties of the sensitivity, differentiable with respect to the parameters.
 
-Public: all of ``__all__``. A penalty of your own is any function with the signature of :class:`Penalty`. One that needs
-the model only around the point of the training step derives from :class:`PointPenalty`, whose ``at`` is given a
-:class:`TrainingPoint`: the regularizer then takes it from the forward that the step does anyway.
+Public: all of ``__all__``. A user-defined penalty is any function with the signature of :class:`Penalty`. A penalty
+that needs the model only near the inputs of the training step should derive from :class:`PointPenalty`, whose ``at``
+gets a :class:`TrainingPoint`: the regularizer can then reuse the forward of the step.
 """
 
 from fisher_reg.penalty.bound import BoundPenalty

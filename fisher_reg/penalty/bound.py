@@ -26,16 +26,16 @@ from fisher_reg.printing import short_repr
 class BoundPenalty(Penalty):
     r"""Logarithm of the certified upper bound :func:`fisher_reg.fisher_bound`, with its gradient.
 
-    It needs no second derivative of the network and no input but for its shape, and pushes down what the weights allow
-    at any input, where :class:`SpectralPenalty` pushes down what the data meets. The value is the certified one; its
-    gradient is that of the singular value at the maximising frequency of each layer, a subgradient where several are
-    equal. In training mode batch norm is scaled by the statistics of the batch, which stay differentiable, so that a
-    weight that is rescaled anyway brings nothing by shrinking.
+    It needs no second derivative of the network, and only the shape of the inputs. It reduces the largest sensitivity
+    over all inputs, whereas :class:`SpectralPenalty` reduces the sensitivity at the data. The value is certified. Its
+    gradient is that of the singular value at the maximising frequency of each layer, a subgradient if several are
+    equal. In training mode batch norm is scaled by the statistics of the batch, which stay differentiable, so that to
+    shrink a weight before a batch norm does not reduce the penalty.
 
     Args:
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        tightening: Which certified improvements are used; coordinates are not balanced.
+        tightening: The certified improvements to use; diagonal scalings are not balanced.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -64,14 +64,14 @@ class BoundPenalty(Penalty):
 
         Args:
             model: The network, an ``nn.Module``.
-            inputs: ``(B, *S)``: their shape, and in training mode the statistics that they give batch norm.
-            generator: Not used: nothing is random.
+            inputs: ``(B, *S)``: only their shape is used, and in training mode their batch norm statistics.
+            generator: Not used.
 
         Returns:
             Natural logarithm of nats per squared input unit.
 
         Raises:
-            ValueError: For a model that is no module.
+            ValueError: For a model that is not a module.
         """
         check_inputs(inputs)
         if not isinstance(model, nn.Module):

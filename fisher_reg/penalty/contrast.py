@@ -1,4 +1,4 @@
-"""The slope of the logits at the label, as a penalty."""
+"""The input gradient of the margin at the label, as a penalty."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fisher_reg.printing import short_repr
 
 @dataclass(frozen=True)
 class LabelContrastPenalty(PointPenalty):
-    r"""Mean squared slope of the margin at the labels, without a softmax that could saturate.
+    r"""Mean squared input gradient of the margin at the labels, without a softmax that could saturate.
 
     .. math:: \|\nabla_x (z_y - \max_{k \ne y} z_k)\|^2
 
-    A Fisher penalty falls to zero where the softmax saturates, so that a network can pay it with confidence instead of
-    smoothness; this one sees the slope of the margin alone. It may be paid by small logits instead: weigh it against
-    the loss with care. Cost: one double backward pass.
+    A Fisher penalty tends to zero where the softmax saturates, so that a network can reduce it by confident instead of
+    smooth predictions. This penalty depends only on the gradient of the margin. A network can reduce it by small
+    logits, so choose its weight with care. Cost: one double backward pass.
 
     Args:
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
@@ -48,11 +48,11 @@ class LabelContrastPenalty(PointPenalty):
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the penalty at a point, in squared logits per squared input unit; nothing is random."""
+        """Return the penalty at a point, in squared logits per squared input unit; ``generator`` is not used."""
         fisher = point.fisher(Categorical(), self.input_std)
         logits = fisher.logits.detach()
         index = checked_labels(labels, logits, self)[:, None]
         rival = logits.scatter(1, index, -torch.inf).argmax(1, keepdim=True)
         contrast = torch.zeros_like(logits).scatter_(1, index, 1.0).scatter_(1, rival, -1.0)
-        contrast = contrast * ~logits.gather(1, rival).isneginf()  # a class without a rival has no margin
+        contrast = contrast * ~logits.gather(1, rival).isneginf()  # zero if there is no other class
         return squared_length(fisher, contrast).mean()

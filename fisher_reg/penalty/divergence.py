@@ -1,4 +1,4 @@
-"""The divergence that one step causes, as a penalty."""
+"""The divergence after one step, as a penalty."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class KLPenalty(PointPenalty):
 
     .. math:: 2\,\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v}) / \epsilon^2
 
-    The direction :math:`v`, of norm 1, is the one along which the two most probable classes approach each other
-    fastest: the steepest for :math:`-J^\top (e_1 - e_2)` in the geometry. It is held fixed, and the gradient is that of
-    the divergence on both sides. As :math:`\epsilon \to 0` the value tends to
-    :math:`v^\top F v \le \max_{\|v\| \le 1} v^\top F v` with an error of :math:`O(\epsilon)`; for :class:`L2` that is
-    :math:`\lambda_\max`. At a finite length it also sees what the Fisher matrix at ``x`` does not: a confident
-    prediction that turns within the step.
+    The direction :math:`v`, of norm 1, is the one along which the difference of the two most probable logits decreases
+    fastest: the steepest perturbation for :math:`-J^\top (e_1 - e_2)` in the geometry. It is treated as a constant; the
+    gradient is that of the divergence with respect to both predictions. As :math:`\epsilon \to 0` the value tends to
+    :math:`v^\top F v \le \max_{\|v\| \le 1} v^\top F v` with an error of :math:`O(\epsilon)`; for :class:`L2` the
+    maximum is :math:`\lambda_\max`. A step of finite length also detects a confident prediction that changes within the
+    step, which the Fisher matrix at ``x`` does not.
 
     ``weight`` times this penalty is :math:`\beta` times the divergence in nats, with
     :math:`\beta = 2\,\text{weight} / \epsilon^2`, the factor of TRADES (arXiv 1901.08573). :meth:`weight` converts;
     the default weight is that of :math:`\beta = 0.8` for :class:`L2` and of 6 for :class:`LInf`.
 
-    Cost: one backward pass to the inputs without parameter gradient, one forward, and its backward. No second
-    derivative, so that every kernel will do (fused attention too), and the training step's own forward can be
-    reused even where it ran through batch norm in training: a coupled graph changes only the direction.
+    Cost: one backward pass to the inputs without parameter gradient, one forward, and its backward. There is no second
+    derivative, so that every kernel works (also fused attention). The forward of the training step can be reused even
+    with batch norm in training mode: that its examples depend on each other changes only the direction.
 
-    In half precision (a training under autocast) the step must stand out of the round-off of the inputs; see
+    In half precision (training under autocast) the step must be larger than the rounding errors of the inputs; see
     :meth:`tolerates`.
 
     Args:
         step: Length :math:`\epsilon` in the geometry, in the input unit (in pixels with ``input_std``).
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        geometry: In which norm the step has its length: :class:`L2`, or :class:`LInf`, whose step is a sign.
+        geometry: The norm of the step: :class:`L2`, or :class:`LInf`, for which the direction is a sign vector.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -74,11 +74,11 @@ class KLPenalty(PointPenalty):
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the penalty at a point; nothing is random."""
+        """Return the penalty at a point; ``generator`` is not used."""
         fisher = point.fisher(self.likelihood, self.input_std)
         direction = self.geometry.steepest(fisher.slope(towards_runner_up(fisher), is_last=point.is_used_once))
         moved = fisher.logits_at(self.step * direction)
-        # no slope, no step: another forward may round otherwise than that of the training step
+        # zero where there is no gradient: the two forwards may have different rounding errors
         moved = torch.where(direction.any(1, keepdim=True), moved, point.outputs)
         return 2 / self.step**2 * self.likelihood.divergence(point.outputs, moved).mean()
 
@@ -95,25 +95,25 @@ class KLPenalty(PointPenalty):
     ) -> KLPenalty:
         r"""Choose the step from a batch, as a share of the distance between the classes.
 
-        Half a unit is little between two photographs of 32 x 32 pixels and much between two digits of 8 x 8. So the
-        Euclidean length of the step is ``share`` times the median, over the batch, of the distance to the nearest input
-        with another label; a batch of 64 gives it within a tenth. For :class:`LInf` it is that of a step whose entries
-        all have the same size. :attr:`default_weight` goes with the step, so that the factor of the divergence in the
-        loss stays the same. No pass through a network.
+        A distance of 0.5 is small between photographs of 32 x 32 pixels and large between digits of 8 x 8. Therefore
+        the Euclidean length of the step is ``share`` times the median, over the batch, of the distance to the nearest
+        input with another label; a batch of 64 determines it within 10 %. For :class:`LInf` it is the Euclidean length
+        of a step with entries of equal size. :attr:`default_weight` changes with the step, so that the factor of the
+        divergence in the loss stays the same. No pass through a network.
 
         Args:
-            inputs: ``(B, *S)``, floating point, as the network gets them; memory for ``(B, B)`` distances is needed.
-            labels: Class indices ``(B,)``, of two classes at least.
-            share: Of the distance; 0.04 is 0.5 on CIFAR-10, 0.3 on MNIST and 0.09 on 8 x 8 digits.
-            geometry: As for the class.
-            likelihood: As for the class.
-            input_std: As for the class; distances are then in pixel units.
+            inputs: ``(B, *S)``, floating point, as passed to the network; needs memory for ``(B, B)`` distances.
+            labels: Class indices ``(B,)``, of at least two classes.
+            share: Share of the distance; 0.04 gives 0.5 on CIFAR-10, 0.3 on MNIST and 0.09 on 8 x 8 digits.
+            geometry: As in the class.
+            likelihood: As in the class.
+            input_std: As in the class; distances are then in pixel units.
 
         Returns:
             The penalty.
 
         Raises:
-            ValueError: For labels of one class, or that do not fit, or inputs that are the same in all classes.
+            ValueError: For labels of only one class or of the wrong shape, or for inputs that are equal in all classes.
 
         Example:
             >>> inputs, labels = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([0, 1])
@@ -137,18 +137,19 @@ class KLPenalty(PointPenalty):
 
     @property
     def default_weight(self) -> float:
-        """The weight of a factor of 6 with :class:`LInf`, and of 0.8 otherwise: 0.1 for a step of 0.5."""
+        """The weight of a factor of 6 for :class:`LInf`, and of 0.8 otherwise: 0.1 for a step of 0.5."""
         return self.weight(6.0 if isinstance(self.geometry, LInf) else 0.8)
 
     def tolerates(self, inputs: Tensor, dtype: torch.dtype) -> bool:
-        r"""Whether the step stands out of the round-off of the inputs.
+        r"""Whether the step is larger than the rounding errors of the inputs.
 
         Its entries must be at least half of :math:`\varepsilon \cdot \mathrm{rms}(x)`. In bfloat16 the gradient then
-        had a cosine above 0.95 with that in float32 (VGG, ResNet and ViT trained on CIFAR-10), which falls fast below.
+        had a cosine above 0.95 with that in float32 (VGG, ResNet and ViT trained on CIFAR-10); for smaller steps the
+        cosine decreases fast.
 
         Args:
             inputs: ``(B, *S)``.
-            dtype: In which the network computes.
+            dtype: Precision of the network.
 
         Returns:
             Whether the step is long enough.
@@ -178,6 +179,6 @@ def _distance_between_classes(inputs: Tensor, labels: Tensor, input_std: InputSt
     if not 0 < distance < math.inf:
         raise ValueError(
             f"KLPenalty.from_batch needs different inputs of two classes at least; got {len(inputs)} inputs of "
-            f"{len(labels.unique())} classes. Pass a larger batch, or give KLPenalty its step."
+            f"{len(labels.unique())} classes. Pass a larger batch, or pass a step to KLPenalty."
         )
     return distance

@@ -27,22 +27,22 @@ class GradientNormPenalty(PointPenalty):
     zero the derivative is zero.
 
     It is the regulariser of Rodríguez-Muñoz, Wang and Torralba, "Characterizing model robustness via natural input
-    gradients" (ECCV 2024, arXiv 2409.20139). Their loss is 0.8 times the cross-entropy plus 1.2 times this, hence the
-    default weight of 1.5, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of the
-    regularizer). They raise the weight linearly over the first five epochs (``warmup_steps``), begin with a network
-    that was trained without it, clip the gradient of the parameters at a norm of 1 (``gradient_clip_val=1.0`` of the
-    Trainer), average the weights exponentially, and use smooth activations: with ReLU it gains little. They keep 4/255
-    for CIFAR-10 too.
+    gradients" (ECCV 2024, arXiv 2409.20139). Their loss is 0.8 times the cross-entropy plus 1.2 times this penalty,
+    hence the default weight of 1.5, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of
+    the regularizer). They increase the weight linearly over the first five epochs (``warmup_steps``), start from a
+    network trained without it, clip the gradient of the parameters at a norm of 1 (``gradient_clip_val=1.0`` of the
+    Trainer), use an exponential moving average of the weights, and smooth activations (with ReLU the gain is small).
+    They use 4/255 for CIFAR-10 too.
 
-    In their code the gradient passes through the statistics of batch norm in training, and that of mixed or smoothed
-    labels is taken; here the function is per-example, as in all penalties of this package, and labels are indices.
+    In their code the gradient passes through the statistics of batch norm in training, and labels may be mixed or
+    smoothed; here the function is per-example, as in all penalties of this package, and labels are indices.
 
     Cost: one double backward pass.
 
     Args:
         epsilon: Length of the step in the geometry, in the input unit (in pixels with ``input_std``).
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        geometry: In which norm the step has its length: :class:`LInf` or :class:`L2`.
+        geometry: The norm of the step: :class:`LInf` or :class:`L2`.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -72,13 +72,13 @@ class GradientNormPenalty(PointPenalty):
 
     @property
     def default_weight(self) -> float:
-        """The ratio of 1.2 to 0.8 of the paper."""
+        """The ratio of the weights 1.2 and 0.8 of the paper."""
         return 1.5
 
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the penalty at a point; nothing is random."""
+        """Return the penalty at a point; ``generator`` is not used."""
         fisher = point.fisher(Categorical(), self.input_std)
         index = checked_labels(labels, fisher.logits.detach(), self)
         gradient = fisher.pullback(_slope_of_cross_entropy(fisher.logits, index))
@@ -87,6 +87,6 @@ class GradientNormPenalty(PointPenalty):
 
 def _slope_of_cross_entropy(logits: Tensor, index: Tensor) -> Tensor:
     """Return ``p - e_y`` ``(B, K)``, with its gradient."""
-    # p_y - 1 as the sum of the others: nothing cancels where the softmax saturates
+    # p_y - 1 = -sum of the other p_k, without cancellation where the softmax saturates
     others = logits.softmax(1).scatter(1, index[:, None], 0.0)
     return others.scatter(1, index[:, None], -others.sum(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""The nuclear norm of what one adversarial step does to the logits of a batch, as a penalty."""
+"""The nuclear norm of the change of the logits of a batch after one adversarial step, as a penalty."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ class NuclearNormPenalty(PointPenalty):
 
     .. math:: \frac{1}{B} \, \|Z(\tilde X) - Z(X)\|_{\mathrm{nuc}}
 
-    with a row of :math:`Z` for each example, in logits. The inputs :math:`\tilde X` begin at
-    :math:`X + \text{noise} \cdot \{-1, 1\}` and take one step of ``epsilon`` along the sign of the gradient of the
-    cross-entropy plus, at random in a share of the calls, ``attack_weight`` times this same quantity. They stay within
-    ``epsilon`` of :math:`X` and within ``bounds``, and are held fixed; the gradient is that of both sides.
+    with a row of :math:`Z` for each example, in logits. The inputs :math:`\tilde X` start at
+    :math:`X + \text{noise} \cdot \{-1, 1\}` and take one step of ``epsilon`` along the sign of the gradient of an
+    objective: the cross-entropy plus, in a random share of the calls, ``attack_weight`` times the nuclear norm. They
+    stay within ``epsilon`` of :math:`X` and within ``bounds``, and are treated as constants; the gradient is that of
+    both :math:`Z(\tilde X)` and :math:`Z(X)`.
 
     It is nuclear norm adversarial training (NuAT) of Sriramanan et al., "Towards Efficient and Effective Adversarial
-    Training" (NeurIPS 2021, github.com/val-iisc/NuAT), whose settings for CIFAR-10 are the defaults, the weight of 4.5
-    among them, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of the regularizer). There
-    the weight rises from zero over 90 of 100 epochs (``warmup_steps``) and that of the attack with
-    it, the nuclear norm is left out of the attack at every second step, the attack is on the network in evaluation
-    mode, and the attacked batch has batch statistics of its own. Here all of it is done on the function of the training
-    step, with the statistics of its batch.
+    Training" (NeurIPS 2021, github.com/val-iisc/NuAT). The defaults are its settings for CIFAR-10, with the weight of
+    4.5, at each step and for the whole batch (``every_n_steps=1, batch_fraction=1.0`` of the regularizer). In the
+    original the weight and that of the attack increase from zero over 90 of 100 epochs (``warmup_steps``), every second
+    attack is without the nuclear norm, the attack uses the network in evaluation mode, and the attacked batch has its
+    own batch statistics. Here all forwards use the function of the training step, with the statistics of its batch.
 
-    For a given size of the changes the value falls with the batch size as :math:`1 / \sqrt B`; the default weight is
-    for batches of 64.
+    For a given size of the changes the value decreases with the batch size as :math:`1 / \sqrt B`; the default weight
+    is for batches of 64.
 
     Cost: a forward and a backward pass to the inputs without parameter gradient, one forward, and its backward; a
     singular value decomposition of ``(B, K)`` in each. No second derivative.
 
     Args:
-        epsilon: Length of the step and radius, in the largest entry, in the input unit (in pixels with ``input_std``).
+        epsilon: Length of the step and radius in the linf norm, in the input unit (in pixels with ``input_std``).
         noise: Size of the random signs, in the same unit.
         attack_weight: Factor of the nuclear norm in the objective of the step.
-        attack_share: Probability with which it is part of that objective, from 0 to 1.
-        bounds: Smallest and largest value of an input; None for normalised inputs, which have no such limits.
+        attack_share: Probability that the nuclear norm is part of the objective, from 0 to 1.
+        bounds: Smallest and largest value of an input; None for no limits, as for normalised inputs.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
 
     Example:
@@ -102,7 +102,7 @@ class NuclearNormPenalty(PointPenalty):
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the penalty at a point; ``generator`` draws the signs, and whether the attack sees the norm."""
+        """Return the penalty at a point; ``generator`` draws the signs, and whether the objective has the norm."""
         fisher = point.fisher(Categorical(), self.input_std)
         self._check_bounds(fisher.inputs.detach())
         index = checked_labels(labels, fisher.logits.detach(), self)
@@ -114,9 +114,9 @@ class NuclearNormPenalty(PointPenalty):
         inputs, fixed = fisher.inputs.detach(), fisher.logits.detach()
         start = self._bounded(inputs + self.noise * fisher.in_input_units(signs(inputs, generator))).requires_grad_()
         logits = fisher.function(start)
-        # sums, and not means: the sign of the gradient is the same
+        # sums instead of means: the sign of the gradient is the same
         objective = torch.nn.functional.cross_entropy(logits, index, reduction="sum")
-        # on the CPU, where its value decides
+        # drawn on the CPU, since its value controls the branch
         if bool(uniform(torch.empty(1, dtype=fixed.dtype), generator) < self.attack_share):
             objective = objective + self.attack_weight * _change_norm(fixed, logits)
         (slope,) = torch.autograd.grad(objective, start)
@@ -135,11 +135,11 @@ class NuclearNormPenalty(PointPenalty):
         if min(smallest - low, high - largest) < -_ROUND_OFF * (high - low):
             raise ValueError(
                 f"NuclearNormPenalty keeps attacked inputs within bounds=({low:g}, {high:g}); these are from "
-                f"{smallest:g} to {largest:g}. Give the bounds of your inputs, or bounds=None for normalised ones."
+                f"{smallest:g} to {largest:g}. Pass the bounds of your inputs, or bounds=None for normalised inputs."
             )
 
 
-_ROUND_OFF = 1e-4  # by which resized images may leave their range
+_ROUND_OFF = 1e-4  # tolerance for resized images, which may slightly leave their range
 
 
 def _change_norm(logits: Tensor, moved: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ def _change_norm(logits: Tensor, moved: Tensor) -> Tensor:
 def nuclear_norm(matrix: Tensor) -> Tensor:
     r"""Return the sum of the singular values, with the gradient :math:`U V^\top`.
 
-    That is the subgradient of least norm: singular vectors of singular values that are zero, which are arbitrary, are
-    left out, and repeated singular values do no harm, other than in a derivative of the decomposition itself.
+    This is the subgradient of least norm: singular vectors of zero singular values are left out, since they are
+    arbitrary. Unlike a derivative of the decomposition, it is also defined for repeated singular values.
 
     Args:
         matrix: ``(B, K)``, finite.

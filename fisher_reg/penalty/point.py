@@ -1,4 +1,4 @@
-"""Where a penalty is taken: the function that is being trained, at a batch."""
+"""The function that is being trained, evaluated at a batch, and penalties at such a point."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class TrainingPoint:
 
     Attributes:
         function: From ``(B, *S)`` to logits ``(B, K)``, with the batch statistics and the dropout masks of this point.
-        inputs: ``(B, *S)``, with a gradient of their own.
+        inputs: ``(B, *S)``, which require a gradient.
         logits: ``(B, K)``, of ``inputs``, with a graph to them and to the parameters.
-        leaf: The same numbers as a leaf, where the caller takes the gradient there by itself and sends it through the
-            graph of ``logits`` later. A penalty that differentiates no further than to the logits may use it for
-            them; one that does not is as right, and costs a backward pass more.
-        is_used_once: Whether the graph of ``logits`` has been made for the derivative in the inputs alone, and the term
-            in the loss is that of ``leaf``, so that its memory can be freed with the first use.
+        leaf: The same numbers as a leaf tensor, if the caller propagates the gradient at the leaf through the graph of
+            ``logits`` later. A penalty that differentiates only with respect to the logits may use the leaf instead
+            of ``logits``, which saves a backward pass; both give the same gradient.
+        is_used_once: Whether the graph of ``logits`` serves only the derivative with respect to the inputs, and the
+            term in the loss uses ``leaf``, so that the memory can be freed with the first use.
     """
 
     function: LogitsFunction
@@ -57,23 +57,23 @@ class TrainingPoint:
 
     @property
     def outputs(self) -> Tensor:
-        """The logits for a term in the loss: the leaf if there is one."""
+        """The logits to use in the loss: the leaf if there is one."""
         return self.logits if self.leaf is None else self.leaf
 
     def fisher(
         self, likelihood: Likelihood, input_std: InputStd | None, linearize: Linearization = vjp_only
     ) -> InputFisher:
-        """Return the operator here."""
+        """Return the Fisher operator at this point."""
         return InputFisher(self.function, self.inputs, likelihood, input_std, linearize, logits=self.logits)
 
 
 class PointPenalty(ABC):
-    """A penalty that needs a function only around the point where the training step has evaluated it anyway.
+    """A penalty that needs the function only near the inputs at which the training step evaluates it.
 
     Attributes:
-        differentiates_twice: Whether it needs the second derivatives of the graph from the inputs to the logits. Such
-            a graph must be per-example: not one through batch norm in training, nor through a fused attention.
-        needs_labels: Whether it is a function of the labels too.
+        differentiates_twice: Whether it needs second derivatives of the graph from the inputs to the logits. Such a
+            graph must be per-example (no batch norm in training mode) and without fused attention.
+        needs_labels: Whether it also depends on the labels.
     """
 
     differentiates_twice: ClassVar[bool]
@@ -81,20 +81,20 @@ class PointPenalty(ABC):
 
     @property
     def default_weight(self) -> float:
-        """The weight that :class:`fisher_reg.FisherRegularizer` takes if it is given none."""
+        """The default weight in :class:`fisher_reg.FisherRegularizer`."""
         return 0.1
 
     def tolerates(self, inputs: Tensor, dtype: torch.dtype) -> bool:
-        """Whether the round-off of a half precision is small beside what this penalty looks at.
+        """Whether the rounding errors of a half precision are small enough for this penalty.
 
-        A penalty with derivatives of the logits at a point needs full precision, and says no.
+        False for a penalty with derivatives of the logits, which needs full precision.
 
         Args:
             inputs: ``(B, *S)``.
-            dtype: In which the network computes.
+            dtype: Precision of the network.
 
         Returns:
-            Whether it may be taken where the network computes in that precision.
+            Whether the penalty may be computed in that precision.
         """
         return False
 
@@ -110,17 +110,17 @@ class PointPenalty(ABC):
         """Return the penalty, a scalar, from a forward of its own (two with training batch norm).
 
         Args:
-            model: Maps ``(B, *S)`` to logits ``(B, K)``. Taken as it is found; see :func:`training_point`.
+            model: Maps ``(B, *S)`` to logits ``(B, K)``. Evaluated in its current mode; see :func:`training_point`.
             inputs: ``(B, *S)``, floating point; not modified, and receives no gradient.
-            labels: Class indices ``(B,)``, for a penalty of labels.
+            labels: Class indices ``(B,)``, for a penalty that needs labels.
             side_inputs: More arguments of the model, as in :func:`fisher_reg.fisher_spectral_norm`.
-            generator: Source of what is random; by default torch's global one.
+            generator: Generator of the random numbers; by default torch's global one.
 
         Returns:
             Scalar in nats per squared input unit, unless the class says otherwise.
 
         Raises:
-            ValueError: As in :func:`fisher_reg.fisher_spectral_norm`, and for labels that are missing or do not fit.
+            ValueError: As in :func:`fisher_reg.fisher_spectral_norm`, and for missing or invalid labels.
         """
         with training_point(model, inputs, self.differentiates_twice, side_inputs) as point:
             return self.at(point, labels=labels, generator=generator)
@@ -129,7 +129,7 @@ class PointPenalty(ABC):
     def at(
         self, point: TrainingPoint, *, labels: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Return the penalty at a point whose function has perhaps been evaluated already."""
+        """Return the penalty at a point; its logits may be those of the training step."""
 
 
 @contextmanager
@@ -138,10 +138,9 @@ def training_point(
 ) -> Generator[TrainingPoint, None, None]:
     """Open the function that is being trained.
 
-    A module is taken in the modes in which it is found, and only read. In training mode the penalty therefore sees the
-    function that is being trained: batch norm uses the statistics of ``inputs``, constant with respect to the inputs
-    and differentiable with respect to the parameters (see :mod:`fisher_reg.evaluation.batch_norm`), and its running
-    statistics do not move.
+    A module is evaluated in its current modes and not modified. In training mode this is the function that is being
+    trained: batch norm uses the statistics of ``inputs``, constant with respect to the inputs and differentiable with
+    respect to the parameters (see :mod:`fisher_reg.evaluation.batch_norm`), and its running statistics do not change.
 
     Raises:
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
@@ -155,7 +154,7 @@ def training_point(
 
 @contextmanager
 def kernels(differentiates_twice: bool) -> Generator[None, None, None]:
-    """Keep a forward to the kernels with second derivatives, where these are asked for."""
+    """Restrict a forward to kernels with second derivatives, if these are needed."""
     if not differentiates_twice:
         yield
         return
@@ -169,9 +168,9 @@ def squared_length(fisher: InputFisher, cotangent: Tensor, geometry: Geometry = 
     Args:
         fisher: The operator at a point, ``point.fisher(likelihood, input_std)``.
         cotangent: :math:`w`, ``(B, K)``.
-        geometry: In whose dual norm; by default the Euclidean one.
+        geometry: Provides the dual norm; by default the Euclidean one.
 
     Returns:
-        ``(B,)``. Cost: one backward pass, of which the graph is kept.
+        ``(B,)``. Cost: one backward pass, whose graph is kept.
     """
     return geometry.dual_norm(fisher.pullback(cotangent)).square()

@@ -18,7 +18,7 @@ from fisher_reg.penalty.point import PointPenalty, TrainingPoint, squared_length
 from fisher_reg.printing import short_repr
 from fisher_reg.solvers import Lanczos, SignIteration
 
-# Any, not Tensor: jsonargparse takes a callable that returns a class for a factory, and would hand on its name
+# Any, not Tensor: jsonargparse treats a callable that returns a class as a factory and would pass on its name
 Reduction = Callable[[Tensor], Any]
 """From ``(B,)`` to a scalar."""
 
@@ -27,31 +27,32 @@ Reduction = Callable[[Tensor], Any]
 class SpectralPenalty(PointPenalty):
     r"""Mean largest eigenvalue of the Fisher matrix, with its gradient.
 
-    By the envelope theorem the gradient of :math:`\lambda_\max = \max_{|u|=1} \|A^\top u\|^2` needs only the maximiser:
-    it is found without gradient, held fixed, and one quadratic form is differentiated. The gradient is exact as far as
-    the solver has converged; where the top eigenvalue is repeated it is one of the subgradients, and it is zero where
-    :math:`F = 0`.
+    By the envelope theorem the gradient of :math:`\lambda_\max = \max_{|u|=1} \|A^\top u\|^2` needs only the maximiser
+    :math:`u`: it is computed without gradient and treated as a constant, and one quadratic form is differentiated. The
+    gradient is exact up to the error of the solver. For a repeated eigenvalue it is one of the subgradients; it is zero
+    where :math:`F = 0`.
 
-    With ``num_steps=0`` nothing is solved. The penalty is then the closed form
+    With ``num_steps=0`` there is no solver. The penalty is then the closed form
     :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|^2` of the two most probable classes, with its full gradient: a lower bound
     of :math:`\lambda_\max`, equal to it for two classes, at the cost of one double backward pass.
 
-    All values fall to zero where the softmax saturates, whatever the slope of the logits is; see
-    :class:`LabelContrastPenalty` for one that does not.
+    All values tend to zero where the softmax saturates, also for large input gradients of the logits; those of
+    :class:`LabelContrastPenalty` do not.
 
     Args:
-        num_steps: Steps of :class:`Lanczos`, each one backward and one double-backward pass without parameter gradient;
-            0 for the closed form. With :class:`LInf` it is the number of starts of :class:`SignIteration` and the most
-            vertices that it tries: at most ``2 n + 1`` backward and ``n`` double-backward passes, and with ``K`` at
-            most ``n`` classes no more than ``K`` and 1.
-        reduction: From the values ``(B,)`` to a scalar. :func:`torch.mean` by default; :func:`mean_log1p` keeps a few
-            very sensitive examples from dominating.
-        likelihood: The output distribution. :class:`Gaussian` makes it the squared norm of the Jacobian of the logits.
+        num_steps: Number of steps of :class:`Lanczos`, each one backward and one double-backward pass without parameter
+            gradient; 0 for the closed form. With :class:`LInf` it is the number of starts of :class:`SignIteration` and
+            the largest number of its vertices: at most ``2 n + 1`` backward and ``n`` double-backward passes, and for
+            ``K <= n`` classes at most ``K`` and 1.
+        reduction: From the values ``(B,)`` to a scalar. :func:`torch.mean` by default; with :func:`mean_log1p` a few
+            very sensitive examples do not dominate.
+        likelihood: The output distribution. With :class:`Gaussian` the penalty is the squared spectral norm of the
+            Jacobian of the logits.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
-        geometry: In which norm perturbations have length 1. With :class:`LInf` the value is that of
+        geometry: The norm in which perturbations have length 1. With :class:`LInf` the value is that of
             :func:`fisher_reg.fisher_linf_norm`, :math:`\max_{|u|=1} \|A^\top u\|_1^2`, with the gradient at the local
             maximum that is found. The closed form is :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`, a lower bound of it.
-            A geometry of your own has the closed form only.
+            A user-defined geometry has only the closed form.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -102,7 +103,7 @@ class SpectralPenalty(PointPenalty):
         return reduced
 
     def _maximiser(self, fisher: InputFisher, generator: torch.Generator | None) -> Tensor:
-        """Return the unit vector ``(B, K)`` for which the dual norm of ``Aᵀ u`` is largest, without gradient."""
+        """Return the unit vector ``(B, K)`` that maximises the dual norm of ``Aᵀ u``, without gradient."""
         if isinstance(self.geometry, LInf):
             solver = SignIteration(num_steps=self.num_steps - 1, num_starts=self.num_steps, rtol=0.0)
             return solver.maximize(fisher, generator).left_singular_vector

@@ -18,17 +18,17 @@ from fisher_reg.sampling import signs
 
 @dataclass(frozen=True)
 class TracePenalty(PointPenalty):
-    r"""Mean trace of the Fisher matrix by random signs: all directions at once, not only the worst.
+    r"""Mean trace of the Fisher matrix by random signs: all directions, not only the most sensitive one.
 
-    The mean of :math:`\|A^\top \epsilon\|^2` over :math:`\epsilon \in \{-1, 1\}^K` is the trace whatever the
-    parameters are, so value and gradient are both unbiased (see :class:`fisher_reg.Hutchinson`). Cost: ``num_samples``
-    double backward passes.
+    The mean of :math:`\|A^\top \epsilon\|^2` over :math:`\epsilon \in \{-1, 1\}^K` is the trace for all parameters, so
+    that value and gradient are unbiased (see :class:`fisher_reg.Hutchinson`). Cost: ``num_samples`` double backward
+    passes.
 
     With ``likelihood=Gaussian()`` it is the squared Frobenius norm of the Jacobian of the logits, the Jacobian
-    regulariser of Hoffman, Roberts and Yaida (arXiv 1908.02729): no softmax, so that saturation hides nothing.
+    regulariser of Hoffman, Roberts and Yaida (arXiv 1908.02729), which has no softmax and does not saturate.
 
     Args:
-        num_samples: Sign vectors per example.
+        num_samples: Number of sign vectors per example.
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
     """

@@ -1,7 +1,7 @@
-r"""Largest eigenvalues of :math:`F = A^\top A`, and its largest value over a cube, for a batch of operators at once.
+r"""Largest eigenvalues of :math:`F = A^\top A`, and its maximum over a cube, for a batch of operators at once.
 
-The solvers know only ``apply`` (A), ``adjoint`` (its transpose) and start vectors, never a network. Each is an
-immutable value that holds its tolerances.
+The solvers use only ``apply`` (A), ``adjoint`` (its transpose) and start vectors, never a network. Each solver is a
+frozen dataclass that holds its tolerances.
 
 Public: all of ``__all__``.
 """

@@ -1,4 +1,4 @@
-"""An operator without the directions that have been found already."""
+"""An operator projected onto the orthogonal complement of known left singular vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fisher_reg.solvers.protocols import FactoredOperator
 
 @dataclass(frozen=True)
 class Deflated:
-    r""":math:`(1 - W^\top W) A` for the orthonormal rows of ``found``: the eigenvalues of F that are not theirs.
+    r""":math:`(1 - W^\top W) A` for orthonormal rows W: its matrix has the remaining eigenvalues of F.
 
     Attributes:
         operator: A.
@@ -24,7 +24,7 @@ class Deflated:
     found: Tensor
 
     def starts(self, count: int) -> Tensor:
-        """Return the start vectors of the operator outside what was found."""
+        """Return the start vectors of the operator, projected onto the complement of W."""
         return torch.stack([outside(start, self.found) for start in self.operator.starts(count).unbind(1)], 1)
 
     def labels(self, generator: torch.Generator | None) -> Tensor:
@@ -32,18 +32,18 @@ class Deflated:
         return self.operator.labels(generator)
 
     def apply(self, tangent: Tensor, /, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
-        """Return the product with A, less what was found."""
+        r"""Return :math:`(1 - W^\top W) A v`."""
         return outside(self.operator.apply(tangent, exact=exact, slope=slope), self.found)
 
     def slope_along(self, cotangent: Tensor, row: Tensor, /) -> Tensor:
-        """Return that of the operator."""
+        """Return the slope of the operator along the projected vector."""
         return self.operator.slope_along(outside(cotangent, self.found), row)
 
     def adjoint(self, cotangent: Tensor, /) -> Tensor:
-        """Return the product with the transpose of A of what is left of the vector."""
+        r"""Return :math:`A^\top (1 - W^\top W) u`."""
         return self.operator.adjoint(outside(cotangent, self.found))
 
     def restrict(self, keep: Tensor, /) -> Deflated | None:
-        """Return that of some examples."""
+        """Return the operator of the examples at ``keep``."""
         smaller = self.operator.restrict(keep)
         return None if smaller is None else Deflated(smaller, self.found[keep])

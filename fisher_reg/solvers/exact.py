@@ -1,4 +1,4 @@
-"""Every eigenvalue, from the matrix itself."""
+"""All eigenvalues, from the dense matrix."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from fisher_reg.solvers.space import Space
 class Exact(Solver, TraceEstimator):
     r"""Eigenvalues of the ``K x K`` Gram matrix ``A Aᵀ``: ``K + 1`` backward passes, ``K d`` numbers per example.
 
-    Right to round-off, and the cheapest for few classes. The last pass repeats the top eigenvector, which measures the
-    rounding of the passes: where it is not small against the eigenvalue, the example does not count as converged.
+    Exact up to rounding, and the cheapest solver for few classes. The last pass is one more VJP with the top
+    eigenvector, which measures the rounding error of the passes. If that error is not small relative to the
+    eigenvalue, the example does not count as converged.
 
     Args:
         rtol: Residual and rounding, relative to the eigenvalue, up to which a result counts as converged.
@@ -28,15 +29,15 @@ class Exact(Solver, TraceEstimator):
     rtol: float = 1e-3
 
     def solve(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> EigenResult:
-        """Solve the dense problem; nothing is random."""
+        """Solve the dense eigenvalue problem; ``generator`` is not used."""
         return leading(self.eigenpairs(operator, 1))
 
     def eigenpairs(
         self, operator: FactoredOperator, num_eigenpairs: int, generator: torch.Generator | None = None
     ) -> EigenResult:
-        """Return the largest eigenpairs, the fields with axes ``(B, num_eigenpairs)``; those beyond the rank are zero.
+        """Return the largest eigenpairs, with multiplicity; fields have axes ``(B, num_eigenpairs)``.
 
-        A repeated eigenvalue comes as often as it is.
+        Pairs beyond the rank are zero.
         """
         rows = dense_rows(operator)
         count, num_outputs = len(rows), rows.shape[1]
@@ -44,15 +45,15 @@ class Exact(Solver, TraceEstimator):
         space = Space(left, rows, inner_products(rows, rows))
         ritz = space.ritz(num_eigenpairs)
         again = operator.adjoint(ritz.left[:, 0])
-        # one sample of the rounding errors, with a factor for the others
+        # eta: one sample of the rounding error of A^T u_1, times a safety factor
         eta = 3 * (again - ritz.row[:, 0]).double().norm(dim=1)
         eta = eta + 4 * torch.finfo(rows.dtype).eps * ritz.value[:, 0].sqrt()
         is_zero = beyond_rank(ritz.value, eta, num_outputs)
         value = ritz.value.masked_fill(is_zero, 0.0)
         product = inner_products(ritz.row, rows)
-        residual = (product - value[:, :, None] * ritz.left).norm(dim=2)
+        residual = (product - value[:, :, None] * ritz.left).norm(dim=2)  # ||A A^T u_i - theta_i u_i||
         sensible = torch.isfinite(value.to(rows.dtype)) & ((value.to(rows.dtype) > 0) | (value == 0))
-        wide = 2 * eta[:, None] * value.sqrt() <= self.rtol * value
+        wide = 2 * eta[:, None] * value.sqrt() <= self.rtol * value  # |(sqrt(theta) + eta)^2 - theta|, to first order
         return EigenResult(
             eigenvalue=value.to(rows.dtype),
             eigenvector=unit(ritz.row).masked_fill(is_zero[:, :, None], 0.0),
@@ -71,7 +72,7 @@ class Exact(Solver, TraceEstimator):
         )
 
     def trace(self, operator: FactoredOperator, generator: torch.Generator | None = None) -> Tensor:
-        """Sum the squares of ``A``: ``(B,)``."""
+        """Return the squared Frobenius norm of ``A``, ``(B,)``."""
         rows = dense_rows(operator)
         total: Tensor = rows.double().square().sum((1, 2)).to(rows)
         return total

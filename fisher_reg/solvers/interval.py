@@ -1,41 +1,41 @@
-r"""How large the largest eigenvalue can be, from what a search has computed.
+r"""Upper bounds of the largest eigenvalue, computed from the Lanczos recurrence of a search.
 
-The search takes Lanczos steps of :math:`G = A A^\top`, which has the eigenvalues of F, from the unit vector
+The search takes Lanczos steps with :math:`G = A A^\top`, which has the nonzero eigenvalues of F, from the unit vector
 
 .. math:: u_1 = \sqrt{1 - \sigma^2}\, c + \sigma w ,
 
 with a guess :math:`c` and a uniformly random unit vector :math:`w \perp c`. Let :math:`p_m` be the Lanczos polynomial,
 so that :math:`u_{m+1} = p_m(G) u_1` has unit length, and :math:`\gamma` the component of :math:`u_1` along the top
-eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. The density of a component of :math:`w` is at most a number
-:math:`f`, so that :math:`P(|\gamma| < \sigma h) \le 2 h f` whatever the guess is, if :math:`w` has four dimensions or
-more: a guess with the component :math:`a` leaves :math:`\sqrt{1 - a^2}` to :math:`w`, and the density of their sum at
-zero, :math:`f (1 - 2 a^2)^{(n-3)/2} (1 - a^2)^{-(n-2)/2}`, grows with :math:`a` in three dimensions alone. Beyond its
-largest root :math:`p_m` increases. Hence :math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, but for a
-probability of :math:`2 h f`.
+eigenvector. Then :math:`|\gamma\, p_m(\lambda)| \le 1`. Let :math:`f` be the largest density of a component of
+:math:`w`. If :math:`w` has four dimensions or more, :math:`P(|\gamma| < \sigma h) \le 2 h f` for every guess: if
+:math:`c` has the component :math:`a` along the eigenvector, the component of :math:`w` is at most
+:math:`\sqrt{1 - a^2}`, and the density of their sum at zero, :math:`f (1 - 2 a^2)^{(n-3)/2} (1 - a^2)^{-(n-2)/2}`,
+grows with :math:`a` only in three dimensions. Beyond its largest root :math:`p_m` increases. Hence
+:math:`\lambda \le b` with :math:`p_m(b) = 1 / (\sigma h)`, except with probability :math:`2 h f`.
 
 For the top Ritz vector with coordinates :math:`s` and residual :math:`\rho`, and Ritz values :math:`\theta_i`, this is
 
 .. math:: b - \theta_1 = \frac{|s_1| \rho}{\sigma h} \prod_{i > 1} \frac{\theta_1 - \theta_i}{b - \theta_i} :
 
-what has been found is as certain as its residual is small. Of a step without its product with :math:`A` only
-:math:`\beta_m^2 \le b\, \alpha_m - \|H_m\|^2` is known, with the last column :math:`H_m` of the projection of G, since
-:math:`\|G u\|^2 \le \lambda\, u^\top G u`.
+the smaller the residual, the tighter the bound. If the last step has no product with :math:`A` yet, its off-diagonal
+is only bounded: :math:`\beta_m^2 \le b\, \alpha_m - \|H_m\|^2`, with the last column :math:`H_m` of the projection of
+G, since :math:`\|G u\|^2 \le \lambda\, u^\top G u`.
 
-The trace of F, where it is known, bounds what is left without any probability. Let :math:`\kappa_i` be the length of
-the part of :math:`G` times the i-th Ritz vector outside the search space, and :math:`b` the trace less all Ritz values.
-Then
+If the trace of F is known, it gives a deterministic bound. Let :math:`\kappa_i` be the norm of the component of
+:math:`G y_i` outside the search space, for the i-th Ritz vector :math:`y_i`, and :math:`b` the trace minus the sum of
+all Ritz values. Then
 
 .. math:: \lambda_\max(G) \le \lambda_\max(M), \qquad
           M = \begin{pmatrix} \theta_1 & & & \kappa_1 \\ & \ddots & & \vdots \\ & & \theta_m & \kappa_m \\
                               \kappa_1 & \cdots & \kappa_m & b \end{pmatrix} .
 
-Where :math:`\kappa_i` is not known, :math:`\sqrt{\theta_i b}` takes its place, which holds for every positive
+Where :math:`\kappa_i` is not known, it is replaced by :math:`\sqrt{\theta_i b}`, an upper bound for every positive
 semidefinite matrix. In a Krylov space :math:`\kappa_i = \beta_m |s_{mi}|`.
 
 References: van Dorsselaer, Hochstenbach, van der Vorst (2000), "Computing probabilistic bounds for extreme eigenvalues
 of symmetric matrices with the Lanczos method"; Hochstenbach (2013), "Probabilistic upper bounds for the matrix
 two-norm"; Kuczynski, Wozniakowski (1992), "Estimating the largest eigenvalue by the power and Lanczos algorithms with a
-random start". All three start from a random vector alone.
+random start". All three start from a purely random vector.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Interval:
 
     Attributes:
         lower: ``(B,)``.
-        upper: ``(B,)``; infinite where nothing is known.
-        failure_probability: For each example by itself, over the draw of the random vector.
+        upper: ``(B,)``; infinite where there is no bound.
+        failure_probability: Per example, over the draw of the random vector.
     """
 
     lower: Tensor
@@ -84,7 +84,7 @@ class Interval:
 
     @property
     def relative_width(self) -> Tensor:
-        """``upper / lower - 1``, ``(B,)``: zero where both are zero, infinite where only ``lower`` is."""
+        """``upper / lower - 1``, ``(B,)``: zero where both are zero, infinite where only ``lower`` is zero."""
         width = self.upper / self.lower - 1
         return torch.where(self.upper == 0, 0.0, torch.where(self.lower == 0, torch.inf, width))
 
@@ -95,12 +95,12 @@ class RandomStart:
 
     Attributes:
         roots: ``(B, m)``, the roots of :math:`p_m`, which are the Ritz values; NaN where there are fewer.
-        log_norms: ``(B,)``, :math:`\sum_j \log \beta_j` over the off-diagonals that are known: :math:`p_m(\lambda) =
+        log_norms: ``(B,)``, :math:`\sum_j \log \beta_j` over the known off-diagonals: :math:`p_m(\lambda) =
             \prod_j (\lambda - r_j) / \beta_j`.
-        open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_m` where the last step was not finished; else NaN.
-        open_offset: ``(B,)``, :math:`\|H_m\|^2 / \alpha_m` there, at most the largest root: :math:`\beta_m^2 \le
+        open_diagonal: ``(B,)``, the last diagonal :math:`\alpha_m` if :math:`\beta_m` was not computed; else NaN.
+        open_offset: ``(B,)``, then :math:`\|H_m\|^2 / \alpha_m`, at most the largest root: :math:`\beta_m^2 \le
             \alpha_m (\lambda - \text{offset})`.
-        dimension: Of the space from which :math:`w` was drawn, at least 4.
+        dimension: Dimension of the space from which :math:`w` was drawn, at least 4.
         share: :math:`\sigma`, the length of the random part.
     """
 
@@ -115,25 +115,25 @@ class RandomStart:
 
     @classmethod
     def none(cls, count: int) -> RandomStart:
-        """Return that of ``count`` starts of which nothing is known: the bound is infinite."""
+        """Return an empty record for ``count`` examples: the bound is infinite."""
         nothing = torch.zeros(count, 0, dtype=torch.float64)
         return cls(nothing, nothing.sum(1), nothing.sum(1) * torch.nan, nothing.sum(1), 4)
 
     @classmethod
     def nothing_left(cls, roots: Tensor) -> RandomStart:
-        """Return that of a search through all outputs, with the eigenvalues ``(B, K)``: the largest is the bound."""
+        """Return the record of a search of the whole output space: the largest of ``roots`` ``(B, K)`` is the bound."""
         known = roots.detach().cpu().double()
         ended = torch.full_like(known[:, 0], -torch.inf)
         return cls(known, ended, torch.full_like(ended, torch.nan), torch.zeros_like(ended), 4)
 
     @property
     def is_certain(self) -> bool:
-        """Whether no search has left anything, so that nothing is random."""
+        """Whether every search covered the whole output space, so that the bound holds with certainty."""
         return self.roots.shape[1] > 0 and bool((self.log_norms == -torch.inf).all())
 
     @classmethod
     def joined(cls, parts: list[RandomStart]) -> RandomStart:
-        """Return those of the parts of a batch, which were searched alike."""
+        """Concatenate the records of parts of a batch; all parts have the same dimension and share."""
         return cls(
             roots=cat_padded([one.roots for one in parts], torch.nan),
             log_norms=torch.cat([one.log_norms for one in parts]),
@@ -144,7 +144,7 @@ class RandomStart:
         )
 
     def part(self, index: Tensor) -> RandomStart:
-        """Return those of some examples."""
+        """Return the record of the examples at ``index``."""
         names = ("roots", "log_norms", "open_diagonal", "open_offset")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
@@ -162,7 +162,7 @@ class RandomStart:
         ), scale
 
     def excludes(self, b: Tensor, failure_probability: float) -> Tensor:
-        """Say where no eigenvalue exceeds ``b`` ``(B,)``: where :meth:`bound` is at most that."""
+        """Return where no eigenvalue exceeds ``b`` ``(B,)``: where :meth:`bound` is at most ``b``."""
         if self.roots.shape[1] == 0:
             return torch.zeros_like(b, dtype=torch.bool)
         unit, scale = self.scaled()
@@ -171,9 +171,9 @@ class RandomStart:
     def _excludes(self, b: Tensor, failure_probability: float) -> Tensor:
         present = ~self.roots.isnan()
         top = self.roots.masked_fill(~present, -torch.inf).amax(1)
-        # log p_m(b)
+        # log p_m(b) = sum_j log(b - r_j) - sum_j log beta_j
         log_p = self._log_factors(b[:, None] - self.roots) - self.log_norms - self._log_open(b)
-        is_large = log_p >= -self._least_component(failure_probability).log()
+        is_large = log_p >= -self._least_component(failure_probability).log()  # p_m(b) >= 1 / (sigma h)
         return (b >= top) & (is_large | self._is_zero()) & present.any(1)
 
     def bound(self, failure_probability: float) -> Tensor:
@@ -187,11 +187,11 @@ class RandomStart:
         present = ~self.roots.isnan()
         count = present.sum(1)
         top = self.roots.masked_fill(~present, -torch.inf).amax(1).clamp_min(0)
-        # log of prod (b - r_j) at which p_m(b) = 1 / c
-        target = (self.log_norms - self._least_component(failure_probability).log()).clamp_min(-1e4)  # beta = 0
+        # p_m(b) = 1 / (sigma h) where log prod_j (b - r_j) = log prod_j beta_j - log(sigma h); -inf if a beta_j is 0
+        target = (self.log_norms - self._least_component(failure_probability).log()).clamp_min(-1e4)
 
         def excess(log_step: Tensor) -> Tensor:
-            # b - r_j from the step beyond the top, which a sum b would round away
+            # b - r_j = (theta_1 - r_j) + step: rounding b = theta_1 + step first would lose a small step
             step = log_step.exp()
             return self._log_factors(top[:, None] - self.roots + step[:, None]) - self._log_open(top, step) - target
 
@@ -204,7 +204,8 @@ class RandomStart:
         return torch.where(present, differences.nan_to_num(1.0).clamp_min(_TINY).log(), 0.0).sum(1)
 
     def _log_open(self, b: Tensor, step: Tensor | float = 0.0) -> Tensor:
-        """Return the logarithm of the largest last off-diagonal for an eigenvalue ``b + step``; 0 where known."""
+        """Return the log of the largest possible ``beta_m`` for an eigenvalue ``b + step``; 0 if it is known."""
+        # log beta_m <= (log(b + step - offset) + log alpha_m) / 2
         room = ((b - self.open_offset).clamp_min(0) + step).clamp_min(_TINY)
         return torch.where(self._is_open(), 0.5 * (room.log() + self._log_diagonal()), 0.0)
 
@@ -215,15 +216,15 @@ class RandomStart:
         return ~self.open_diagonal.isnan()
 
     def _is_zero(self) -> Tensor:
-        """Say where the matrix maps the random start to zero, so that it is zero itself."""
+        """Return where the matrix maps the random start to zero: such a matrix is zero almost surely."""
         return self._is_open() & (self.open_diagonal <= 0) & ((~self.roots.isnan()).sum(1) == 1)
 
     def _least_component(self, failure_probability: float) -> Tensor:
-        return self.share * least_component(failure_probability, self.dimension)
+        return self.share * least_component(failure_probability, self.dimension)  # sigma h
 
 
 _TINY = 1e-290
-_NO_STEP = -590.0  # logarithm of a step that stands for none
+_NO_STEP = -590.0  # logarithm of a step that is taken as zero
 
 
 def least_component(failure_probability: float, dimension: int) -> Tensor:
@@ -240,12 +241,13 @@ def least_component(failure_probability: float, dimension: int) -> Tensor:
         A number in double precision.
     """
     n = dimension
-    log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)
+    log_density = math.lgamma(n / 2) - math.lgamma((n - 1) / 2) - 0.5 * math.log(math.pi)  # log f
+    # h = failure_probability / (2 f)
     return torch.tensor(0.5 * failure_probability / math.exp(log_density), dtype=torch.float64).clamp_max(1.0)
 
 
 def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:
-    r"""Return :math:`\lambda_\max(M)` ``(B,)`` of the module's formula, in double precision.
+    r"""Return :math:`\lambda_\max(M)` ``(B,)`` of the arrowhead matrix above, in double precision.
 
     Args:
         values: :math:`\theta_i`, ``(B, m)``, descending.
@@ -256,8 +258,9 @@ def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:
     is_known = torch.isfinite(b) & torch.isfinite(theta).all(1)
     scale = torch.maximum(theta[:, 0], b).clamp_min(_TINY)
     theta, b = torch.where(is_known[:, None], theta / scale[:, None], 0.0), torch.where(is_known, b / scale, 0.0)
-    kappa = torch.minimum(kappa / scale[:, None], (theta * b[:, None]).sqrt())  # G is positive semidefinite
+    kappa = torch.minimum(kappa / scale[:, None], (theta * b[:, None]).sqrt())  # kappa_i <= sqrt(theta_i b)
     size = theta.shape[1]
+    # M
     arrow = torch.diag_embed(torch.cat([theta, b[:, None]], 1))
     arrow[:, :size, size] = arrow[:, size, :size] = kappa
     top = symmetric_eigen(arrow)[0][:, -1]
@@ -265,7 +268,7 @@ def majorant(values: Tensor, couplings: Tensor, beyond: Tensor) -> Tensor:
 
 
 def check_probability(name: str, probability: float) -> None:
-    """Refuse what is not a probability of failure.
+    """Raise an error if a failure probability is out of range.
 
     Raises:
         ValueError: If it does not lie strictly between 0 and 1.
@@ -275,9 +278,9 @@ def check_probability(name: str, probability: float) -> None:
 
 
 def _largest_step(target: Tensor, count: Tensor, top: Tensor, is_open: Tensor, log_alpha: Tensor) -> Tensor:
-    """Return the logarithm of a step beyond the largest root that is certainly large enough."""
+    """Return the logarithm of a step beyond the largest root that is not below the root of the equation."""
     num_roots = count.clamp_min(1)
-    # prod (b - r_j) >= step^q; and sqrt(b alpha) <= sqrt(top alpha) + sqrt(step alpha), each at most half of the rest
+    # prod (b - r_j) >= step^q, and sqrt(b alpha) <= sqrt(top alpha) + sqrt(step alpha); each summand is at most half
     from_top = (target + math.log(2) + 0.5 * (top.clamp_min(_TINY).log() + log_alpha)) / num_roots
     from_step = (target + math.log(2) + 0.5 * log_alpha) / (num_roots - 0.5)
     closed = target / num_roots
@@ -285,7 +288,7 @@ def _largest_step(target: Tensor, count: Tensor, top: Tensor, is_open: Tensor, l
 
 
 def _root(increasing: Callable[[Tensor], Tensor], upper: Tensor) -> Tensor:
-    """Bisect on the logarithm, from far below ``upper``; what is returned is never below the root."""
+    """Find the root by bisection between ``upper - 80`` and ``upper``; the returned value is never below the root."""
     lower = upper - 80.0
     for _ in range(60):
         middle = 0.5 * (lower + upper)

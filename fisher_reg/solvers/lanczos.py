@@ -1,4 +1,4 @@
-"""The default solver: a few passes, whatever the number of classes."""
+"""The default solver: a few passes, for any number of classes."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from fisher_reg.solvers.space import Space
 
 @dataclass(frozen=True)
 class Lanczos(Solver):
-    r"""Golub-Kahan bidiagonalisation of ``A`` from a start that is a guess in one half and random in the other.
+    r"""Golub-Kahan bidiagonalisation of ``A`` from the sum of a guess and a random vector.
 
-    The guess is the whitened contrast of the two likeliest classes. A class outside it may be the one that matters:
-    the random half meets its eigenvector, whatever the network and the input, except with the
-    ``failure_probability``. The steps go on until the interval of the largest eigenvalue
-    (:meth:`fisher_reg.EigenResult.interval`) is as narrow as ``tolerance``, and the residual as small as ``rtol``; only
-    then an example counts as converged. One that has not converged within ``num_steps`` says so.
+    The guess is the whitened contrast of the two likeliest classes. The top eigenvector may belong to another class.
+    The random part has a component along it for every network and input, except with the ``failure_probability``. The
+    iteration stops when the interval of the largest eigenvalue (:meth:`fisher_reg.EigenResult.interval`) is as narrow
+    as ``tolerance`` and the residual as small as ``rtol``; only then does an example count as converged. Otherwise its
+    ``converged`` is false after ``num_steps``.
 
-    Costs ``num_starts + num_steps`` backward and ``num_steps + 1`` forward-mode passes at most, whatever ``K``; on
-    trained networks with ten classes about four backward passes and four forwards. Examples that have converged drop
-    out once they are half of the batch.
+    Costs at most ``num_starts + num_steps`` backward and ``num_steps + 1`` forward-mode passes, for any ``K``; on
+    trained networks with ten classes about four backward passes and four forwards. Examples that have converged are
+    removed from the batch once they are half of it.
 
     References: Golub, Kahan (1965), "Calculating the singular values and pseudo-inverse of a matrix"; for the random
     part those of :mod:`fisher_reg.solvers.interval`.
 
     Args:
         num_steps: Largest number of vectors that are added to the start; at least 1.
-        num_starts: Vectors to find the guess in, whitened contrasts and indicators of the likeliest classes, at most
-            ``K``. More than one cost a backward pass each.
+        num_starts: Number of candidate vectors (whitened contrasts and indicators of the likeliest classes), at most
+            ``K``. The guess is their top Ritz vector; more than one candidate cost a backward pass each.
         rtol: Residual, relative to the eigenvalue, at which an example may stop. The error of the eigenvalue is of the
             order of its square. Below 1e-2 all derivatives are exact.
         tolerance: Relative width of the interval at which an example may stop.
-        failure_probability: Of that interval, per example, over the draw of the random vector.
-        is_exact: Whether forward-mode derivatives are always exact. They may otherwise be difference quotients with a
-            measured error, which cost one forward each: good enough for the eigenvalue and for ``converged``, but no
-            proof, so that :meth:`fisher_reg.EigenResult.interval` asks for exact ones.
+        failure_probability: That of the interval, per example, over the draw of the random vector.
+        is_exact: Whether forward-mode derivatives are always exact. Otherwise they may be difference quotients with a
+            measured error, which cost one forward each. These suffice for the eigenvalue and for ``converged``, but
+            prove nothing, so that :meth:`fisher_reg.EigenResult.interval` needs exact derivatives.
 
     Raises:
         ValueError: If a count is below 1, or ``failure_probability`` is not strictly between 0 and 1.
@@ -71,12 +71,12 @@ class Lanczos(Solver):
     def eigenpairs(
         self, operator: FactoredOperator, num_eigenpairs: int, generator: torch.Generator | None = None
     ) -> EigenResult:
-        """Return the largest eigenpairs, the fields with axes ``(B, num_eigenpairs)``.
+        """Return the largest eigenpairs, with multiplicity; fields have axes ``(B, num_eigenpairs)``.
 
-        One after the other, each outside those before it, so that a repeated eigenvalue comes as often as it is. Each
-        costs as much as :meth:`solve`. A pair counts as converged if all before it have converged too.
+        The pairs are computed one after the other, each orthogonal to the pairs before it. Each costs as much as
+        :meth:`solve`. A pair counts as converged only if all pairs before it have converged too.
         """
-        # the vectors that were found depend on the random ones before, to which those that follow owe nothing
+        # earlier pairs depend on earlier random vectors, so each search draws a new, independent one
         generator = random_source(generator)
         starts = operator.starts(num_eigenpairs)
         found, results = starts[:, :0], list[EigenResult]()
@@ -98,14 +98,14 @@ class Lanczos(Solver):
 
 
 def _joined(results: list[EigenResult], left: Tensor) -> EigenResult:
-    """Return the Ritz pairs of the space of the eigenvectors that were found one after the other."""
+    """Return the Ritz pairs of the span of the eigenvectors that were found."""
 
     def stacked(name: str) -> Tensor:
         return torch.stack([getattr(result, name) for result in results], 1)
 
     rows = stacked("eigenvector") * stacked("eigenvalue").sqrt()[:, :, None]
     ritz = Space(left, rows, inner_products(rows, rows)).ritz(len(results))
-    # what G takes a combination out of the space by is at most the combination of what it takes the vectors out by
+    # y = sum_i c_i u_i has a residual of at most sum_i |c_i| times that of u_i
     weights = (ritz.left @ left.mT).abs()
     value = ritz.value.to(rows.dtype)
     return EigenResult(

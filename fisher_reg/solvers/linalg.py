@@ -11,7 +11,7 @@ from fisher_reg.solvers.protocols import FactoredOperator
 
 def unit(vector: Tensor) -> Tensor:
     """Scale ``(..., n)`` to unit length; zero stays zero."""
-    # Division by the largest entry first: the squares of a saturated network's gradients underflow.
+    # Divide by the largest entry first: the squares of the gradients of a saturated network underflow.
     tiny = torch.finfo(vector.dtype).tiny
     scaled = vector / vector.abs().amax(-1, keepdim=True).clamp_min(tiny)
     length: Tensor = scaled.norm(dim=-1, keepdim=True)
@@ -20,7 +20,7 @@ def unit(vector: Tensor) -> Tensor:
 
 def outside(vector: Tensor, basis: Tensor) -> Tensor:
     """Return the component of ``vector`` ``(B, n)`` orthogonal to the orthonormal rows of ``basis`` ``(B, m, n)``."""
-    for _ in range(2):  # twice is enough (Giraud, Langou, Rozloznik 2005)
+    for _ in range(2):  # x - W^T W x; twice is enough (Giraud, Langou, Rozloznik 2005)
         vector = vector - ((basis @ vector[:, :, None]).mT @ basis).squeeze(1)
     return vector
 
@@ -43,7 +43,7 @@ def inner_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """Return :func:`inner_products`, whatever the numbers are. Only a part of the vectors is converted at a time."""
+    """Return :func:`inner_products` without the check. Only a part of the vectors is converted at a time."""
     total = left.new_zeros(len(left), left.shape[1], right.shape[1], dtype=torch.float64)
     for some, others in zip(left.split(_CHUNK, 2), right.split(_CHUNK, 2), strict=True):
         total += some.double() @ others.double().mT
@@ -53,11 +53,11 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``(B, m)``, ascending, and eigenvectors ``(B, m, m)`` of symmetric matrices, in double precision.
 
-    Small ones are decomposed on the CPU, at one wait for the device: a device launches many kernels for each of them,
-    looks at an error code, and may be slow in double precision.
+    Small matrices are decomposed on the CPU, at the cost of one synchronisation: an accelerator launches many kernels
+    for each matrix, reads an error code, and may be slow in double precision.
 
     Returns:
-        Both; where the algorithm does not converge for one matrix, that one alone gets NaN.
+        Both. If the algorithm does not converge for a matrix, only the results of that matrix are NaN.
     """
     if matrices.device.type != "cpu" and matrices.shape[1] <= _SMALL:
         values, vectors = symmetric_eigen(matrices.cpu())
@@ -73,12 +73,12 @@ def symmetric_eigen(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def beyond_rank(values: Tensor, rounding: Tensor, num_outputs: int) -> Tensor:
-    """Say which eigenvalues ``(B, k)``, descending, are nothing but rounding errors of norm ``rounding`` ``(B,)``.
+    """Return which eigenvalues ``(B, k)``, descending, are only rounding errors of norm ``rounding`` ``(B,)``.
 
     Returns:
-        ``(B, k)``, boolean; the first one is never among them, unless it is zero.
+        ``(B, k)``, boolean; false for the first eigenvalue, unless it is zero.
     """
-    # of the products themselves, and of the eigenvalues of their Gram matrix in double precision
+    # eta^2 of the products with A, and eps theta_1 of the eigenvalues of the Gram matrix in double precision
     noise = rounding.square() + torch.finfo(torch.float64).eps * values[:, 0]
     is_noise = values <= num_outputs * noise[:, None]
     is_noise[:, 0] = values[:, 0] == 0
@@ -86,14 +86,14 @@ def beyond_rank(values: Tensor, rounding: Tensor, num_outputs: int) -> Tensor:
 
 
 def dense_rows(operator: FactoredOperator) -> Tensor:
-    """Form ``A`` ``(B, K, d)`` by ``K`` applications of the adjoint."""
+    """Form ``A`` ``(B, K, d)`` by ``K`` VJPs: its rows are ``Aᵀ e_k``."""
     like = operator.starts(1)[:, 0]
     identity = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
     return torch.stack([operator.adjoint(row.expand_as(like)) for row in identity], 1)
 
 
 def cat_padded(tensors: list[Tensor], value: float) -> Tensor:
-    """Join tensors ``(B, m, ...)`` with different ``m``, those with fewer filled up with ``value``."""
+    """Concatenate tensors ``(B, m, ...)`` along ``B``; where ``m`` differs, they are padded with ``value``."""
     width = max(tensor.shape[1] for tensor in tensors)
     whole = []
     for tensor in tensors:
@@ -103,7 +103,7 @@ def cat_padded(tensors: list[Tensor], value: float) -> Tensor:
 
 
 def check_finite(values: Tensor) -> None:
-    """Refuse NaN and infinite products ``(B, ...)`` of an operator.
+    """Raise an error for NaN and infinite products ``(B, ...)`` of an operator.
 
     Raises:
         NonFiniteJacobianError: With the number of examples.
@@ -117,7 +117,7 @@ def check_finite(values: Tensor) -> None:
 
 
 def check_positive(value: object, **counts: int) -> None:
-    """Refuse counts below one.
+    """Raise an error for counts below one.
 
     Raises:
         ValueError: With the name of the class and of the argument.

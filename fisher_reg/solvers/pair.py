@@ -13,25 +13,25 @@ from fisher_reg.solvers.result import EigenResult, Solver
 def eigenpair_along(operator: FactoredOperator, u: Tensor, solver: Solver, *, is_exact: bool) -> EigenResult:
     r"""Return :math:`\theta = \|A^\top u\|^2` of unit vectors ``u``: one backward pass and one product with A.
 
-    Nothing is known of larger eigenvalues, so that no example counts as converged.
+    This says nothing about larger eigenvalues, so that no example counts as converged.
 
     Args:
         operator: A.
         u: ``(B, K)``.
-        solver: Whose result it is.
-        is_exact: Whether the residual must be right to round-off; else it may come from a difference quotient.
+        solver: The solver to name in the result.
+        is_exact: Whether the residual must be exact up to rounding; else it may come from a difference quotient.
 
     Returns:
-        The fields that a solver fills in.
+        The eigenpair with its residual.
     """
     row = operator.adjoint(u)
     check_finite(row)
     image = operator.apply(unit(row), exact=is_exact, slope=operator.slope_along(u, row))
     check_finite(image)
     root = row.double().norm(dim=1)
-    theta = root.square()
+    theta = root.square()  # theta = ||A^T u||^2
     value = theta.to(row.dtype)
-    # G u = sqrt(theta) A v
+    # A A^T u = sqrt(theta) A v, so that ||A A^T u - theta u|| = sqrt(theta) ||A v - sqrt(theta) u||
     residual = root * (image.double() - root[:, None] * u.double()).norm(dim=1)
     return EigenResult(
         eigenvalue=value,

@@ -1,4 +1,4 @@
-"""The paper's white-box method."""
+"""The power method: the white-box method of the paper."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fisher_reg.solvers.search import Plan, search
 
 @dataclass(frozen=True)
 class PowerIteration(Solver):
-    """Repeated multiplication with ``A Aᵀ``; the paper's white-box method without its ``K x K`` matrix, to compare.
+    """Power method with ``A Aᵀ``: the white-box method of the paper without its ``K x K`` matrix, for comparison.
 
-    What it converges to is checked by the steps of :class:`Lanczos`, which needs fewer passes by itself, at most
-    ``num_probe_steps`` of them; where they find a larger eigenvalue, that one is the result.
+    The limit is checked by at most ``num_probe_steps`` steps of :class:`Lanczos`, which alone needs fewer passes. If
+    they find a larger eigenvalue, that one is the result.
 
     Args:
-        max_iterations: Upper limit of the number of multiplications.
+        max_iterations: Largest number of multiplications.
         rtol: Residual, relative to the eigenvalue, at which the iteration stops.
         tolerance: Relative width of the interval at which an example counts as converged.
-        failure_probability: Of that interval.
-        num_probe_steps: Steps of the check.
+        failure_probability: That of the interval.
+        num_probe_steps: Largest number of steps of the check.
     """
 
     max_iterations: int = 100
@@ -53,7 +53,7 @@ class PowerIteration(Solver):
             failure_probability=self.failure_probability,
         )
         check = search(operator, vector, plan, generator)
-        # the end of the interval is at most (1 + half) times the value of the check
+        # the upper end is at most (1 + half) check.eigenvalue, and must be at most (1 + tolerance) times the result
         is_low = check.eigenvalue > (1 + self.tolerance) / (1 + half) * power.eigenvalue
         is_small = power.residual <= self.rtol * power.eigenvalue
         return replace(
@@ -68,20 +68,20 @@ class PowerIteration(Solver):
         )
 
     def _iterate(self, operator: FactoredOperator) -> tuple[Tensor, Tensor, int]:
-        """Return unit vectors ``(B, K)``, the multiplications that each took ``(B,)``, and the passes."""
+        """Return unit vectors ``(B, K)``, the number of multiplications of each ``(B,)``, and the number of passes."""
         u = unit(operator.starts(1)[:, 0])
         num_steps, num_matvecs = torch.zeros(len(u), dtype=torch.long, device=u.device), 0
         is_done = torch.zeros(len(u), dtype=torch.bool, device=u.device)
         for _ in range(self.max_iterations):
-            row = operator.adjoint(u)
+            row = operator.adjoint(u)  # A^T u = sqrt(theta) v
             image = operator.apply(unit(row), slope=operator.slope_along(u, row))
             check_finite(image)
             num_matvecs += 2
-            # G u = sqrt(theta) A v, so that the relative residual is |A v / sqrt(theta) - u|
+            # ||A A^T u - theta u|| <= rtol theta, with A A^T u = sqrt(theta) A v
             root = row.double().norm(dim=1, keepdim=True)
             is_done = is_done | ((image - root * u).norm(dim=1) <= self.rtol * root.squeeze(1))
             num_steps = num_steps + ~is_done
-            u = torch.where(is_done[:, None], u, unit(image))
+            u = torch.where(is_done[:, None], u, unit(image))  # u <- A A^T u / ||A A^T u||
             if bool(is_done.all()):
                 break
         return u, num_steps, num_matvecs

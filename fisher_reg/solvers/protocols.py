@@ -1,4 +1,4 @@
-r"""What a solver is given: a batch of matrices :math:`F = A^\top A`, seen through products with ``A`` alone."""
+r"""The input of a solver: a batch of matrices :math:`F = A^\top A`, given by products with ``A`` and ``Aᵀ`` only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class FactoredOperator(Protocol):
         """Random ``(B, K)`` with the identity as second moment, from labels drawn under the model."""
 
     def apply(self, tangent: Tensor, /, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
-        """``A v``, ``(B, d)`` to ``(B, K)``; with a ``slope`` and not ``exact`` perhaps by a difference quotient."""
+        """``A v``, ``(B, d)`` to ``(B, K)``; given a ``slope`` and not ``exact``, it may be a difference quotient."""
 
     def slope_along(self, cotangent: Tensor, row: Tensor, /) -> Tensor:
-        """How fast the logits move along ``row = Aᵀ u``, ``(B,)``: what sets the step of a difference quotient."""
+        """Rate of change of the logits along ``row = Aᵀ u``, ``(B,)``: it sets the step of a difference quotient."""
 
     def adjoint(self, cotangent: Tensor, /) -> Tensor:
-        """``(B, K)`` to ``(B, d)``, to round-off."""
+        """``Aᵀ u``, ``(B, K)`` to ``(B, d)``, exact up to rounding."""
 
     def restrict(self, keep: Tensor, /) -> Self | None:
         """Return the operators at the indices ``keep`` ``(b,)``, or None if only the whole batch can be applied."""

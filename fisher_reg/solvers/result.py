@@ -1,4 +1,4 @@
-r"""What a solver returns: eigenpairs of :math:`F = A^\top A` with residuals, convergence flags and an interval."""
+r"""The result of a solver: eigenpairs of :math:`F = A^\top A` with residuals, convergence flags and an interval."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ from fisher_reg.solvers.protocols import FactoredOperator
 
 @dataclass(frozen=True)
 class EigenResult:
-    r"""Largest eigenvalue of a batch of matrices :math:`F = A^\top A`, with what is known of its error.
+    r"""Largest eigenvalue of a batch of matrices :math:`F = A^\top A`, with its eigenvector and error estimates.
 
-    Of :func:`fisher_reg.fisher_eigenpairs` the first five fields have an axis of eigenpairs after ``B``. A solver of
-    your own may leave out the fields from ``residual_is_exact`` on: nothing is then known but the eigenpair.
+    In a result of :func:`fisher_reg.fisher_eigenpairs` the first five fields have an axis of eigenpairs after ``B``.
+    The fields from ``residual_is_exact`` on are optional for a user-defined solver; without them only a trace bounds
+    the eigenvalue from above.
 
     Attributes:
         eigenvalue: ``(B,)``. :math:`\theta = \|A^\top u\|^2`, a Rayleigh quotient by backward passes alone: never above
             the true value beyond round-off.
         eigenvector: ``(B, *S)``. :math:`v = A^\top u / \sqrt\theta`; zero where the matrix is zero.
-        left_singular_vector: ``(B, K)``. :math:`u`, of unit length: what the outputs do along ``v``.
-        residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`. :math:`A A^\top` has the eigenvalues of F, so that one of
-            them lies within ``residual`` of ``eigenvalue``. It does not say that this one is the largest. At most this,
-            where the search stopped before the pass that measures it.
+        left_singular_vector: ``(B, K)``. :math:`u`, of unit length: the direction in which the outputs move along
+            ``v``.
+        residual: ``(B,)``. :math:`\|A A^\top u - \theta u\|`, or an upper bound of it where the search stopped before
+            the pass that measures it. :math:`A A^\top` has the nonzero eigenvalues of F, so that one of them lies
+            within ``residual`` of ``eigenvalue``; this one need not be the largest.
         converged: ``(B,)``, boolean. Both of these hold: the residual is at most ``rtol`` times the eigenvalue, and no
             eigenvalue of F exceeds ``eigenvalue`` by more than the solver's ``tolerance``, except with its
             ``failure_probability`` (see :meth:`interval`).
-        ritz_values: ``(B, m)``, descending: the Ritz values of the search space, zero where it was smaller.
-        num_steps: ``(B,)``. Vectors added to the starts for each example.
-        num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch, or what
-            was left of it.
+        ritz_values: ``(B, m)``, descending: the Ritz values of the search space, padded with zeros.
+        num_steps: ``(B,)``. Number of vectors added to the start vectors of each example.
+        num_matvecs: Number of products with ``A`` and with its transpose; each product covers all examples that have
+            not stopped yet.
         solver: The solver that was used.
         residual_is_exact: Whether the residual and the Lanczos steps come from exact derivatives.
-        couplings: ``(B, m)``. Length of what :math:`A A^\top` takes each Ritz vector out of the search space by;
-            infinite where it is not known.
+        couplings: ``(B, m)``. :math:`\kappa_i`, the norm of the component of :math:`A A^\top y_i` outside the search
+            space, for each Ritz vector :math:`y_i`; infinite where it is not known.
         rounding: ``(B,)``. Estimated norm of the errors of products with ``A``, in the unit of :math:`\sqrt\lambda`:
-            how far forward and backward derivatives disagree in the search space, with a factor for what that does not
-            see.
-        random_start: The Lanczos steps, from a start with a random part, on the CPU.
-        search_space: ``(B, n, K)``, orthonormal rows, zero where there are fewer. Empty where all outputs were used.
+            the disagreement of forward and backward derivatives in the search space, scaled up for the rest of the
+            output space.
+        random_start: The Lanczos recurrence, whose start has a random part, on the CPU.
+        search_space: ``(B, n, K)``, orthonormal rows, padded with zeros. Empty if the whole output space was used.
     """
 
     eigenvalue: Tensor
@@ -65,7 +67,7 @@ class EigenResult:
     search_space: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        """Fill in what a solver does not say: nothing is known of it."""
+        """Fill in the fields that a solver left out: couplings and bound are infinite."""
         value, u = self.ritz_values, self.left_singular_vector
         defaults: dict[str, Callable[[], Any]] = {
             "couplings": lambda: torch.full_like(value, torch.inf),
@@ -105,38 +107,37 @@ class EigenResult:
 
     @property
     def known_trace(self) -> Tensor:
-        """Trace of F on the search space ``(B,)``: at most the trace, at least the eigenvalue."""
+        """Sum of the Ritz values, ``(B,)``: the trace of F on the search space, between the eigenvalue and tr F."""
         return self.ritz_values.sum(1)
 
     def interval(self, failure_probability: float | None = None, *, trace: Tensor | None = None) -> Interval:
-        r"""Enclose the largest eigenvalue: ``lower <= λ <= upper`` per example, at no further pass.
+        r"""Enclose the largest eigenvalue: ``lower <= λ <= upper`` per example, without a further pass.
 
-        *Certain*, up to rounding, is that no Rayleigh quotient exceeds :math:`\lambda`, so that ``lower`` holds; and,
-        given an exact ``trace``, that ``upper`` holds: what the search space leaves of the trace bounds every
-        eigenvalue outside it.
+        *Certain*, up to rounding: ``lower``, since no Rayleigh quotient exceeds :math:`\lambda`; and ``upper`` if an
+        exact ``trace`` is given, since the trace minus the Ritz values bounds every eigenvalue outside the search
+        space.
 
-        *With probability* ``1 - failure_probability`` the ``upper`` without a trace holds, for each example by itself.
-        The randomness is that of the random vector that the solver has drawn from its ``generator``, by default a fixed
-        one, the same for all examples of a batch; nothing is assumed of the network or the input. The failures of
-        several examples are therefore not independent. The formulas are in :mod:`fisher_reg.solvers.interval`.
+        *With probability* ``1 - failure_probability``, per example: ``upper`` without a trace. The randomness is that
+        of the vector that the solver drew from its ``generator`` (by default a fixed one). Nothing is assumed about the
+        network or the input. All examples of a batch share the vector, so that their failures are not independent. The
+        formulas are in :mod:`fisher_reg.solvers.interval`.
 
-        *Rounding* is added on both sides as an estimate, not a proof: from the disagreement of forward and backward
-        derivatives in the search space (``rounding``). The numbers of a network in float32 are those of the function
-        that is computed in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below
-        ``lower``.
+        *Rounding* is added on both sides as an estimate, not a proof: the disagreement of forward and backward
+        derivatives in the search space (``rounding``). The interval of a network in float32 is that of the function as
+        computed in float32. A *sampled* trace makes ``upper`` as uncertain as that trace; it is never below ``lower``.
 
         Args:
-            failure_probability: Strictly between 0 and 1; that of the solver if nothing is given. A smaller one than
-                the solver's gives a wide interval: solve with it.
+            failure_probability: Strictly between 0 and 1; by default that of the solver. A smaller one than the
+                solver's gives a wide interval: solve with it instead.
             trace: Trace of F ``(B,)``, as of :func:`fisher_reg.fisher_trace` with ``estimator=Exact()``. Without a
-                ``failure_probability`` the interval is then certain; with one the smaller upper end is taken.
+                ``failure_probability`` the interval is then certain; with one, the smaller upper end is taken.
 
         Returns:
             Fields ``(B,)`` in the unit of ``eigenvalue``.
 
         Raises:
-            ValueError: If the failure probability is no such number, if ``trace`` is not ``(B,)``, if the residual is
-                not an exact derivative and no trace is given, or for the result of
+            ValueError: If the failure probability is out of range, if ``trace`` is not ``(B,)``, if the residual does
+                not come from exact derivatives and no trace is given, or for a result of
                 :func:`fisher_reg.fisher_eigenpairs`.
 
         Example:
@@ -148,7 +149,7 @@ class EigenResult:
             (True, True, True)
         """
         if self.eigenvalue.ndim != 1:
-            raise ValueError("An interval is that of the largest eigenvalue alone; take fisher_spectral_norm for it.")
+            raise ValueError("interval() encloses the largest eigenvalue only; use the result of fisher_spectral_norm.")
         if failure_probability is None and trace is None:
             failure_probability = getattr(self.solver, "failure_probability", 1e-3)
         if failure_probability is not None:
@@ -187,13 +188,14 @@ class EigenResult:
         )
 
     def _upper_by_trace(self, trace: Tensor) -> Tensor:
-        """Bound the eigenvalue by what the search space leaves of the trace."""
+        """Bound the eigenvalue by the trace minus the Ritz values."""
         if not isinstance(trace, Tensor) or trace.shape != self.eigenvalue.shape:
             found = tuple(trace.shape) if isinstance(trace, Tensor) else type(trace).__name__
             shape = tuple(self.eigenvalue.shape)
             raise ValueError(f"trace must be a tensor of shape {shape}, one number per example; got {found}.")
         total, values = trace.cpu().double(), self.ritz_values.cpu().double()
         known = values.sum(1)
+        # b = tr F - sum_i theta_i, and the rounding of both
         left = (total - known).clamp_min(0) + 4 * torch.finfo(trace.dtype).eps * (total + known)
         kappa = self.couplings.cpu() if self.residual_is_exact else torch.full_like(values, torch.inf)
         return majorant(values, kappa, left)
@@ -201,7 +203,7 @@ class EigenResult:
     def _check_exact(self, failure_probability: float) -> None:
         if not self.residual_is_exact:
             raise ValueError(
-                "The residual of this result comes from difference quotients, which certify nothing. Solve with "
+                "The residual of this result comes from difference quotients, which give no guarantee. Solve with "
                 f"solver=Lanczos(is_exact=True, failure_probability={failure_probability:g}) or solver=Exact(), or "
                 "give an exact trace: interval(trace=fisher_trace(model, inputs, estimator=Exact()))."
             )
@@ -236,7 +238,7 @@ _PADDED = ("ritz_values", "couplings", "search_space")
 
 
 def leading(result: EigenResult) -> EigenResult:
-    """Keep the first of several eigenpairs and drop their axis."""
+    """Keep the first eigenpair and drop the axis of eigenpairs."""
     return replace(result, **{name: getattr(result, name)[:, 0] for name in _PER_PAIR})
 
 
@@ -248,7 +250,7 @@ def part(result: EigenResult, index: Tensor) -> EigenResult:
 
 
 def concatenate(results: list[EigenResult]) -> EigenResult:
-    """Join the results of parts of one batch; applications are added."""
+    """Concatenate the results of parts of one batch; ``num_matvecs`` is their sum."""
     if len(results) == 1:
         return results[0]
     joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in results]) for name in _PER_EXAMPLE}

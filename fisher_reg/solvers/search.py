@@ -1,16 +1,16 @@
-r"""Lanczos steps of :math:`G = A A^\top` from a start that is a guess in one half and random in the other.
+r"""Lanczos iteration with :math:`G = A A^\top` from the sum of a guess :math:`c` and a random vector :math:`w`.
 
-All solvers search on the output side, which is small: :math:`G` has the eigenvalues of F. For orthonormal
-:math:`u_1 \dots u_m` the rows :math:`r_i = A^\top u_i` are backward passes; :math:`H_{ij} = r_i^\top r_j` is the
-projection of :math:`G` on the search space, and needs no derivative but these. A forward-mode pass only says where to
-search next and how large the residual is, so that it may be a difference quotient: the component of its result inside
-the search space is known exactly from the rows, which measures its error.
+All solvers work in the output space, which is small: :math:`G` has the nonzero eigenvalues of F. For orthonormal
+:math:`u_1 \dots u_m`, the rows of :math:`W`, the VJPs :math:`r_i = A^\top u_i` give the projection
+:math:`H_{ij} = r_i^\top r_j` of :math:`G` on the search space, with :math:`H s_i = \theta_i s_i`. The JVP
+:math:`A v_m`, :math:`v_m = r_m / \|r_m\|`, gives only the next direction and the residual, so that it may be a
+difference quotient: its component inside the search space is known exactly from the VJPs, which measures its error.
 
-The guess makes the search fast, the random part makes it honest: an eigenvector that the guess knows nothing of is in
-the random part, and the steps find it (see :mod:`fisher_reg.solvers.interval`).
+The guess makes the search fast. The random part makes the interval valid: it has a component along every eigenvector,
+also one orthogonal to the guess (see :mod:`fisher_reg.solvers.interval`).
 
-The vectors stay on the device. What is decided by numbers, the projected matrix, is solved on the CPU in double
-precision. A step waits for the device twice: after the product with A and after that with its transpose.
+The vectors stay on the device. The projected matrix H is solved on the CPU in double precision. A step synchronises
+with the device twice: after the product with A and after the product with its transpose.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from fisher_reg.solvers.result import EigenResult, Solver, concatenate, part
 
 @dataclass(frozen=True)
 class Plan:
-    """When a search stops.
+    """The stopping rule of a search.
 
     Attributes:
-        solver: Whose search it is.
+        solver: The solver to name in the result.
         num_steps: Largest number of vectors that are added to the start.
         rtol: Residual, relative to the eigenvalue, at which an example may stop.
         tolerance: Relative width of the interval at which it may stop.
-        failure_probability: Of that interval.
+        failure_probability: That of the interval.
         is_exact: Whether every product is an exact derivative.
     """
 
@@ -50,16 +50,16 @@ class Plan:
 
     @property
     def trusted(self) -> float:
-        """Error of a difference quotient, relative to the result, above which the exact derivative is taken."""
+        """Relative error of a difference quotient above which it is replaced by the exact derivative."""
         return 0.0 if self.is_exact or self.rtol < _LEAST_QUOTIENT_RTOL else _TRUSTED
 
 
 def search(
     operator: FactoredOperator, guess: Tensor, plan: Plan, generator: torch.Generator | None = None
 ) -> EigenResult:
-    """Return the largest eigenpair of each operator, searched from a ``guess`` ``(B, K)``.
+    """Return the largest eigenpair of each operator, starting from a ``guess`` ``(B, K)``.
 
-    With fewer outputs than a random direction can be bounded in, :class:`Exact` takes no more passes.
+    With fewer outputs than the bound of the interval needs, :class:`Exact` is used, which takes no more passes.
     """
     if guess.shape[1] < _LEAST_OUTPUTS:
         return replace(Exact().solve(operator), solver=plan.solver)
@@ -67,22 +67,22 @@ def search(
 
 
 def random_source(generator: torch.Generator | None) -> torch.Generator:
-    """Return the generator, or a fixed one. Searches that follow each other need the same one, not the same numbers."""
+    """Return the generator, or a new fixed one. Consecutive searches must share it, to draw different vectors."""
     return fixed_generator(_SEED) if generator is None else generator
 
 
 def _start(guess: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return the sum of the guess and a random vector orthogonal to it, as unit vectors ``(B, K)``."""
     c = unit(guess)
-    # the same random vector for all examples, so that none depends on the others in the batch
+    # the same random vector for all examples, so that no result depends on the other examples of the batch
     w = normal(guess[0], random_source(generator)).expand_as(c)
-    return unit(c + unit(outside(w, c[:, None])))
+    return unit(c + unit(outside(w, c[:, None])))  # u_1 = sqrt(1 - sigma^2) c + sigma w, w orthogonal to c
 
 
 class _Search:
-    """The examples of a batch that are still searched.
+    """State of the search: the examples of a batch that have not stopped.
 
-    ``left`` ``(B, m, K)`` and ``rows`` ``(B, m, d)`` are on the device, everything else on the CPU.
+    ``left`` W ``(B, m, K)`` and ``rows`` ``W A`` ``(B, m, d)`` are on the device, everything else on the CPU.
     """
 
     def __init__(self, operator: FactoredOperator, start: Tensor, plan: Plan) -> None:
@@ -102,7 +102,7 @@ class _Search:
         self.found: list[tuple[Tensor, EigenResult]] = []
 
     def run(self) -> EigenResult:
-        """Alternate products with the transpose of A and with A until every example has stopped."""
+        """Alternate products with the transpose of A and with A until all examples have stopped."""
         while True:
             self._extend()
             self._finish(is_open=True)
@@ -119,28 +119,28 @@ class _Search:
     def _extend(self) -> None:
         """Add a vector to the search space: one backward pass."""
         u = new_direction(self.following, self.left)
-        row = self.operator.adjoint(u)
+        row = self.operator.adjoint(u)  # r_m = A^T u_m
         self.num_matvecs += 1
         self.left = torch.cat([self.left, u[:, None]], 1)
         self.rows = torch.cat([self.rows, row[:, None]], 1) if self.rows.shape[1] else row[:, None]
-        column = products(self.rows, row[:, None]).cpu()  # the wait for a backward pass
+        column = products(self.rows, row[:, None]).cpu()  # H_{im} = r_i^T r_m; synchronises after the backward pass
         if not bool(column.isfinite().all()):
             check_finite(row)
         self.gram = torch.cat([torch.cat([self.gram, column[:, :-1]], 2), column.mT], 1)
-        values, vectors = symmetric_eigen(self.gram)
+        values, vectors = symmetric_eigen(self.gram)  # H s_i = theta_i s_i
         self.theta, self.s = values.flip(1).clamp_min(0), vectors.flip(2)
 
     def _multiply(self) -> None:
-        """Apply A to the last row: the last off-diagonal, and where to search next."""
+        """Apply A to the last row: it gives the last off-diagonal and the next direction."""
         u, row = self.left[:, -1], self.rows[:, -1]
         v = unit(row)
-        length = self.gram[:, -1, -1].clamp_min(0).sqrt()  # |r_m|
-        inside = self.gram[:, -1] / length.clamp_min(_TINY)[:, None]  # W' A v = W' W A A' u_m / |r_m|
+        length = self.gram[:, -1, -1].clamp_min(0).sqrt()  # ||r_m|| = sqrt(H_mm)
+        inside = self.gram[:, -1] / length.clamp_min(_TINY)[:, None]  # W A v_m = W A A^T u_m / ||r_m|| = H_m / ||r_m||
         trusted = self.plan.trusted
         image = self.operator.apply(v, exact=trusted == 0, slope=self.operator.slope_along(u, row))
         self.num_matvecs += 1
         rest, distance, error = self._compared(image, inside)
-        # squares below the square root of the smallest number underflow
+        # the squares of smaller numbers underflow
         size = inside.norm(dim=1).clamp_min(10 * torch.finfo(row.dtype).tiny ** 0.5)
         is_exact = torch.full_like(self.is_done, trusted == 0)
         wrong = ~is_exact & ~self.is_done & ~(error <= trusted * size)
@@ -148,27 +148,28 @@ class _Search:
             rest, distance, error = self._compared(self._replaced(image, v, wrong), inside)
             is_exact = is_exact | wrong
         self._check_transposes(u, row, v, inside, (error > 2 * _TRUSTED * size) & ~self.is_done)
+        # the error inside the m-dimensional space, scaled to K dimensions, times a safety factor
         norm = 4 * error * (self.num_outputs / self.left.shape[1]) ** 0.5
         self.disagreement = torch.maximum(self.disagreement, norm)
         self.rounding = torch.where(is_exact, torch.maximum(self.rounding, norm), self.rounding)
         distance = distance + error
-        # beta_m = |r_m| |(1 - W W') A v|
+        # beta_m = ||r_m|| ||(1 - W^T W) A v_m||
         self.beta = length * distance
-        self.is_exhausted = distance <= 100 * torch.finfo(row.dtype).eps * length  # nothing but rounding is left
+        self.is_exhausted = distance <= 100 * torch.finfo(row.dtype).eps * length  # only rounding is left
         self.log_norms = self.log_norms + self.beta.log()
         self.following = rest
 
     def _compared(self, image: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what lies outside the space ``(B, K)``, its length, and the error inside, both ``(B,)``."""
-        rest = outside(image, self.left)
+        """Return the component outside the space ``(B, K)``, its norm, and the error inside, both ``(B,)``."""
+        rest = outside(image, self.left)  # (1 - W^T W) A v_m
         coordinates = (self.left @ image[:, :, None]).squeeze(2).double()
-        numbers = torch.cat([coordinates, rest.double().norm(dim=1, keepdim=True)], 1).cpu()  # the wait for a forward
+        numbers = torch.cat([coordinates, rest.double().norm(dim=1, keepdim=True)], 1).cpu()  # synchronises
         if not bool(numbers.isfinite().all()):
             check_finite(image)
         return rest, numbers[:, -1], (numbers[:, :-1] - inside).norm(dim=1)
 
     def _replaced(self, image: Tensor, v: Tensor, wrong: Tensor) -> Tensor:
-        """Take the exact derivative where ``wrong``."""
+        """Replace the products of the examples in ``wrong`` by exact derivatives."""
         self.num_matvecs += 1
         index = wrong.nonzero().squeeze(1).to(v.device)
         some = None if bool(wrong.all()) else self.operator.restrict(index)
@@ -178,18 +179,19 @@ class _Search:
         return image.index_copy(0, index, some.apply(v[index], exact=True))
 
     def _check_transposes(self, u: Tensor, row: Tensor, v: Tensor, inside: Tensor, suspicious: Tensor) -> None:
-        """Refuse an ``apply`` that is not the transpose of ``adjoint``, unless rounding explains the difference.
+        """Raise an error if ``apply`` is not the transpose of ``adjoint`` and rounding does not explain the difference.
 
-        Products of twice the vector round alike and tell whether ``apply`` is linear; those of odd multiples round
-        differently and show the rounding.
+        Products with twice the vector have the same rounding errors and show whether ``apply`` is linear. Products with
+        odd multiples have other rounding errors and show their size.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If ``apply`` is not the transpose.
         """
         if not bool(suspicious.any()):
             return
         once, twice = (self.operator.apply(c * v, exact=True) / c for c in (1, 2))
-        # rows from before a part of the batch was dropped: a unit at its kink may round to the other side since
+        # recompute the rows, since stopped examples have been dropped: in a smaller batch an input of ReLU near zero
+        # may be rounded to the other sign
         again = torch.stack([self.operator.adjoint(one) for one in self.left.unbind(1)], 1)
         noise = (again - self.rows).flatten(1).norm(dim=1)
         for c in _FACTORS:
@@ -202,13 +204,13 @@ class _Search:
             raise ValueError(_NO_TRANSPOSES)
 
     def _finish(self, *, is_open: bool, is_last: bool = False) -> None:
-        """Keep the results of those whose interval is narrow and whose residual is small, or of all."""
-        # |G y - theta y| = beta_m |s_m| for a Ritz vector y
+        """Store the results of examples with a narrow interval and a small residual, or of all if ``is_last``."""
+        # ||G y_1 - theta_1 y_1|| = beta_m |s_{m1}| for the Ritz vector y_1 = W^T s_1
         residual = self._last_norm(is_open) * self.s[:, -1, 0].abs()
         value = self.theta[:, 0]
         small = (residual <= self.plan.rtol * value) | (self.is_exhausted & (not is_open))
         start = self._random_start(is_open)
-        # of the largest upper end, (sqrt(t) + eta)^2 is at most 1 + tolerance times the lower end
+        # the largest t with (sqrt(t) + eta)^2 <= (1 + tolerance) (sqrt(theta_1) - eta)^2
         eta = self._eta()
         limit = ((1 + self.plan.tolerance) ** 0.5 * (value.sqrt() - eta) - eta).clamp_min(0).square()
         narrow = start.excludes(limit, self.plan.failure_probability)
@@ -219,15 +221,16 @@ class _Search:
             self._drop_done()
 
     def _last_norm(self, is_open: bool) -> Tensor:
-        """Return the last off-diagonal, or the most that it can be for an eigenvalue at the end of the interval."""
+        """Return ``beta_m``; before it is computed, its upper bound for an eigenvalue at the end of the interval."""
         if not is_open:
             return self.beta
         end = (1 + self.plan.tolerance) * self.theta[:, 0]
+        # beta_m^2 <= b alpha_m - ||H_m||^2
         return (end * self.gram[:, -1, -1] - self.gram[:, -1].square().sum(1)).clamp_min(0).sqrt()
 
     def _random_start(self, is_open: bool) -> RandomStart:
         last = self.gram[:, -1, -1].clamp_min(0)
-        offset = self.gram[:, -1].square().sum(1) / last.clamp_min(_TINY)
+        offset = self.gram[:, -1].square().sum(1) / last.clamp_min(_TINY)  # ||H_m||^2 / alpha_m
         return RandomStart(
             roots=self.theta,
             log_norms=self.log_norms,
@@ -241,7 +244,7 @@ class _Search:
         return self.rounding + 4 * torch.finfo(self.rows.dtype).eps * self.theta[:, 0].sqrt()
 
     def _keep(self, done: Tensor, residual: Tensor, converged: Tensor, start: RandomStart, is_open: bool) -> None:
-        """Note the results of ``done``."""
+        """Store the results of the examples in ``done``."""
         index = done.nonzero().squeeze(1)
         everything = len(index) == len(done)
         left, rows = (x if everything else x[index.to(x.device)] for x in (self.left, self.rows))
@@ -251,11 +254,11 @@ class _Search:
 
         y = here(self.s[:, None, :, 0])
         value = here(self.theta[:, 0])
-        # a positive eigenvalue that the precision cannot hold
+        # false for a positive eigenvalue that underflows or overflows in the precision of the result
         wide, narrow = self.theta[:, 0], self.theta[:, 0].to(left.dtype)
         in_range = narrow.isfinite() & ((narrow > 0) | (wide == 0))
         is_zero = here(wide == 0, torch.bool)
-        kappa = self.beta[:, None] * self.s[:, -1].abs()
+        kappa = self.beta[:, None] * self.s[:, -1].abs()  # kappa_i = beta_m |s_{mi}|
         result = EigenResult(
             eigenvalue=value,
             eigenvector=unit((y @ rows).squeeze(1)).masked_fill(is_zero[:, None], 0.0),
@@ -303,19 +306,19 @@ class _Search:
 
 
 _FACTORS = (3, 5, 7, 11)
-_SEED = 7919_2026_0001  # a network that was seeded with a small number has other random numbers
-_SHARE = 0.5**0.5  # sigma: of a sum of two orthogonal unit vectors
-_LEAST_OUTPUTS = 5  # from four dimensions outside the guess on, no guess makes a small component likelier
+_SEED = 7919_2026_0001  # large, so that a model seeded with a small number draws other numbers
+_SHARE = 0.5**0.5  # sigma, for the normalised sum of two orthogonal unit vectors
+_LEAST_OUTPUTS = 5  # w has four dimensions: then no guess makes a small component of u_1 more likely
 
 _WORTH_A_FORWARD = 1 / 2
-"""Share of the batch up to which a new forward on it costs less than passing the rest through one more step."""
+"""If at most this share of the batch is left, a new forward of it costs less than one more step of the whole batch."""
 
 _TRUSTED = 0.05
 _LEAST_QUOTIENT_RTOL = 1e-2  # below it the error of a difference quotient, about 1e-3, is no longer small
 _TINY = 1e-290
 
 _NO_TRANSPOSES = (
-    "apply and adjoint are not transposes of each other. A model does that if its forward is random, if a part of it "
+    "apply and adjoint are not transposes of each other. This happens if the forward is random, if a part of the model "
     "runs under torch.no_grad(), which forward-mode passes do not respect (use detach() there), or if a custom "
     "autograd.Function has a wrong derivative or none of second order (@once_differentiable)."
 )

@@ -19,18 +19,16 @@ class SignResult:
     r"""Large values of :math:`\delta^\top F \delta` over the cube, for a batch of matrices :math:`F = A^\top A`.
 
     Attributes:
-        value: ``(B,)``. :math:`\|A \delta\|^2` at ``perturbation``, by an exact derivative. A lower bound of the
-            maximum up to round-off, since it is attained. How far below it lies is not known: to maximise a convex
-            function over a cube is NP-hard.
-        perturbation: ``(B, *S)``. :math:`\delta`: a vertex of the cube, with entries -1 and 1; zero where ``A`` takes
-            it to zero.
-        left_singular_vector: ``(B, K)``. :math:`u = A \delta / \|A \delta\|`; zero where that is zero.
-            :math:`\|A^\top u\|_1^2` is at least ``value``, and at most the maximum too.
-        is_stationary: ``(B,)``, boolean. Whether one more step would change no sign, but for entries of
-            :math:`F \delta` that are together smaller than ``rtol`` of the solver. Necessary for a maximum, not
-            sufficient.
-        num_steps: ``(B,)``. Steps after the first vertex, until the example was stationary.
-        num_matvecs: Applications of ``A`` and of its transpose, counted alike; each one covers the whole batch.
+        value: ``(B,)``. :math:`\|A \delta\|^2` at ``perturbation``, by an exact derivative: a lower bound of the
+            maximum, up to rounding. The gap is not known: to maximise a convex function over a cube is NP-hard.
+        perturbation: ``(B, *S)``. :math:`\delta`: a vertex of the cube, with entries -1 and 1; zero where
+            :math:`A \delta = 0`.
+        left_singular_vector: ``(B, K)``. :math:`u = A \delta / \|A \delta\|`; zero where :math:`A \delta = 0`.
+            :math:`\|A^\top u\|_1^2` lies between ``value`` and the maximum.
+        is_stationary: ``(B,)``, boolean. Whether one more step would change no sign, except for entries whose share of
+            :math:`\|F \delta\|_1` is at most the ``rtol`` of the solver. Necessary for a maximum, not sufficient.
+        num_steps: ``(B,)``. Number of steps after the first vertex, until the example was stationary.
+        num_matvecs: Number of products with ``A`` and with its transpose; each product covers the whole batch.
         solver: The solver that was used.
     """
 
@@ -53,25 +51,25 @@ class SignResult:
 class SignIteration:
     r"""Search for :math:`\max_{\|\delta\|_\infty \le 1} \|A \delta\|^2 = \max_{\|u\| = 1} \|A^\top u\|_1^2`.
 
-    The power method for this norm is :math:`\delta \leftarrow \mathrm{sign}(A^\top A \delta)`. The value never falls,
-    since a convex function lies above its tangent, and after finitely many steps no sign changes. Where it stops
-    depends on the start. It is therefore run on a growing subspace of outputs, with an orthonormal basis ``U``
-    ``(m, K)``: once :math:`U A` is known, the iteration for it costs no pass, and is run from all of its left singular
-    vectors and from ``num_trials`` random starts. The subspace begins with ``num_starts`` vectors, whitened contrasts
-    and indicators of the likeliest classes and, if ``K`` is larger, a random one. It grows by :math:`A \delta` for the
-    best :math:`\delta`, until that is stationary for ``A`` itself.
+    The power method for this norm is :math:`\delta \leftarrow \mathrm{sign}(A^\top A \delta)`. The value never
+    decreases, since a convex function lies above its tangents, and after finitely many steps no sign changes. The limit
+    depends on the start. The iteration is therefore run on a growing subspace of outputs with an orthonormal basis
+    ``U`` ``(m, K)``. Once :math:`U A` is known, its iterations cost no pass; they start from all left singular vectors
+    of :math:`U A` and from ``num_trials`` random vectors. The first subspace is spanned by ``num_starts`` vectors
+    (whitened contrasts and indicators of the likeliest classes) and, if ``K`` is larger, a random one. :math:`A \delta`
+    of the best :math:`\delta` is added until :math:`\delta` is stationary for ``A``.
 
-    Costs ``num_starts + num_steps + 2`` backward and ``num_steps + 1`` exact forward-mode passes at most. With ``K`` at
-    most ``num_starts`` these are ``K`` and 1, since ``A`` is then known whole.
+    Costs at most ``num_starts + num_steps + 2`` backward and ``num_steps + 1`` exact forward-mode passes. With ``K`` at
+    most ``num_starts`` these are ``K`` and 1, since ``A`` is then formed.
 
     References: Boyd (1974), "The power method for l^p norms"; Higham (1992), "Estimating the matrix p-norm".
 
     Args:
         num_steps: Largest number of vertices after the first one; 0 or more.
-        num_starts: Vectors to begin with, at most ``K`` of them are used.
-        num_trials: Random starts on the subspace, the same for all examples.
-        rtol: An example stops once the entries of :math:`F \delta` with another sign than :math:`\delta` are together
-            at most this share of :math:`\|F \delta\|_1`; 0 for no change of any sign.
+        num_starts: Number of start vectors; at most ``K`` of them are used.
+        num_trials: Number of random starts on the subspace, the same for all examples.
+        rtol: An example stops once the entries of :math:`F \delta` whose sign differs from :math:`\delta` sum to at
+            most this share of :math:`\|F \delta\|_1`; 0 for no change of any sign.
 
     Raises:
         ValueError: If a count is too small.
@@ -101,7 +99,7 @@ class SignIteration:
             check_finite(image)
             u = unit(image)
             space = _grown(operator, space, u[:, None])
-            # A^T u, by rows that are known, since u is in the space now
+            # A^T u = (U u)^T (U A), since u is in the subspace now
             along = (space.left @ u[:, :, None]).mT
             slope = (along @ space.rows).squeeze(1)
             is_stationary = _share_against(slope, vertex) <= self.rtol
@@ -111,7 +109,7 @@ class SignIteration:
             vertex = torch.where(is_stationary[:, None], vertex, _best_vertex(space, draws[:-1], along))
         is_zero = (image == 0).all(1, keepdim=True)
         return SignResult(
-            value=image.double().square().sum(1).to(image.dtype),
+            value=image.double().square().sum(1).to(image.dtype),  # ||A delta||^2
             perturbation=vertex.masked_fill(is_zero, 0.0),
             left_singular_vector=u,
             is_stationary=is_stationary,
@@ -121,7 +119,7 @@ class SignIteration:
         )
 
     def _draws(self, starts: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Draw the random starts, and a vector of outputs in the last row, wide enough for any subspace and for it."""
+        """Draw the random starts and, in the last row, a random vector of outputs."""
         width = max(starts.shape[2], self.num_starts + self.num_steps + 2)
         generator = fixed_generator() if generator is None else generator
         return normal(starts.new_empty(self.num_trials + 1, width), generator)
@@ -134,7 +132,7 @@ def _empty_space(starts: Tensor) -> Space:
 
 
 def _grown(operator: FactoredOperator, space: Space, vectors: Tensor) -> Space:
-    """Add the vectors ``(B, n, K)`` that have a component outside the space for some example, one pass each."""
+    """Add the vectors ``(B, n, K)`` that are not in the space of every example; one pass each."""
     for vector in vectors.unbind(1):
         is_new = space.left.shape[1] == 0 or bool(new_direction(vector, space.left).any())
         space = space.extended(operator, vector[:, None]) if is_new else space
@@ -149,7 +147,7 @@ def _best_vertex(space: Space, draws: Tensor, along: Tensor | None = None) -> Te
         draws: Random starts ``(n, m')`` with ``m' >= m``.
         along: One more start ``(B, 1, m)``.
     """
-    # products of a saturated network's gradients would underflow
+    # scaled, since products of the gradients of a saturated network underflow
     tiny = torch.finfo(space.rows.dtype).tiny
     rows = space.rows / space.rows.abs().amax((1, 2), keepdim=True).clamp_min(tiny)
     count, num_rows, num_entries = rows.shape
@@ -159,6 +157,7 @@ def _best_vertex(space: Space, draws: Tensor, along: Tensor | None = None) -> Te
     best, largest = rows.new_ones(count, num_entries), rows.new_full((count,), -1.0, dtype=torch.float64)
     for some in starts.split(max(1, _MAX_NUMBERS // (count * num_entries)), 1):
         vertices = _climb(rows, some)
+        # ||W delta||^2
         values, index = (vertices @ rows.mT).double().square().sum(2).max(1)
         chosen = vertices.take_along_dim(index[:, None, None], 1).squeeze(1)
         best = torch.where((values > largest)[:, None], chosen, best)
@@ -171,7 +170,7 @@ def _climb(rows: Tensor, starts: Tensor) -> Tensor:
     vertices = _signs(starts @ rows)
     for step in range(_MAX_CLIMB):
         moved = _signs(vertices @ rows.mT @ rows)
-        # to look at each step would make the host wait for the device each time
+        # each test synchronises with the device
         if step % _LOOK_EVERY == _LOOK_EVERY - 1 and torch.equal(moved, vertices):
             break
         vertices = moved
@@ -179,21 +178,21 @@ def _climb(rows: Tensor, starts: Tensor) -> Tensor:
 
 
 def _signs(slope: Tensor) -> Tensor:
-    # 1 at zero: the mean of a convex function over both signs is at least its value at 0
+    # sign(0) = 1: the mean of a convex function over both signs is at least its value at zero
     return torch.where(slope >= 0, 1.0, -1.0).to(slope.dtype)
 
 
 def _share_against(slope: Tensor, vertex: Tensor) -> Tensor:
-    """Return the share of the l1 norm of ``slope`` in entries against the vertex, ``(B,)``; 0 for a zero slope."""
+    """Return the share of the l1 norm of ``slope`` in entries of the other sign, ``(B,)``; 0 for a zero slope."""
     size = slope.double().abs()
     against = torch.where(slope * vertex < 0, size, 0.0).sum(1)
     return against / size.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 _MAX_NUMBERS = 2**25
-"""Entries of vertices held at once."""
+"""Largest number of entries of vertices in memory at once."""
 
 _LOOK_EVERY = 3
 
 _MAX_CLIMB = 50
-"""Steps on a subspace, which take no pass; about five are enough."""
+"""Largest number of steps on a subspace, which cost no pass; about five are enough."""

@@ -16,9 +16,9 @@ class Space:
     """Search spaces of a batch.
 
     Attributes:
-        left: Orthonormal vectors ``(B, m, K)``, zero where exhausted.
-        rows: ``left A``, ``(B, m, d)``.
-        gram: ``rows rowsᵀ``, the projection of ``G``, ``(B, m, m)`` in double precision.
+        left: W, orthonormal rows ``(B, m, K)``; zero if a vector had no component outside the space.
+        rows: ``W A``, ``(B, m, d)``.
+        gram: ``H = W A Aᵀ Wᵀ``, the projection of ``G``, ``(B, m, m)`` in double precision.
     """
 
     left: Tensor
@@ -27,30 +27,30 @@ class Space:
 
     @classmethod
     def of(cls, operator: FactoredOperator, vectors: Tensor) -> Space:
-        """Return the spaces of ``vectors`` ``(B, n, K)``: ``n`` backward passes."""
+        """Return the spans of ``vectors`` ``(B, n, K)``: ``n`` backward passes."""
         nothing = vectors.new_empty(len(vectors), 0, 0)
         return cls(vectors[:, :0], nothing, nothing.double()).extended(operator, vectors)
 
     def extended(self, operator: FactoredOperator, vectors: Tensor) -> Space:
-        """Add ``vectors`` ``(B, n, K)``, each orthonormalised and at the cost of one backward pass."""
+        """Orthonormalise ``vectors`` ``(B, n, K)`` and add them: one backward pass each."""
         left, rows, gram = self.left, self.rows, self.gram
         for vector in vectors.unbind(1):
             direction = new_direction(vector, left)
-            row = operator.adjoint(direction)[:, None]
+            row = operator.adjoint(direction)[:, None]  # r_m = A^T u_m
             left = torch.cat([left, direction[:, None]], 1)
             rows = torch.cat([rows, row], 1) if rows.numel() else row
-            products = inner_products(rows, row)
+            products = inner_products(rows, row)  # H_{im} = r_i^T r_m
             gram = torch.cat([torch.cat([gram, products[:, :-1]], 2), products.mT], 1)
         return Space(left, rows, gram)
 
     def ritz(self, num_eigenpairs: int) -> Ritz:
-        """Return the best vectors of the spaces."""
-        values, vectors = symmetric_eigen(self.gram)
+        """Return the Ritz vectors of the largest Ritz values."""
+        values, vectors = symmetric_eigen(self.gram)  # H s_i = theta_i s_i
         if vectors.shape[1] < num_eigenpairs:
             raise ValueError(f"A space of {vectors.shape[1]} vectors has no {num_eigenpairs} eigenpairs.")
         top = vectors[:, :, -num_eigenpairs:].flip(2).mT.to(self.left.dtype)
         return Ritz(
-            left=top @ self.left,
+            left=top @ self.left,  # y_i = W^T s_i
             row=top @ self.rows,
             all_values=values.flip(1).clamp_min(0),
         )
@@ -61,7 +61,7 @@ class Ritz:
     """Ritz vectors of a batch of spaces.
 
     Attributes:
-        left: The best ones, ``(B, k, K)``.
+        left: Those of the largest Ritz values, ``(B, k, K)``.
         row: ``left A``, ``(B, k, d)``.
         all_values: The Ritz values ``(B, m)``, descending, in double precision.
     """

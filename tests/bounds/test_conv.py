@@ -135,7 +135,7 @@ def test_a_transposed_convolution_has_the_norm_of_its_adjoint(module, size):
         exact = torch.linalg.matrix_norm(matrix, 2).item()
         assert_close(conv_transpose_norm(module.weight, geometry).item(), exact, rtol=1e-5, atol=0)
         assert exact <= conv_transpose_norm(module.weight, geometry, dense=False).item() * (1 + 1e-12)
-    with pytest.raises(NoBoundError, match="pads by zeros only, got 'reflect'"):
+    with pytest.raises(NoBoundError, match="pads only with zeros; got 'reflect'"):
         conv_transpose_norm(module.weight, Geometry(size, (1,), (1,), (1,), padding_mode="reflect"))
 
 

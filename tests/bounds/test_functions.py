@@ -279,8 +279,8 @@ def test_a_product_of_two_values_has_a_bound_at_the_inputs_only(function):
     [
         (lambda m, x: x.softmax(1) @ x.transpose(1, 2), "'matmul' .* multiplies two values"),
         (lambda m, x: F.scaled_dot_product_attention(x, x, x), "unbounded domain"),
-        (lambda m, x: F.batch_norm(x, None, None, training=True), "couples the examples"),
-        (lambda m, x: F.conv1d(x, m.conv, padding="same"), "pads by a word"),
+        (lambda m, x: F.batch_norm(x, None, None, training=True), "examples depend on each other"),
+        (lambda m, x: F.conv1d(x, m.conv, padding="same"), "padding given by name"),
         (lambda m, x: F.layer_norm(x, (3,), eps=0.0), "without an eps"),
         (lambda m, x: torch.addcmul(x, m.gamma, x), "input depends on the input"),
     ],

@@ -284,7 +284,7 @@ def test_attention_needs_a_layer_norm_before_it():
 def test_what_has_no_rule_is_refused_and_not_guessed():
     with pytest.raises(NoBoundError, match="divisor"):
         norm_of(nn.AvgPool2d(2, divisor_override=1), torch.randn(1, 2, 4, 4))
-    with pytest.raises(NoBoundError, match="keeps no running statistics"):
+    with pytest.raises(NoBoundError, match="has no running statistics"):
         batch_norm_scale(nn.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(NoBoundError, match="unbounded slope"):
         norm_of(nn.CELU(-1.0))

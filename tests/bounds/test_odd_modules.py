@@ -199,9 +199,9 @@ REFUSED = {
     "division with rounding": (lambda self, x: self.fc(torch.div(x, 2, rounding_mode="floor")), "rounding_mode"),
     "division by the input": (lambda self, x: self.fc(1 / x), "divides by a value that depends"),
     "attention to something else": (_cross_attention, "Only self-attention"),
-    "the weights of an attention": (_attention_weights, "the first output only"),
-    "the second of two outputs": (lambda self, x: self.fc(self.twice(x)[1]), "the first output only"),
-    "a tuple that grows": (lambda self, x: self.fc((self.twice(x) + (x,))[0]), "the first output only"),
+    "the weights of an attention": (_attention_weights, "bounds only its first output"),
+    "the second of two outputs": (lambda self, x: self.fc(self.twice(x)[1]), "bounds only its first output"),
+    "a tuple that grows": (lambda self, x: self.fc((self.twice(x) + (x,))[0]), "bounds only its first output"),
     "control flow": (
         lambda self, x: self.fc(x) if x[0, 0] > 0 else x,
         "depends on the other examples|cannot be traced",

@@ -307,7 +307,7 @@ def test_a_scheduler_on_a_plateau_gets_a_value_at_each_epoch(tmp_path):
 
 def test_without_validation_a_monitor_must_come_before_who_decides_on_it(tmp_path):
     stops = EarlyStopping("fisher/lambda_max_mean", check_on_train_epoch_end=True)
-    with pytest.raises(MisconfigurationException, match="EarlyStopping decides on fisher/lambda_max_mean.*before it"):
+    with pytest.raises(MisconfigurationException, match="EarlyStopping uses fisher/lambda_max_mean.*before it"):
         _fit(tmp_path, _module(), stops, FisherMonitor(probe=_x()), val=None)
     monitor = FisherMonitor(probe=_x())
     _fit(tmp_path, _module(), monitor, stops, val=None, max_epochs=2)
@@ -329,7 +329,7 @@ class _Jagged(cases.Plain):
 def test_gradient_masking_is_warned_of(tmp_path):
     torch.manual_seed(1)
     module, monitor = _Jagged(cases.tiny_network()), FisherMonitor(bounds=())
-    with pytest.warns(UserWarning, match="sees gradient masking") as caught:
+    with pytest.warns(UserWarning, match="found gradient masking") as caught:
         _fit(tmp_path, module, monitor, max_epochs=2)
     assert sum("masking" in str(warning.message) for warning in caught) == 1
     assert monitor.history[0]["fisher/kl_ratio"] < 0.05
@@ -356,13 +356,13 @@ def test_the_logged_ratio_is_the_median_of_the_function(tmp_path):
     ],
 )
 def test_a_regularizer_of_another_matrix_is_warned_of(tmp_path, penalty, monitor, name):
-    with pytest.warns(UserWarning, match=f"measures with {name}=.*Give both the same {name}"):
+    with pytest.warns(UserWarning, match=f"measures with {name}=.*Pass the same {name} to both"):
         _fit(tmp_path, _module(), FisherRegularizer(penalty=penalty), monitor)
 
 
 def test_a_regularizer_of_the_same_matrix_is_not(tmp_path):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*Give both the same")
+        warnings.filterwarnings("error", message=".*Pass the same")
         for own, other in ((torch.full((6,), 0.5), [0.5] * 6), (0.5, torch.full((6,), 0.5)), (None, None)):
             penalty, monitor = KLPenalty(input_std=own), FisherMonitor(input_std=other)
             _fit(tmp_path, _module(), FisherRegularizer(penalty=penalty), monitor)
@@ -438,7 +438,9 @@ def _single_step(geometry, weight=0.1):
 
 def test_catastrophic_overfitting_to_a_single_step_is_warned_of_once(tmp_path):
     monitor = FisherMonitor(bounds=(), probe=torch.zeros(3, 6))
-    with pytest.warns(UserWarning, match="one step no longer finds.*catastrophic overfitting.*warmup_steps") as caught:
+    with pytest.warns(
+        UserWarning, match="a single step no longer finds.*catastrophic overfitting.*warmup_steps"
+    ) as caught:
         _fit(tmp_path, _FlatAtTheEnd(cases.tiny_network()), _single_step(LInf()), monitor, max_epochs=2)
     assert sum("catastrophic" in str(warning.message) for warning in caught) == 1
     assert monitor.history[1]["fisher/single_step_ratio"] < 1e-6

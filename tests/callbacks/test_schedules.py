@@ -50,7 +50,7 @@ def test_a_warm_up_multiplies_the_schedule(tmp_path):
 def test_a_schedule_without_an_end_is_refused_before_the_first_step(tmp_path):
     regularizer = FisherRegularizer(2.0, schedule=CosineSchedule())
     with pytest.raises(
-        MisconfigurationException, match=r"CosineSchedule.*has no known end. Give the schedule num_steps"
+        MisconfigurationException, match=r"CosineSchedule.*has no known end. Pass num_steps to the schedule"
     ):
         _weights(tmp_path, regularizer, max_epochs=-1, max_time="00:00:00:02")
 
@@ -92,7 +92,7 @@ def test_the_mean_eigenvalue_tracks_its_target(tmp_path, digits, target):
 
 def test_a_target_out_of_reach_is_told(tmp_path, digits):
     module, _, trainer = _controlled(tmp_path, digits, 1e-6, max_epochs=1)
-    with pytest.warns(UserWarning, match="target_lambda=1e-06 is out of reach: the weight has moved from 0.01 to 10"):
+    with pytest.warns(UserWarning, match="is out of reach: the weight has changed from 0.01 to its limit 10"):
         trainer.fit(module, digits.train_dataloader())
 
 
@@ -140,8 +140,8 @@ def test_a_loader_without_a_length_has_no_known_end(tmp_path):
         ({"target_lambda": 0.0}, "target_lambda must be positive and finite; got 0.0"),
         ({"target_lambda": 1.0, "warmup_steps": 3}, "adapts the weight itself; got warmup_steps=3.*Use one of them"),
         ({"target_lambda": 1.0, "schedule": LinearSchedule()}, "schedule=LinearSchedule"),
-        ({"target_lambda": 1.0, "weight": 0.0}, "cannot begin at 0"),
-        ({"warmup_steps": 5, "schedule": CosineSchedule(num_steps=5)}, "warm-up of 5 steps would outlast.*of 5"),
+        ({"target_lambda": 1.0, "weight": 0.0}, "must therefore start above 0"),
+        ({"warmup_steps": 5, "schedule": CosineSchedule(num_steps=5)}, "warm-up of 5 steps must end before.*of 5"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message):

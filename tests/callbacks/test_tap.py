@@ -215,8 +215,8 @@ def _fast_gradient(module, x, y):
     ("step", "obstacle"),
     [
         (_in_place, "changed the logits in place"),
-        (_other_weights, "with other weights or modes"),
-        (_other_mode, "with other weights or modes"),
+        (_other_weights, "changed weights or modes"),
+        (_other_mode, "changed weights or modes"),
         (_fast_gradient, "carry a gradient of their own"),
     ],
 )

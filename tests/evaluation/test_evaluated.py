@@ -96,7 +96,7 @@ def test_in_place_activation_on_the_input():
 
 def test_batch_norm_without_running_statistics_is_refused():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, track_running_stats=False))
-    with pytest.raises(ValueError, match="keeps no running statistics.*track_running_stats=True"):
+    with pytest.raises(ValueError, match="has no running statistics.*track_running_stats=True"):
         fisher_spectral_norm(model, torch.randn(4, 6))
 
 

@@ -136,8 +136,8 @@ _NO_CONSTANT = _refused(("bound", "Lipschitz bound", "bound penalty"), "no globa
 _ALL_BUT_CHECK = tuple(name for name in ESTIMATES if name not in ("check", "black box"))
 REFUSALS = {
     "batch_norm_without_tracking": {
-        **_refused(_ALL_BUT_CHECK, "keeps no running statistics"),
-        **_refused(("check",), "keeps no running statistics"),
+        **_refused(_ALL_BUT_CHECK, "has no running statistics"),
+        **_refused(("check",), "has no running statistics"),
         **_refused(BOUNDS, "depends on the other examples"),
     },
     "batch_norm_of_two_calls": _refused(("bound penalty",), "called 2 times"),
@@ -145,13 +145,13 @@ REFUSALS = {
         **_refused(_ALL_BUT_CHECK, "random, also in evaluation"),
         **_refused((*_CERTIFIED, "blockwise bound"), "random, also in evaluation"),
     },
-    "bfloat16": _refused(("black box",), "nothing but rounding"),
+    "bfloat16": _refused(("black box",), "only rounding errors"),
     "multi_head_attention": _NO_CONSTANT,
     **dict.fromkeys(("transformer_layer", "transformer"), _NO_CONSTANT),
     **dict.fromkeys(("frozen_script", "optimized_script"), _refused((*BOUNDS, "bound penalty"), "TorchScript")),
     "buffers_that_move": _refused((*BOUNDS, "bound penalty"), "or changes its own buffers"),
     "failing": _refused((*BOUNDS, "bound penalty"), "random, also in evaluation|fails on inputs|depends on the other"),
-    "scripted_batch_norm": _NO_RULE | _refused(PENALTIES, "fixed inside a TorchScript module"),
+    "scripted_batch_norm": _NO_RULE | _refused(PENALTIES, "constant in a TorchScript module"),
     **dict.fromkeys(
         (
             "rnn",

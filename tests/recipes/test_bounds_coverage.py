@@ -117,7 +117,7 @@ def test_the_list_has_eighty_models_of_three_libraries(tmp_path):
         ("At 'a': No bound rule for Unfold at 'a' (or", "Unfold"),
         ("'mul_3' (mul) combines two values that depend on the input, which has no", "mul combines two values that "
          "depend on the input"),
-        ("Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm stands",
+        ("Dot-product attention has no global Lipschitz constant on an unbounded domain, and there is no layer norm",
          "Dot-product attention has no global Lipschitz constant on an unbounded domain"),
         ("'pad' (pad) pads with copies; use a padding module, which has a rule.", "pad pads with copies"),
         ("Net cannot be traced. torch.fx: x (net.py, line 3) torch.export: y", "tracing"),

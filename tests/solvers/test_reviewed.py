@@ -91,7 +91,7 @@ def test_a_solver_of_one_s_own_need_not_say_more_than_its_pair():
     found = result.interval(trace=fisher.diagonal(dim1=1, dim2=2).sum(1))
     assert (found.lower <= top).all()
     assert (found.upper >= top).all()
-    with pytest.raises(ValueError, match="difference quotients, which certify nothing"):
+    with pytest.raises(ValueError, match="difference quotients, which give no guarantee"):
         result.interval()
 
 

@@ -1,6 +1,6 @@
-"""Upper bounds of the norms of linear maps and of attention: mathematics of tensors that knows no module rule.
+"""Upper bounds of the norms of linear maps and of attention, as functions of tensors.
 
-Public: all of ``__all__``, the norms of linear maps, for a rule of your own.
+Public: all of ``__all__``, the norms of linear maps, for user-defined rules.
 
 Example:
     >>> import torch

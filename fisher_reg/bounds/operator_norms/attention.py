@@ -1,34 +1,38 @@
 r"""Certified operator norms of softmax self-attention.
 
 Dot-product attention has no Lipschitz constant on an unbounded domain (Kim, Papamakarios, Mnih 2021, arXiv 2006.04710).
-Behind a layer norm its tokens are :math:`x = \gamma \odot y + \beta` with :math:`\|y\| \le r`, and it has one; at given
-tokens its Jacobian always has a norm.
+After a layer norm the tokens are :math:`x = \gamma \odot y + \beta` with :math:`\|y\| \le r`, and the constant is
+finite; at given tokens the norm of the Jacobian is always finite.
 
 For one head let :math:`q_i, k_j, v_j \in R^h` be the projected tokens, :math:`c` the scale of the scores,
-:math:`p_i = \mathrm{softmax}_j(c\, q_i^\top k_j)` and :math:`o_i = \sum_j p_{ij} v_j`. Values, queries and keys add to
+:math:`p_i = \mathrm{softmax}_j(c\, q_i^\top k_j)` and :math:`o_i = \sum_j p_{ij} v_j`. The differential is a sum of a
+term of the values, one of the queries and one of the keys,
 
 .. math:: do_i = \sum_j p_{ij}\, dv_j + c\, C_i\, dq_i + c\, N_i (q_i^\top dk_j)_j , \quad
           N_i = [p_{ij} (v_j - o_i)]_j , \quad C_i = \mathrm{Cov}_{j \sim p_i}(v_j, k_j) .
 
-Biases of keys and values drop out. An additive mask is a constant in the softmax, and what it removes has
-:math:`p_{ij} = 0`; each row must keep an entry. For the operators on all n tokens together (Euclidean norms):
+Biases of keys and values cancel. An additive mask is a constant in the softmax; masked entries have
+:math:`p_{ij} = 0`, and each row needs an entry that is not masked. The norms of the operators on all n tokens together
+(Euclidean norms):
 
 - Values: :math:`\|P\| \le \sqrt n` for a row-stochastic :math:`P`, since :math:`\sum_i p_{ij} \le n`.
 - Queries: the operator is block-diagonal, :math:`c \max_i \|C_i\|`. If all v and k lie in balls of radius
-  :math:`R_v, R_k`, it is at most :math:`c R_v R_k`, since no standard deviation in a ball exceeds its radius.
+  :math:`R_v, R_k`, it is at most :math:`c R_v R_k`, since a standard deviation in a ball is at most its radius.
 - Keys: :math:`\sum_i \|N_i (q_i^\top dk_j)_j\|^2 \le \sum_j \|D Q\, dk_j\|^2` with :math:`D = \mathrm{diag} \|N_i\|`
   and rows :math:`q_i` of Q, hence :math:`c \|D Q\|`, in a ball at most :math:`c \sqrt{n/2}\, R_v \max_i \|q_i\|`: with
   the softmax's Jacobian :math:`S = \mathrm{diag}(p) - p p^\top \preceq 1/2`, a unit u and :math:`w_j = u^\top v_j`
   :math:`\|N_i^\top u\|^2 = w^\top S^2 w \le w^\top S w / 2 = \mathrm{Var}(w) / 2 \le R_v^2 / 2`.
 
-**Heads.** Any invertible matrix may move between :math:`W_o` and :math:`W_v`, or between :math:`W_q` and :math:`W_k`.
-Each term becomes :math:`\sum_h U_h T_h V_h^\top` with (nearly) orthonormal columns of :math:`U_h, V_h`, bases of the
-head's outputs and inputs, and all the rest merged in :math:`T_h`. With :math:`\|T_h\| \le t_h`, by Cauchy-Schwarz,
+**Heads.** An invertible matrix and its inverse can be inserted between :math:`W_o` and :math:`W_v`, or between
+:math:`W_q` and :math:`W_k`. Each term becomes :math:`\sum_h U_h T_h V_h^\top` with (nearly) orthonormal columns of
+:math:`U_h, V_h`, bases of the head's outputs and inputs, and the other factors in :math:`T_h`. With
+:math:`\|T_h\| \le t_h`, by Cauchy-Schwarz,
 
 .. math:: \Big\| \sum_h U_h T_h V_h^\top \Big\|^2
           \le \Big\| \sum_h t_h U_h U_h^\top \Big\|\, \Big\| \sum_h t_h V_h V_h^\top \Big\| ,
 
-never above :math:`(\sum_h t_h)^2`, the triangle inequality, and :math:`\max_h t_h^2` for heads that share nothing.
+which is at most :math:`(\sum_h t_h)^2` (the triangle inequality), and :math:`\max_h t_h^2` for heads with orthogonal
+inputs and outputs.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ from fisher_reg.bounds.operator_norms.ranges import Ball, Tokens
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """The weights of H heads of h channels; biases of keys, values and outputs do not matter."""
+    """The weights of H heads of h channels; biases of keys, values and outputs are not needed."""
 
     query: Tensor  # (H, h, E)
     key: Tensor  # (H, h, E)
@@ -55,7 +59,7 @@ class AttentionWeights:
 
     @classmethod
     def of(cls, module: nn.MultiheadAttention) -> AttentionWeights:
-        """Return the weights of torch's module, in float64; keys and values must be as wide as queries, none added."""
+        """Return the weights of torch's module, in float64; keys, values and queries must have the same width."""
         heads, embed_dim = module.num_heads, module.embed_dim
         separate = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
         projections = separate if module.in_proj_weight is None else module.in_proj_weight.chunk(3)
@@ -65,14 +69,14 @@ class AttentionWeights:
         return cls(query, key, value, bias.reshape(heads, -1), out, module.head_dim**-0.5)
 
     def on_scaled_tokens(self, token_scale: Tensor) -> AttentionWeights:
-        """Return the weights of the same map as one of ``token_scale * x``, for a positive ``token_scale`` ``(E,)``."""
+        """Return the weights of the same map as a function of ``token_scale * x``; ``token_scale`` ``(E,)`` > 0."""
         query, key, value = (matrix / token_scale for matrix in (self.query, self.key, self.value))
         return replace(self, query=query, key=key, value=value)
 
 
 @dataclass(frozen=True)
 class AttentionGains:
-    """Lipschitz constants of dot-product attention in one input at a time, ``()``."""
+    """Lipschitz constants of dot-product attention with respect to each input, ``()``."""
 
     query: Tensor
     key: Tensor
@@ -82,7 +86,7 @@ class AttentionGains:
 def self_attention_lipschitz(weights: AttentionWeights, num_tokens: int, tokens: Tokens) -> Tensor:
     r"""Bound the Lipschitz constant of self-attention over a range of tokens, masked or not.
 
-    Derived in the module's text; W maps the tokens into a ball of radius :math:`\|W \Gamma\| r`.
+    Derived in the docstring of the module; W maps the tokens into a ball of radius :math:`\|W \Gamma\| r`.
 
     Args:
         weights: The weights.
@@ -95,9 +99,11 @@ def self_attention_lipschitz(weights: AttentionWeights, num_tokens: int, tokens:
     parts = _Parts.of(weights)
     if num_tokens == 1:
         return _norm(parts.merged)
+    # ||W Gamma|| r
     query, key, value = (_norm(part * tokens.gamma) * tokens.radius for part in (parts.query, parts.key, parts.value))
     centre = torch.linalg.vector_norm(parts.query @ tokens.beta.double() + parts.query_bias, dim=-1)
     plain = _norm(_beside(weights.out.double())) * _norm(_beside(weights.value.double().mT))
+    # ||P|| <= sqrt(n); c R_v R_k; c sqrt(n / 2) R_v max ||q_i||
     through_values = torch.minimum(plain, _over_heads(parts.value_norm, parts.out_basis, parts.value_basis))
     through_queries = _over_heads(value * key, parts.out_basis, parts.query_basis)
     through_keys = _over_heads(value * (query + centre), parts.out_basis, parts.key_basis)
@@ -107,10 +113,10 @@ def self_attention_lipschitz(weights: AttentionWeights, num_tokens: int, tokens:
 def self_attention_norm_at(weights: AttentionWeights, hidden: Tensor, probabilities: Tensor) -> Tensor:
     r"""Bound the norm of the Jacobian of self-attention at given tokens.
 
-    The module's text has the derivation, with the actual :math:`P, C_i, N_i` in place of their bounds. In addition
+    As derived in the docstring of the module, with the actual :math:`P, C_i, N_i` instead of their bounds. In addition:
 
     - values: with :math:`M_h = W_o^h W_v^h` and the mean :math:`\bar P` over heads, :math:`\sum_h P_h \otimes M_h =
-      \bar P \otimes \sum_h M_h + \sum_h (P_h - \bar P) \otimes M_h`, which is exact for heads that attend alike;
+      \bar P \otimes \sum_h M_h + \sum_h (P_h - \bar P) \otimes M_h`, which is exact for heads of equal attention;
     - queries: the triangle inequality over heads at each token;
     - keys: the Schur test, by row and column sums of the blocks' norms :math:`c p_{ij} \|v_j - o_i\| \|q_i\|`.
 
@@ -120,8 +126,9 @@ def self_attention_norm_at(weights: AttentionWeights, hidden: Tensor, probabilit
         probabilities: ``(B, H, n, n)``, the attention at these tokens; rows sum to one.
 
     Returns:
-        The bounds ``(B,)`` in float64, differentiable, never above :func:`self_attention_lipschitz` of a range of these
-        tokens. Eigenvalues of two ``h x h`` matrices per token and head; without gradients memory is ``O(n * n * h)``.
+        The bounds ``(B,)`` in float64, differentiable, at most :func:`self_attention_lipschitz` of a range that
+        contains these tokens. Cost: eigenvalues of two ``h x h`` matrices per token and head; without gradients memory
+        is ``O(n * n * h)``.
     """
     parts = _Parts.of(weights)
     hidden, probabilities = hidden.double(), probabilities.double()
@@ -141,9 +148,9 @@ def self_attention_norm_at(weights: AttentionWeights, hidden: Tensor, probabilit
 def dot_product_attention_gains(num_queries: int, scale: float, query: Ball, key: Ball, value: Ball) -> AttentionGains:
     r"""Bound the Lipschitz constants of ``softmax(scale * q @ k.mT + mask) @ v`` in q, k and v.
 
-    The module's text has the derivation. For m queries and n keys only m enters: :math:`\sum_i p_{ij} \le m` bounds
+    Derived in the docstring of the module. For m queries and n keys only m matters: :math:`\sum_i p_{ij} \le m` bounds
     the m x n matrix P by :math:`\sqrt m`, and :math:`D Q` has m rows. Heads act on separate entries, so that the
-    constants of one hold for all together; keys or values that heads share must be counted once per head.
+    constants of one head hold for all together; keys or values that heads share must be counted once per head.
 
     Args:
         num_queries: m.
@@ -163,10 +170,10 @@ def dot_product_attention_gains(num_queries: int, scale: float, query: Ball, key
 def dot_product_attention_norms_at(
     probabilities: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> AttentionGains:
-    r"""Bound the Jacobians of dot-product attention at given tokens, as in the module's text.
+    r"""Bound the Jacobians of dot-product attention at given tokens, as derived in the docstring of the module.
 
     Args:
-        probabilities: ``(*S, m, n)``, the attention P there.
+        probabilities: ``(*S, m, n)``, the attention P at these tokens.
         query: ``(*S, m, h)``.
         key: ``(*S, n, h)``.
         value: ``(*S, n, e)``.
@@ -189,7 +196,7 @@ def layer_norm_tokens(gamma: Tensor, beta: Tensor) -> Tokens:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Bases ``(H, E, h)`` of each head's outputs and inputs, and projections ``(H, h, E)`` that hold all the rest."""
+    """Bases ``(H, E, h)`` of each head's outputs and inputs, and projections ``(H, h, E)`` with the other factors."""
 
     out_basis: Tensor
     value_basis: Tensor
@@ -216,7 +223,7 @@ class _Parts:
 
 def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return a basis ``(H, E, h)`` and a rest ``(H, h, h)`` whose product is the given ``(H, E, h)``."""
-    # Any invertible rest is valid. The ridge keeps it so, and the gradient finite, where columns are dependent.
+    # X = U R with R^T R = X^T X. Any invertible R is valid; the ridge makes it so if columns are linearly dependent.
     gram = columns.mT @ columns
     ridge = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-30
     lower = torch.linalg.cholesky(gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:-1])))
@@ -234,16 +241,17 @@ def _through_values_at(weights: AttentionWeights, parts: _Parts, probabilities: 
 def _terms_at(attention: Tensor, value: Tensor, key: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """Return the norms of one head's query term at each token ``(n,)`` and of its key term ``()``."""
     centred = value - (attention @ value)[:, None]  # v_j - o_i, (n, n, h)
-    moved = attention[..., None] * centred
-    key_rows = _norm(moved)[:, None] * query
+    moved = attention[..., None] * centred  # N_i^T
+    key_rows = _norm(moved)[:, None] * query  # c D Q, since the queries are scaled by c
     lengths = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
     blocks = attention * torch.linalg.vector_norm(centred, dim=-1) * lengths
+    # row and column sums of c p_ij ||v_j - o_i|| ||q_i||
     schur = _root(blocks.sum(1).amax() * blocks.sum(0).amax())
-    return _norm(moved.mT @ key), torch.minimum(_norm(key_rows), schur)
+    return _norm(moved.mT @ key), torch.minimum(_norm(key_rows), schur)  # c ||C_i||; c ||D Q||
 
 
 def _over_heads(norms: Tensor, out_basis: Tensor, in_basis: Tensor) -> Tensor:
-    """Bound the sum over heads of ``out_basis @ T @ in_basis.mT`` for ``T`` of the given norms ``(..., H)``."""
+    """Bound the norm of the sum over heads of ``U T V^T`` for ``||T|| <= t`` ``(..., H)``: the formula for heads."""
     return _root(_largest_sum(norms, out_basis) * _largest_sum(norms, in_basis))
 
 
@@ -256,7 +264,7 @@ def _largest_sum(factors: Tensor, basis: Tensor) -> Tensor:
 
 
 def _beside(matrices: Tensor) -> Tensor:
-    """Put ``(H, a, b)`` next to each other, ``(a, H b)``."""
+    """Concatenate the matrices ``(H, a, b)`` along their columns, ``(a, H b)``."""
     return matrices.movedim(0, 1).flatten(1)
 
 

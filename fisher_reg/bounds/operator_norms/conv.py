@@ -1,12 +1,13 @@
-r"""Certified operator norms of convolutions: never below the true norm.
+r"""Certified operator norms of convolutions: upper bounds of the true norms.
 
-A stride is first turned into channels (polyphase form), which is exact. What is left is a compression of a circular
-convolution on any grid with room for every overlap, whose norm is the largest norm of its symbol
+A stride is first converted to channels (polyphase form), which is exact. The resulting convolution of stride 1 is a
+compression of a circular convolution on any grid that is large enough to avoid overlap. The norm of the latter is the
+largest norm of its symbol
 
 .. math:: X(\omega) = \sum_t W_t e^{-i t \cdot \omega},
 
-one small matrix per frequency of the grid; and that is at most the largest over all frequencies. The norm of the
-flattened kernel is *not* an upper bound and is not used.
+one small matrix per frequency of the grid, and at most the supremum over all frequencies. The norm of the flattened
+kernel is *not* an upper bound and is not used.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from fisher_reg.bounds.operator_norms.symbols import fine_grid, norm_everywhere,
 from fisher_reg.errors import NoBoundError
 
 _MAX_DENSE_SIDE = 1024
-"""The operator itself is formed if its shorter side per group is at most this, ..."""
+"""The dense operator is formed if its shorter side per group is at most this, ..."""
 _MAX_DENSE_NUMBERS = 2**24
-"""... and if it has at most so many entries (128 MiB)."""
+"""... and if it has at most this number of entries (128 MiB)."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a convolution slides.
+    """Sizes and settings of a convolution.
 
     Args:
-        input_size: One entry per spatial axis, like all that follow.
+        input_size: One entry per spatial axis, as for stride, padding and dilation.
         stride: The step between outputs.
-        padding: Added on either side.
+        padding: Number of entries added on either side.
         dilation: The step between taps.
-        groups: Channel groups, over which the operator is block-diagonal.
-        padding_mode: What is added: "zeros", "circular", "reflect" or "replicate".
+        groups: Number of channel groups, over which the operator is block-diagonal.
+        padding_mode: "zeros", "circular", "reflect" or "replicate".
 
     Example:
         >>> Geometry.of(nn.Conv2d(3, 8, 3, stride=2, padding=1), (32, 32)).output_size((3, 3))
@@ -63,7 +64,7 @@ class Geometry:
         """Return the geometry of a convolution module on inputs of a spatial size.
 
         Raises:
-            NoBoundError: If padding="same" adds more on one side than on the other.
+            NoBoundError: If padding="same" is not symmetric.
         """
         padding = module.padding
         if padding == "valid":
@@ -85,7 +86,7 @@ class Geometry:
         return tuple((size + 2 * pad - gap * (width - 1) - 1) // step + 1 for size, step, pad, gap, width in axes)
 
     def sources(self, axis: int) -> Tensor:
-        """Return the input position that each position of the padded axis shows; -1 for a zero."""
+        """Return the input position of which each position of the padded axis is a copy; -1 for a zero."""
         pad, positions = self.padding[axis], torch.arange(self.input_size[axis], dtype=torch.float64)[None, None]
         if self.padding_mode == "zeros":
             return nn.functional.pad(positions, (pad, pad), value=-1.0).flatten().long()
@@ -93,17 +94,17 @@ class Geometry:
 
 
 def conv_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tensor:
-    r"""Return an upper bound of the operator norm of a convolution, at round-off or above.
+    r"""Return an upper bound of the operator norm of a convolution, up to rounding.
 
-    A small operator is formed, and its norm is exact; so is a kernel of one tap. Otherwise the excess is that of the
-    circular boundary, some per cent where the image is large against the kernel, and about one per cent of
-    :func:`~fisher_reg.bounds.operator_norms.symbols.norm_everywhere`. Padding that repeats the input multiplies by the
-    norm of the padding, except circular padding that is what the symbol assumes.
+    The norm is exact for a small operator, which is formed, and for a kernel of one tap. Otherwise there is an excess
+    by the circular boundary, a few per cent if the image is much larger than the kernel, and about one per cent by
+    :func:`~fisher_reg.bounds.operator_norms.symbols.norm_everywhere`. Padding that repeats the input multiplies the
+    bound by the norm of the padding, except circular padding, which the symbol already assumes.
 
     Args:
         weight: ``(out_channels, in_channels / groups, *kernel)``.
-        geometry: Where it slides.
-        dense: Whether the operator may be formed.
+        geometry: Sizes and settings of the convolution.
+        dense: Whether the dense operator may be formed.
 
     Returns:
         ``()`` in float64. Its gradient is that of the singular value at the frequency of the maximum; zero where the
@@ -124,32 +125,32 @@ def conv_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tens
         return scale * largest_norm(_polyphase(kernel, geometry.stride, geometry.dilation).flatten(2), rtol=1e-6)
     if dense and _is_small(kernel, geometry):
         return scale * largest_norm(_dense_operator(kernel, geometry), rtol=1e-6)
-    return scale * _padding_norm(kernel, geometry) * _symbol_norm(kernel, geometry)
+    return scale * _padding_norm(kernel, geometry) * _symbol_norm(kernel, geometry)  # ||C|| <= ||P|| sup ||X(omega)||
 
 
 def conv_transpose_norm(weight: Tensor, geometry: Geometry, *, dense: bool = True) -> Tensor:
-    """Return an upper bound of the operator norm of a transposed convolution, which is that of its adjoint.
+    """Return an upper bound of the operator norm of a transposed convolution, equal to that of its adjoint.
 
     Args:
-        weight: ``(in_channels, out_channels / groups, *kernel)``, which the adjoint reads as its own weight.
-        geometry: That of the adjoint, which goes from the transposed convolution's output to its input.
+        weight: ``(in_channels, out_channels / groups, *kernel)``, which is also the weight of the adjoint.
+        geometry: That of the adjoint, which maps the transposed convolution's output space to its input space.
         dense: As in :func:`conv_norm`.
 
     Returns:
         As :func:`conv_norm`.
 
     Raises:
-        NoBoundError: If the padding is not by zeros.
+        NoBoundError: If the padding is not with zeros.
     """
     if geometry.padding_mode != "zeros":
-        raise NoBoundError(f"A transposed convolution pads by zeros only, got {geometry.padding_mode!r}.")
+        raise NoBoundError(f"A transposed convolution pads only with zeros; got {geometry.padding_mode!r}.")
     return conv_norm(weight, geometry, dense=dense)
 
 
 def _symbol_norm(kernel: Tensor, geometry: Geometry) -> Tensor:
-    """Return the largest norm of the symbol, on a sufficient grid or over all frequencies, whichever is less work."""
+    """Return the largest norm of the symbol, on a sufficient grid or over all frequencies, whichever costs less."""
     grid = tuple(_grid_size(geometry, axis, width) for axis, width in enumerate(kernel.shape[3:]))
-    # A dilation of the taps only rescales the frequencies, which changes no supremum over all of them.
+    # A dilation of the taps only rescales the frequencies, which does not change the supremum over all of them.
     gaps = tuple(1 if step == 1 else gap for step, gap in zip(geometry.stride, geometry.dilation, strict=True))
     undilated = _polyphase(kernel, geometry.stride, gaps)
     if num_frequencies(fine_grid(undilated)) < num_frequencies(grid):
@@ -158,12 +159,12 @@ def _symbol_norm(kernel: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _num_taps(geometry: Geometry, axis: int, width: int) -> int:
-    """Return the taps along an axis of the polyphase form of a kernel."""
+    """Return the number of taps along an axis of the polyphase form of a kernel."""
     return (width - 1) * geometry.dilation[axis] // geometry.stride[axis] + 1
 
 
 def _wraps(geometry: Geometry, axis: int, width: int) -> bool:
-    """Say whether circular padding makes the convolution circular along an axis, in steps of the stride."""
+    """Return whether circular padding makes the convolution circular along an axis, in steps of the stride."""
     size, step = geometry.input_size[axis], geometry.stride[axis]
     outputs = geometry.output_size((width,) * len(geometry.input_size))[axis]
     return geometry.padding_mode == "circular" and size % step == 0 and outputs * step <= size
@@ -172,8 +173,8 @@ def _wraps(geometry: Geometry, axis: int, width: int) -> bool:
 def _grid_size(geometry: Geometry, axis: int, width: int) -> int:
     r"""Return the size of a circular axis of which the convolution is a part.
 
-    In steps of the stride, input q meets output p by tap q - p. On N points nothing meets twice if the last q is below
-    N, and the first q, less the last p, plus N, is above the last tap.
+    In steps of the stride, tap q - p connects input q and output p. On N points no pair is connected twice if the last
+    q is below N, and the first q minus the last p plus N is larger than the last tap.
     """
     step, pad, taps = geometry.stride[axis], geometry.padding[axis], _num_taps(geometry, axis, width)
     if taps == 1:
@@ -183,13 +184,13 @@ def _grid_size(geometry: Geometry, axis: int, width: int) -> int:
     outputs = geometry.output_size((width,) * len(geometry.input_size))[axis]
     length = geometry.input_size[axis] + pad
     if geometry.padding_mode != "zeros":
-        length, pad = length + pad, 0  # the padded numbers are inputs like the others
+        length, pad = length + pad, 0  # padded entries count as inputs
     first, last = pad // step, min((length - 1) // step, outputs + taps - 2)
     return max(last + 1, outputs + taps - 1 - first, outputs)
 
 
 def _padding_norm(kernel: Tensor, geometry: Geometry) -> float:
-    """Return the norm of the padding, less that of circular axes: an input shown r times counts sqrt(r)."""
+    """Return the norm of the padding, without circular axes: sqrt(r) if an input entry is repeated r times."""
     repeats = [
         int(geometry.sources(axis).bincount().max())
         for axis, width in enumerate(kernel.shape[3:])
@@ -199,7 +200,7 @@ def _padding_norm(kernel: Tensor, geometry: Geometry) -> float:
 
 
 def _is_small(kernel: Tensor, geometry: Geometry) -> bool:
-    """Say whether the operator is small enough to be formed."""
+    """Return whether the operator is small enough to be formed."""
     rows = kernel.shape[1] * math.prod(geometry.output_size(tuple(kernel.shape[3:])))
     columns = kernel.shape[2] * math.prod(geometry.input_size)
     return min(rows, columns) <= _MAX_DENSE_SIDE and kernel.shape[0] * rows * columns <= _MAX_DENSE_NUMBERS
@@ -214,7 +215,7 @@ def _dense_operator(kernel: Tensor, geometry: Geometry) -> Tensor:
         taps = geometry.dilation[axis] * torch.arange(width)
         seen = geometry.sources(axis)[starts[:, None] + taps]
         meets = seen[..., None] == torch.arange(geometry.input_size[axis])  # output, tap, input
-        # (g, o, i, this tap, other taps, p, x, ...) moves each tap to the end as an output and an input
+        # (g, o, i, this tap, other taps, p, x, ...): replaces this axis of taps by output and input axes at the end
         operator = torch.tensordot(operator, meets.to(kernel), dims=([3], [1]))
     pairs = list(range(3, operator.ndim))
     operator = operator.permute(0, 1, *pairs[::2], 2, *pairs[1::2])
@@ -222,7 +223,7 @@ def _dense_operator(kernel: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _polyphase(kernel: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...]) -> Tensor:
-    """Return the stride-1 kernel that does the same on the input's phases, as channels, but for phases without taps."""
+    """Return the equivalent stride-1 kernel, whose channels are the phases of the input that have taps."""
     widths = kernel.shape[3:]
     axes = list(zip(widths, stride, dilation, strict=True))
     lengths = [((width - 1) * gap // step + 1) * step for width, step, gap in axes]

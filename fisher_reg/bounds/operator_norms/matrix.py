@@ -1,7 +1,7 @@
-r"""Certified spectral norms of matrices, as differentiable numbers.
+r"""Certified spectral norms of matrices, differentiable.
 
-A power or Lanczos iteration only ever reports a value at or below the largest eigenvalue. What certifies is a Cholesky
-factorisation: if that of :math:`c I - G` runs through, no eigenvalue of G lies above c.
+A power or Lanczos iteration returns a lower bound of the largest eigenvalue. A Cholesky factorisation certifies an
+upper bound: if it succeeds for :math:`c I - G`, no eigenvalue of G is larger than c.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 MAX_NUMBERS = 2**22
-"""Complex numbers held at once (64 MiB, several times in all); larger stacks were slower, leaving the caches."""
+"""Largest number of complex entries of a stack (64 MiB, several such stacks); larger ones exceed the CPU caches."""
 _MAX_EIGVALSH = 256
-"""Up to this size the eigenvalues of one matrix are cheaper than an estimate and its certificate."""
+"""Up to this size the eigenvalues of one matrix cost less than an estimate with its certificate."""
 
 
 class Peak(NamedTuple):
-    """An estimate of the largest eigenvalue in a stack of matrices, and the matrix's place in it (-1: in another)."""
+    """An estimate of the largest eigenvalue in a stack of matrices, and the index of its matrix (-1: in none)."""
 
     eigenvalue: float
     place: int = -1
@@ -32,7 +32,7 @@ def linear_norm(matrix: Tensor) -> Tensor:
 def largest_norm(matrices: Tensor, *, rtol: float = 1e-3) -> Tensor:
     r"""Return the largest spectral norm of a stack of matrices, never below the true one beyond round-off.
 
-    Cost: one Gram matrix each on the shorter side, and one Cholesky factorisation of each that could be the largest.
+    Cost: one Gram matrix per matrix on the shorter side, and one Cholesky factorisation of each candidate.
 
     Args:
         matrices: ``(M, m, n)``, real or complex.
@@ -62,6 +62,7 @@ def largest_norm(matrices: Tensor, *, rtol: float = 1e-3) -> Tensor:
             found = climb(gram, Peak(peak.eigenvalue), 2 * rtol, roundoff(chunk.shape[1], chunk.shape[2]))
             peak = peak if found.place < 0 else Peak(found.eigenvalue, found.place + offset)
             offset += len(chunk)
+    # ||X|| <= scale sqrt((1 + 2 rtol) lambda)
     value: Tensor = scale * (peak.eigenvalue * (1 + 2 * excess)) ** 0.5
     if peak.place < 0 or not carries_gradient(matrices):
         return torch.as_tensor(value)
@@ -69,16 +70,16 @@ def largest_norm(matrices: Tensor, *, rtol: float = 1e-3) -> Tensor:
 
 
 def climb(gram: Tensor, peak: Peak, rtol: float, slack: float) -> Peak:
-    """Return a peak that no eigenvalue of the stack exceeds by more than ``rtol``, relatively.
+    """Return a peak such that no eigenvalue of the stack is larger than ``(1 + rtol)`` times its eigenvalue.
 
     Args:
         gram: Hermitian positive semidefinite matrices ``(M, n, n)``.
-        peak: Where to start. It is returned if it is high enough.
+        peak: The initial estimate. It is returned if it is large enough.
         rtol: Larger than the slack.
         slack: As in :func:`may_exceed`.
 
     Returns:
-        ``(1 + rtol) * eigenvalue`` is at or above every eigenvalue; the place is that of the highest estimate.
+        ``(1 + rtol) * eigenvalue`` is at least every eigenvalue; the index is that of the largest estimate.
     """
     where, steps = torch.arange(len(gram), device=gram.device), 16
     while True:
@@ -88,17 +89,17 @@ def climb(gram: Tensor, peak: Peak, rtol: float, slack: float) -> Peak:
         gram, where = gram[high], where[high]
         estimates = lower_estimates(gram, steps)
         top = int(estimates.argmax())
-        # Each has failed to stay below (1 + rtol) of the last one: so there is progress even if the estimate is poor.
+        # none of these matrices was certified below (1 + rtol) times the last peak: raise it at least to that level
         peak = Peak(max(float(estimates[top]), (1 + rtol) * peak.eigenvalue), int(where[top]))
-        steps *= 2  # and from n on the estimate is exact
+        steps *= 2  # from n steps on the estimate is exact
 
 
 def may_exceed(gram: Tensor, level: float, slack: float) -> Tensor:
-    r"""Say of each matrix whether its largest eigenvalue may lie above a level.
+    r"""Return for each matrix whether its largest eigenvalue may exceed a level.
 
-    False is proven: either the Frobenius norm is below, or :math:`c I - G` has a Cholesky factorisation. In floating
-    point this shows that :math:`c I - G + E` is positive semidefinite with :math:`\|E\|` at most ``slack`` times c, so
-    that c is taken lower than the level by as much.
+    False is proven: either the Frobenius norm is at most the level, or :math:`c I - G` has a Cholesky factorisation. In
+    floating point the latter proves that :math:`c I - G + E` is positive semidefinite with :math:`\|E\|` at most
+    ``slack`` times c. Therefore :math:`c = (1 - \text{slack})\, \text{level}`.
 
     Reference: S. M. Rump (2006), "Verification of positive definiteness", BIT Numerical Mathematics 46, 433-452.
 
@@ -110,11 +111,12 @@ def may_exceed(gram: Tensor, level: float, slack: float) -> Tensor:
     Returns:
         Booleans ``(M,)``.
     """
-    level *= 1 - slack
+    level *= 1 - slack  # c
     numbers = torch.view_as_real(gram) if gram.is_complex() else gram  # the norm of complex numbers is slow
     high: Tensor = torch.linalg.vector_norm(numbers.flatten(1), dim=1) > level
     if level <= 0 or not high.any():
         return high
+    # c I - G
     shifted = -gram if high.all() else -gram[high]
     shifted.diagonal(dim1=1, dim2=2).add_(level)
     high[high.clone()] = torch.linalg.cholesky_ex(shifted).info > 0
@@ -124,16 +126,17 @@ def may_exceed(gram: Tensor, level: float, slack: float) -> Tensor:
 def roundoff(size: int, terms: int) -> float:
     r"""Return a bound of the relative error of Gram matrices of ``size`` rows and of their Cholesky factors.
 
-    A sum of T products errs by T u times the sum of their sizes, which for the entries of :math:`X X^*` add up to
-    :math:`\|X\|_F^2 \le n \|X\|_2^2`, and likewise for those of :math:`L L^*`; 8 covers complex arithmetic.
+    The error of a sum of T products is at most T u times the sum of their moduli, with the unit round-off u. Over the
+    entries of :math:`X X^*` these sums add up to :math:`\|X\|_F^2 \le n \|X\|_2^2`, and in the same way for
+    :math:`L L^*`. The factor 8 covers complex arithmetic.
     """
     return 8 * torch.finfo(torch.float64).eps * size * (size + terms)
 
 
 def lower_estimates(gram: Tensor, steps: int) -> Tensor:
-    """Return estimates ``(M,)`` from below of the largest eigenvalues ``(M, n, n)``, by Lanczos; exact from n steps.
+    """Return lower bounds ``(M,)`` of the largest eigenvalues of ``(M, n, n)``, by Lanczos; exact from n steps on.
 
-    Vectors are not reorthogonalised: lost orthogonality repeats Ritz values, but raises none above the spectrum.
+    Vectors are not reorthogonalised: loss of orthogonality repeats Ritz values, but raises none above the spectrum.
     """
     if steps >= gram.shape[-1]:
         exact: Tensor = torch.linalg.eigvalsh(gram)
@@ -142,9 +145,10 @@ def lower_estimates(gram: Tensor, steps: int) -> Tensor:
     previous, beta = torch.zeros_like(vector), vector.new_zeros(len(gram), 1, 1).real
     diagonal, off_diagonal = [], []
     for _ in range(steps):
-        image = gram @ vector
-        alpha = (vector.conj() * image).sum(1, keepdim=True).real
+        image = gram @ vector  # G v_j
+        alpha = (vector.conj() * image).sum(1, keepdim=True).real  # alpha_j = v_j^* G v_j
         image = image - alpha * vector - beta * previous
+        # beta_j = ||G v_j - alpha_j v_j - beta_{j-1} v_{j-1}||
         beta = torch.linalg.vector_norm(image, dim=1, keepdim=True)
         previous, vector = vector, image / beta.clamp_min(torch.finfo(beta.dtype).tiny)
         diagonal.append(alpha.flatten())
@@ -157,8 +161,8 @@ def lower_estimates(gram: Tensor, steps: int) -> Tensor:
 def with_gradient(value: Tensor, matrix: Tensor) -> Tensor:
     r"""Return the value, with the relative gradient of the matrix's spectral norm.
 
-    With the leading singular vectors u and v, :math:`\mathrm{d}\|X\|_2 = \mathrm{Re}\, u^* \mathrm{d}X\, v`. They come
-    from inverse iteration, shifted to just above the largest eigenvalue of the Gram matrix.
+    With the leading singular vectors u and v, :math:`\mathrm{d}\|X\|_2 = \mathrm{Re}\, u^* \mathrm{d}X\, v`. They are
+    computed by inverse iteration with a shift slightly above the largest eigenvalue of the Gram matrix.
     """
     with torch.no_grad():
         gram = (matrix @ matrix.mH)[None]
@@ -169,27 +173,28 @@ def with_gradient(value: Tensor, matrix: Tensor) -> Tensor:
         for _ in range(6):
             left = torch.nn.functional.normalize(torch.cholesky_solve(left, factor), dim=1)
         right = torch.nn.functional.normalize(matrix.mH @ left[0], dim=0)
+    # Re u^* X v
     norm = (left[0].conj() * (matrix @ right)).sum().real
     return value * (norm / norm.detach())
 
 
 def largest_entry(weight: Tensor) -> Tensor:
-    """Return the largest modulus, the unit in which nothing overflows: NaN if an entry is."""
+    """Return the largest modulus, by which the weight is divided to avoid overflow; NaN if an entry is NaN."""
     return weight.detach().abs().amax() if weight.numel() else weight.new_zeros((), dtype=torch.float64)
 
 
 def is_settled(scale: Tensor) -> bool:
-    """Say whether the largest modulus is the norm itself, being zero, infinite or NaN."""
+    """Return whether the largest modulus is zero, infinite or NaN, so that it is the norm itself."""
     return not 0 < float(scale) < float("inf")
 
 
 def carries_gradient(weight: Tensor) -> bool:
-    """Say whether a gradient with respect to the weight will be asked for."""
+    """Return whether the norm must carry a gradient with respect to the weight."""
     return torch.is_grad_enabled() and weight.requires_grad
 
 
 def vanishing(weight: Tensor) -> Tensor:
-    """Return a zero whose gradient is zero too."""
+    """Return a zero with a gradient of zero."""
     return 0.0 * weight.real.nan_to_num(0, 0, 0).sum() if carries_gradient(weight) else weight.real.new_zeros(())
 
 

@@ -1,4 +1,4 @@
-"""How the weights of a layer are measured for a bound: never below the true norm."""
+"""The norms of weights that a bound uses: upper bounds of the true norms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fisher_reg.bounds.operator_norms.matrix import linear_norm
 
 @dataclass(frozen=True)
 class CertifiedNorms:
-    """Operator norms that the true ones never exceed.
+    """Upper bounds of operator norms.
 
     Args:
         dense: Whether a convolution on a small image may be bounded by its matrix.
@@ -35,10 +35,10 @@ class CertifiedNorms:
 
 
 class KnownNorms:
-    """Norms that are computed once for each weight, for a search that asks for the same ones again.
+    """A cache of norms, for a search that needs the norm of the same weight several times.
 
     Args:
-        norms: What computes them.
+        norms: Computes the norms.
     """
 
     def __init__(self, norms: CertifiedNorms) -> None:
@@ -66,5 +66,5 @@ class KnownNorms:
 
 
 def _content(weight: Tensor) -> tuple[object, ...]:
-    """Return a key of the numbers themselves: the weight in its coordinates is computed anew each time."""
+    """Return a key made of the entries, since a scaled weight is a new tensor each time."""
     return tuple(weight.shape), weight.detach().cpu().contiguous().numpy().tobytes()

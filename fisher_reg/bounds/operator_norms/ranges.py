@@ -1,4 +1,4 @@
-"""Where the entries of a value, or its vectors along the last axis, lie, if that is known."""
+"""Ranges of the entries of a value, or of its vectors along the last axis."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Tokens:
 class Ball:
     """All vectors ``v`` along the last axis have ``|v - c| <= radius`` for one ``c``, and ``|v| <= norm``.
 
-    Where the vectors are parts of such, ``columns``, of the shape of the value, says which entries of ``c`` they meet.
+    If the vectors are parts of such vectors, ``columns``, of the shape of the value, holds the indices of their entries
+    in ``c``.
     """
 
     radius: Tensor
@@ -30,7 +31,7 @@ class Ball:
 
     @property
     def of_tokens(self) -> Ball:
-        """The same where the vectors along the axis before the last share their centre, else with the centre 0."""
+        """The same ball if the vectors along the axis before the last share their centre, else one with centre 0."""
         shared = self.columns is None or bool((self.columns == self.columns[..., :1, :]).all())
         return self if shared else Ball(self.norm, self.norm)
 
@@ -47,7 +48,7 @@ Range = Tokens | Ball | Interval
 
 
 def largest_entry(known: Range | None) -> float:
-    """Return how large an entry can be in modulus, infinity where that is not known."""
+    """Return a bound of the modulus of the entries; infinity if it is not known."""
     if isinstance(known, Interval):
         return max(abs(known.low), abs(known.high))
     if isinstance(known, Tokens):
@@ -56,7 +57,7 @@ def largest_entry(known: Range | None) -> float:
 
 
 def largest_length(known: Range | None, size: int) -> float:
-    """Return how long a vector of ``size`` entries along the last axis can be, infinity where that is not known."""
+    """Return a bound of the norm of vectors of ``size`` entries along the last axis; infinity if it is not known."""
     if isinstance(known, Ball):
         return float(known.norm)
     if isinstance(known, Tokens):
@@ -66,6 +67,7 @@ def largest_length(known: Range | None, size: int) -> float:
 
 
 def ball_of(tokens: Tokens) -> Ball:
-    """Return a ball that holds the tokens, around their bias."""
+    """Return a ball that contains the tokens, around their bias."""
+    # |gamma * y| <= max|gamma| r, and |x| <= max|gamma| r + |beta|
     radius = tokens.gamma.detach().double().abs().amax() * tokens.radius
     return Ball(radius, radius + tokens.beta.detach().double().norm())

@@ -1,4 +1,4 @@
-"""Cheap and smooth sizes of weights, to choose coordinates by; they certify nothing."""
+"""Cheap and smooth norms of weights, only for the choice of diagonal scalings; they are no upper bounds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fisher_reg.bounds.operator_norms.conv import Geometry
 
 @dataclass(frozen=True)
 class SchattenNorms:
-    """Fourth roots of sums of fourth powers of singular values: no bounds, but cheap and smooth, to choose coordinates.
+    """Schatten-4 norms, fourth roots of sums of fourth powers of singular values: cheap and smooth, but no bounds.
 
-    A convolution is taken as the matrix of its kernel.
+    A convolution is replaced by the matrix of its flattened kernel.
     """
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the Schatten-4 norm."""
         flat = weight.flatten(1)
         gram = flat @ flat.mT if flat.shape[0] < flat.shape[1] else flat.mT @ flat
-        square: Tensor = torch.linalg.vector_norm(gram)
+        square: Tensor = torch.linalg.vector_norm(gram)  # ||W W^T||_F = (sum sigma_i^4)^(1/2)
         return square.sqrt()
 
     def convolution(self, weight: Tensor, geometry: Geometry) -> Tensor:

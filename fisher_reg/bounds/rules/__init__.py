@@ -1,7 +1,7 @@
-"""One rule per layer type: how much longer a perturbation can get in passing it.
+"""The bound rules: one per layer type, which returns the Lipschitz constant of the layer.
 
-A family of layers is one file, with its modules, its functions and its methods. What they share is in ``layer`` (what a
-rule sees and returns), ``call`` (a function with its arguments) and ``registry`` (which rule belongs to what).
+A family of layers is one file, with its modules, functions and methods. Shared code is in ``layer`` (argument and
+result of a rule), ``call`` (a function with its arguments) and ``registry`` (from modules and functions to rules).
 """
 
 from fisher_reg.bounds.rules import (

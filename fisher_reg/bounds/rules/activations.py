@@ -19,7 +19,7 @@ from fisher_reg.bounds.sensitivity import as_double
 from fisher_reg.errors import NoBoundError
 
 _SMALLEST_THRESHOLD = 15.0
-"""Above it the jump of a softplus, relative to its value, is below the rounding of float32."""
+"""For larger thresholds the jump of a softplus is smaller than the rounding of its value in float32."""
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
@@ -35,13 +35,13 @@ def _prelu(module: nn.PReLU) -> Tensor:
 
 
 def _softplus(module: nn.Softplus) -> float:
-    # Where beta x passes the threshold t, torch goes on with x: it jumps by log1p(exp(-t)) / beta.
+    # where beta x exceeds the threshold t, torch returns x: the value jumps by log1p(exp(-t)) / beta
     if not (module.threshold >= _SMALLEST_THRESHOLD and module.beta != 0):
         raise NoBoundError(
             f"{module} jumps at its threshold and is not continuous in the input; choose a threshold of at least "
             f"{_SMALLEST_THRESHOLD:.0f} (the default is 20)."
         )
-    return 1.0  # a sigmoid
+    return 1.0  # the slope is a sigmoid
 
 
 SLOPES: dict[type[nn.Module], Callable[[Any], float | Tensor]] = {
@@ -54,7 +54,7 @@ SLOPES: dict[type[nn.Module], Callable[[Any], float | Tensor]] = {
     nn.ELU: lambda module: max(1.0, abs(module.alpha)),  # alpha at 0-
     nn.CELU: _celu,
     nn.SELU: lambda module: _SELU_SCALE * _SELU_ALPHA,  # at 0-
-    # The tanh form differs from x Phi(x) by less than 1e-3 in slope.
+    # the slope of the tanh form differs from that of x Phi(x) by less than 1e-3
     nn.GELU: lambda module: GELU_SLOPE + (1e-3 if module.approximate == "tanh" else 0.0),
     nn.SiLU: lambda module: 1.09984,  # sigma(x) (1 + x (1 - sigma(x))) at x = 2.39936, rounded up
     nn.Mish: lambda module: 1.0885,  # at x = 1.4906, rounded up
@@ -78,10 +78,10 @@ LOWEST_SLOPES: dict[type[nn.Module], float] = {
     nn.Tanh: 0.0,
     nn.Sigmoid: 0.0,
     nn.Softplus: 0.0,
-    nn.GELU: 1 - GELU_SLOPE - 1e-3,  # x Phi(x) has the slope 1 - s at -x where it has s at x
-    nn.SiLU: 1 - 1.09984,  # likewise
+    nn.GELU: 1 - GELU_SLOPE - 1e-3,  # if the slope of x Phi(x) is s at x, it is 1 - s at -x
+    nn.SiLU: 1 - 1.09984,  # the same symmetry
 }
-"""Smallest slope over all numbers, where it is above minus the largest."""
+"""Smallest slope over all numbers, if it is larger than minus the largest slope."""
 
 
 RANGES: dict[type[nn.Module], Callable[[Any], Interval]] = {
@@ -95,11 +95,11 @@ RANGES: dict[type[nn.Module], Callable[[Any], Interval]] = {
     nn.Softsign: lambda module: Interval(-1.0, 1.0),
     nn.LogSigmoid: lambda module: Interval(-math.inf, 0.0),
 }
-"""Where the values of an activation lie."""
+"""Range of the values of an activation."""
 
 
 def slope_range(module: nn.Module) -> tuple[float, float] | None:
-    """Return the smallest and the largest slope of an activation, None for another module or an unknown one."""
+    """Return the smallest and the largest slope of an activation; None for other modules."""
     kind = type(module)
     if find_rule(module) is not activation_gain or kind not in LOWEST_SLOPES:
         return None
@@ -107,9 +107,9 @@ def slope_range(module: nn.Module) -> tuple[float, float] | None:
 
 
 def activation_gain(module: nn.Module, layer: Layer) -> ScaledGain:
-    """Return the largest slope; coordinates pass, since a diagonal Jacobian commutes with them.
+    """Return the largest slope; the scaling is unchanged, since a diagonal Jacobian commutes with it.
 
-    A one-per-channel parameter is taken at its largest.
+    For a parameter per channel it is the largest over the channels.
     """
     largest = next(slope for kind, slope in SLOPES.items() if isinstance(module, kind))(module)
     known = next((found(module) for kind, found in RANGES.items() if isinstance(module, kind)), None)

@@ -21,7 +21,7 @@ from fisher_reg.errors import NoBoundError
 
 
 def adds(node: fx.Node) -> bool:
-    """Say whether the node is a sum or a difference."""
+    """Return whether the node is a sum or a difference."""
     rule = find_function_rule(node.target) if node.op in ("call_function", "call_method") else None
     return rule is not None and rule.apply is _sum
 
@@ -36,7 +36,7 @@ def _sum(call: Call) -> Sensitivity:
         return replace(terms[0], range=_shifted_range(call))
     scales = [term.scale for term in terms if term.scale is not None]
     scale = None
-    if scales:  # the smaller coordinates: no term gets longer in them
+    if scales:  # the smallest scaling: no scaled term becomes larger
         ones = [torch.ones((), dtype=torch.float64, device=call.value.device)] * (len(terms) - len(scales))
         scale = torch.stack([item.expand(call.value.shape) for item in (*scales, *ones)]).amin(0)
     return Sensitivity(log_sum([term.within(scale) for term in terms]), scale)
@@ -72,7 +72,7 @@ def _multiply(call: Call) -> Sensitivity:
 
 
 def _product_at(call: Call, first: Operand, second: Operand) -> Sensitivity:
-    """Where the factors are bounded the product rule holds: ``d(a b) = b da + a db``."""
+    """Bound a product of bounded factors by the product rule ``d(a b) = b da + a db``."""
     sizes = [worst(largest_modulus(item, call), item, call) for item in (second, first)]
     if not all(bool(size.isfinite().all()) for size in sizes):
         raise NoBoundError(

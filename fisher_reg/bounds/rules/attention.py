@@ -1,4 +1,4 @@
-"""The bound rules of attention: as a module with its projections, and bare."""
+"""The bound rules of attention: the module with its projections, and the function."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def _self_attention(module: nn.MultiheadAttention, layer: Layer) -> Gain:
     known = layer.input_range if isinstance(layer.input_range, Tokens) else _tokens_around(layer)
     if known is None:
         raise NoBoundError(
-            "Dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer norm stands "
-            "right before this one to bound it. Only pre-norm attention has a global bound."
+            "Dot-product attention has no global Lipschitz constant on an unbounded domain, and there is no layer norm "
+            "directly before this one to bound its input. Only pre-norm attention has a global bound."
         )
     tokens = Tokens(scale * known.gamma, scale * known.beta, known.radius)
     num_tokens = layer.input.shape[1 if module.batch_first else 0]
     norm = self_attention_lipschitz(weights, num_tokens, tokens)
-    domain = "attention: the range of the layer norm before it, which no input leaves"
+    domain = "attention: the range of the layer norm before it, which contains all its outputs"
     return ScaledGain(norm, domain=domain, of_one_input=True)
 
 
 def _tokens_around(layer: Layer) -> Tokens | None:
-    """Return a ball that holds all tokens of all examples over the region, around their mean."""
+    """Return a ball around the mean of the tokens that contains all tokens of all examples over the region."""
     if layer.deviation is None:
         return None
     hidden, width = layer.input, layer.deviation.width
@@ -82,7 +82,7 @@ def _attention_at(module: nn.MultiheadAttention, layer: Layer, weights: Attentio
 def _dot_product_attention(call: Call) -> Sensitivity:
     query, key, value = (call.operands[name] for name in ("query", "key", "value"))
     if call.argument("dropout_p", 0.0) != 0:
-        raise NoBoundError(f"{call.name} drops in evaluation.")
+        raise NoBoundError(f"{call.name} drops in evaluation mode.")
     call.argument("attn_mask")
     scale = call.argument("scale")
     scale = query.value.shape[-1] ** -0.5 if scale is None else scale
@@ -95,14 +95,14 @@ def _dot_product_attention(call: Call) -> Sensitivity:
         balls = [_POINT if item is value else _ball(call, other) for other in (query, key, value)]
         gains = dot_product_attention_gains(query.value.shape[-2], scale, *balls)
         gain = (gains.query, gains.key, gains.value)[number]
-        # Heads, groups of them or examples that share a value use copies of it.
+        # heads, groups of heads or examples that share a value use copies of it
         copies = _heads(call.value) / _heads(item.value)
         terms.append(shifted(item.sensitivity.plain(), log(gain) + 0.5 * math.log(copies)))
     return Sensitivity(log_sum(terms))
 
 
 def _dot_product_attention_at(call: Call, scale: float) -> Sensitivity:
-    """Bound the Jacobian at the example, with the attention there."""
+    """Bound the Jacobian at the example, with the attention weights at the example."""
     operands = [call.operands[name] for name in ("query", "key", "value")]
     query, key, value = (item.value.double() for item in operands)
     if call.argument("enable_gqa", False):
@@ -128,7 +128,7 @@ def _dot_product_attention_at(call: Call, scale: float) -> Sensitivity:
 
 
 def _dot_product_attention_width(call: Call) -> Tensor | None:
-    """Each output is a mean of values, and stays between the lowest and the highest of them."""
+    """Return the widths: each output is a mean of values, between the lowest and the highest of them."""
     value = call.operands["value"]
     width = width_of(value)
     if width is None or value.value.shape[:-2] != call.value.shape[:-2]:
@@ -143,12 +143,12 @@ _POINT = Ball(torch.zeros(()).double(), torch.zeros(()).double())
 
 
 def _heads(value: Tensor) -> int:
-    """Return how many matrices there are along the last two axes."""
+    """Return the number of matrices along the last two axes."""
     return math.prod(value.shape[:-2])
 
 
 def _ball(call: Call, operand: Operand) -> Ball:
-    """Return where the vectors of a query, key or value lie; those of a constant are known."""
+    """Return the range of the vectors of a query, key or value; that of a constant is known."""
     if operand.is_constant:
         vectors = operand.value.double()
         centred = vectors - vectors.mean(-2, keepdim=True)
@@ -166,8 +166,8 @@ def _ball(call: Call, operand: Operand) -> Ball:
     if found:
         return Ball(*(torch.stack(sizes).amin() for sizes in zip(*((b.radius, b.norm) for b in found), strict=True)))
     raise NoBoundError(
-        f"{call.name}: dot-product attention has no global Lipschitz constant on an unbounded domain, and no layer "
-        "norm and linear layer stand right before this one to bound it. Only pre-norm attention has a global bound."
+        f"{call.name}: dot-product attention has no global Lipschitz constant on an unbounded domain, and there is no "
+        "layer norm and linear layer directly before it to bound its input. Only pre-norm attention has a global bound."
     )
 
 

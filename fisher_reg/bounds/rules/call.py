@@ -19,12 +19,12 @@ class Operand:
     """An argument of a call.
 
     Attributes:
-        value: At the examples.
-        sensitivity: That of a constant, for a number.
-        deviation: Over a region, where the first axis of the value is that of the examples.
-        around: Likewise for any tensor.
+        value: The value at the examples.
+        sensitivity: The sensitivity of the value; that of a constant for a number.
+        deviation: The deviation over a region, if the first axis of the value is that of the examples.
+        around: The deviation over a region, for any tensor.
         is_apart: Whether the first axis of the value is that of the examples.
-        items: The same of each tensor in a list.
+        items: The operands of the tensors in a list.
     """
 
     value: Any
@@ -36,7 +36,7 @@ class Operand:
 
     @property
     def is_constant(self) -> bool:
-        """Whether nothing in it depends on the input."""
+        """Whether the argument does not depend on the input."""
         sensitivities = self.sensitivity if isinstance(self.sensitivity, tuple) else (self.sensitivity,)
         return all(sensitivity.is_constant for sensitivity in sensitivities)
 
@@ -46,13 +46,14 @@ class Call:
     """One call of a function in the graph.
 
     Attributes:
-        name: What a reader would call it.
+        name: Name for messages.
         operands: The arguments by name.
-        value: What it returned.
-        again: Calls it once more with another first argument.
-        is_local: Whether the constant at the example is wanted, and the first axis of what varies is that of examples.
-        norms: What computes the norms of weights.
-        at_example: Whether the constant at the examples is wanted, for each or for all of them together.
+        value: Its result.
+        again: Repeats the call with another first argument.
+        is_local: Whether the constant is that at each example; the first axis of all non-constant arguments is then
+            that of the examples.
+        norms: Computes the norms of weights.
+        at_example: Whether the constant is that at the examples, for each of them or for all together.
     """
 
     name: str
@@ -65,12 +66,12 @@ class Call:
 
     @property
     def function(self) -> str:
-        """The name of what is called."""
+        """The name of the called function."""
         return self.name[self.name.rfind("(") + 1 : -1]
 
     @property
     def source(self) -> Operand:
-        """The one argument that depends on the input."""
+        """The only argument that depends on the input."""
         varying = [operand for operand in self.operands.values() if not operand.is_constant]
         if len(varying) != 1:
             raise NoBoundError(
@@ -80,7 +81,7 @@ class Call:
 
     @property
     def sensitivity(self) -> Sensitivity:
-        """The sensitivity of the one argument that depends on the input."""
+        """The sensitivity of the only argument that depends on the input."""
         sensitivity = self.source.sensitivity
         if isinstance(sensitivity, tuple):
             raise NoBoundError(f"{self.name} takes several tensors at once.")
@@ -88,7 +89,7 @@ class Call:
 
     @property
     def copies(self) -> float:
-        """How many outputs there are to one input: more than one where it was broadcast."""
+        """The number of outputs per input: more than one if the input was broadcast."""
         inputs: int = self.source.value.numel()
         outputs: int = self.value.numel()
         return outputs / inputs
@@ -104,17 +105,17 @@ class Call:
 
 @dataclass(frozen=True)
 class FunctionRule:
-    """A rule for calls whose arguments have these names, in this order; any others where ``names`` is None.
+    """A rule for calls whose arguments have these names, in this order; for any arguments if ``names`` is None.
 
-    It returns the sensitivity of the value, or, for a layer of one input, its gain.
+    It returns the sensitivity of the value or, for a layer of one input, its gain.
 
     Attributes:
         apply: The rule.
         names: The names of the arguments.
         is_layer: Whether it returns a gain.
-        shape_only: The arguments that give no more than a shape, a type or a device: the value does not depend on
-            theirs. ``*`` for all but the first.
-        first_of_several: Whether the call returns a tuple, of which the rule is about the first.
+        shape_only: The arguments of which only the shape, type or device matters, not the value. ``*`` for all except
+            the first.
+        first_of_several: Whether the call returns a tuple, of which the rule bounds only the first item.
     """
 
     apply: Callable[[Call], Sensitivity | Gain]
@@ -124,7 +125,7 @@ class FunctionRule:
     first_of_several: bool = False
 
     def reads(self, name: str, place: int) -> bool:
-        """Say whether the value depends on that of an argument."""
+        """Return whether the result depends on the value of an argument."""
         others = "*" in self.shape_only and place > 0
         return name not in self.shape_only and not others
 
@@ -146,20 +147,20 @@ def make_call(
     Args:
         rule: The rule that will be applied.
         node: A function or method call.
-        sensitivities: Those of the nodes before.
-        value: What the call returned.
+        sensitivities: Those of the previous nodes.
+        value: The result of the call.
         fetch: From an argument of the node to its value.
-        norms: What computes the norms of weights.
-        is_local: Whether the constant at the example is wanted.
-        deviation_of: From a node to how far its value may be from the one at the example, over a region.
-        around_of: Likewise for every tensor, and whether its first axis is that of the examples.
-        at_example: Whether the constant at all examples together is wanted at least.
+        norms: Computes the norms of weights.
+        is_local: Whether the constant is that at each example.
+        deviation_of: From a node to its deviation over a region, if its first axis is that of the examples.
+        around_of: From a node to its deviation, and whether its first axis is that of the examples.
+        at_example: Whether the constant is at least that at all examples together.
 
     Returns:
-        The call; None where the value does not depend on the input, only its shape may.
+        The call; None if the value does not depend on the input (its shape may).
 
     Raises:
-        NoBoundError: For a signature that the rule does not know, or no tensor as the value.
+        NoBoundError: For a signature that the rule does not know, or a result that is not a tensor.
     """
     name = f"'{node}' ({name_of(node.target)})"
     arguments = _named(node, rule.names, name)
@@ -181,7 +182,7 @@ def make_call(
         return None
     tensors = value if isinstance(value, list | tuple) else (value,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise NoBoundError(f"{name} makes a {type(value).__name__} of a value that depends on the input.")
+        raise NoBoundError(f"{name} converts a value that depends on the input to a {type(value).__name__}.")
 
     def again(first: Any) -> Any:
         rest, keywords = fetch(node.args[1:]), dict(fetch(node.kwargs))
@@ -212,11 +213,11 @@ def _named(node: fx.Node, names: Sequence[str] | None, name: str) -> dict[str, A
 
 
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}
-"""Names of arguments that torch knows from NumPy, and its own."""
+"""NumPy's names of arguments that torch also accepts, and torch's own names."""
 
 
 def _first_tensor_first(node: fx.Node) -> dict[str, Any]:
-    """Return the keywords, in a call without positional arguments the one with the tensors first."""
+    """Return the keywords; in a call without positional arguments, the one with the tensors first."""
     keywords = dict(node.kwargs)
     if node.args:
         return keywords
@@ -235,10 +236,10 @@ def _sensitivity_of(argument: Any, sensitivities: dict[fx.Node, Sensitivity]) ->
 
 
 def layer_of(call: Call, of: str | None = "input") -> Layer:
-    """Return the call as the call of a layer of one input, the argument of a name; None for whichever it is."""
+    """Return the call as that of a layer with one input: the argument ``of``, or, if None, the one that varies."""
     sensitivity = call.sensitivity
     if of is not None and call.operands[of] is not call.source:
-        raise NoBoundError(f"{call.name}: another argument than its {of} depends on the input of the network.")
+        raise NoBoundError(f"{call.name}: an argument other than {of} depends on the input of the network.")
     return Layer(
         {"input": call.source.value},
         call.value,
@@ -251,7 +252,7 @@ def layer_of(call: Call, of: str | None = "input") -> Layer:
 
 
 def name_of(target: Any) -> str:
-    """Return what a reader would call the target of a node."""
+    """Return the name of the target of a node for messages."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket).removeprefix("aten.")
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -1,4 +1,4 @@
-"""The bound rules of what takes no more than the shape, the type or the device of a value."""
+"""The bound rules of functions that use only the shape, the type or the device of a value."""
 
 from __future__ import annotations
 

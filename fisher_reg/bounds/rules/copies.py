@@ -1,8 +1,9 @@
-r"""The bound rules of what copies entries to other places, adds them up, or is another linear map without weights.
+r"""The bound rules of functions that copy entries, add them up, or are another linear map without weights.
 
-Where each output is one input or a constant, and each input is used c times at most, the norm is :math:`\sqrt c`. The
-numbers of the inputs are sent through the call and counted. A matrix without negative entries has a norm of at most
-:math:`\sqrt{r c}` for its largest sums of rows and of columns (Schur); both are found with a vector of ones.
+If each output is one input or a constant, and each input is used at most c times, the norm is at most :math:`\sqrt c`.
+To count the uses, the function is applied to the indices of the inputs. The norm of a matrix without negative entries
+is at most :math:`\sqrt{r c}` with its largest row sum r and column sum c (Schur); both are computed with a vector of
+ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fisher_reg.errors import NoBoundError
 
 
 def _places(apply: Callable[[Tensor], Any], like: Tensor) -> list[Tensor]:
-    """Return for each output the number of the input that it is, from 1 on; 0 for a constant."""
+    """Return for each output the index of its input, from 1 on; 0 for a constant."""
     numbers = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device).view(like.shape)
     moved, zeros = apply(numbers), apply(torch.zeros_like(numbers))
     parts = zip(*(item if isinstance(item, list | tuple) else (item,) for item in (moved, zeros)), strict=True)
@@ -38,7 +39,7 @@ def _most_used(places: list[Tensor], size: int) -> float:
 
 
 def _scale_at(scale: Tensor | None, like: Tensor, place: Tensor) -> Tensor | None:
-    """Return the coordinates of the outputs, for constants the largest."""
+    """Return the scaling of the outputs; for constants the largest."""
     if scale is None:
         return None
     entries = scale.expand(like.shape).reshape(-1)
@@ -46,10 +47,10 @@ def _scale_at(scale: Tensor | None, like: Tensor, place: Tensor) -> Tensor | Non
 
 
 def copy_entries(call: Call) -> Sensitivity:
-    """Each output is one of the inputs, or a constant."""
+    """Bound a call whose outputs are inputs or constants."""
     first, source = next(iter(call.operands.values())), call.source
     if first is not source:
-        raise NoBoundError(f"{call.name}: another argument than its first depends on the input of the network.")
+        raise NoBoundError(f"{call.name}: an argument other than the first depends on the input of the network.")
     sensitivity = call.sensitivity
     places = _places(call.again, source.value)
     log_norm = shifted(sensitivity, 0.5 * log(_most_used(places, source.value.numel())))
@@ -74,7 +75,7 @@ def _copied_by_module(module: nn.Module, layer: Layer) -> ScaledGain:
 
 
 def _schur(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Return the root of the largest sums of a row and of a column."""
+    """Return the root of the product of the largest row sum and column sum."""
     with torch.enable_grad():
         ones = torch.ones(like.shape, dtype=torch.float64, device=like.device).requires_grad_()
         rows = apply(ones)
@@ -92,7 +93,7 @@ def _added_up_by_module(module: nn.Module, layer: Layer) -> Gain:
 
 
 def _along_axis(call: Call) -> Sensitivity:
-    """A linear map of one axis: the norm of its matrix."""
+    """Bound a linear map of one axis by the norm of its matrix."""
     source = call.source.value
     dim = call.argument("dim", -1)
     count = call.argument("n", 1)
@@ -104,7 +105,7 @@ def _along_axis(call: Call) -> Sensitivity:
 
 
 def _replayed(call: Call) -> Tensor | None:
-    """Return the widths after a map without negative entries."""
+    """Return the widths after a linear map without negative entries."""
     deviation = call.source.around
     if deviation is None:
         return None
@@ -114,7 +115,7 @@ def _replayed(call: Call) -> Tensor | None:
 
 
 def _attribute(call: Call) -> Sensitivity:
-    """A transposed tensor, or one of the tensors of a named tuple."""
+    """Bound an attribute: a transposed tensor, or one of the tensors of a named tuple."""
     name = call.argument("name")
     source = call.operands["input"]
     assert isinstance(source.sensitivity, Sensitivity)

@@ -1,7 +1,8 @@
-r"""The bound rules of functions of one number, by the largest slope over what the number can be.
+r"""The bound rules of functions of one number, by the largest slope over the range of the argument.
 
-At the example that is one point, over a region an interval, over all inputs what the layers before make sure of: a
-variance is not negative, so that :math:`\sqrt{v + \epsilon}` has a slope of at most :math:`1 / (2 \sqrt\epsilon)`.
+The range is one point at the example, an interval over a region, and over all inputs the range that the previous layers
+ensure: a variance is not negative, so that :math:`\sqrt{v + \epsilon}` has a slope of at most
+:math:`1 / (2 \sqrt\epsilon)`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Curve:
     """A function of one number that is monotone on each side of zero.
 
     Attributes:
-        steepest: From the ends of intervals to the largest modulus of the slope between them; infinite outside of where
-            the function is defined.
+        steepest: From the ends of intervals to the largest modulus of the slope between them; infinite outside the
+            domain of the function.
         values: The function.
-        range: Where its values lie.
-        pole: Whether it has none at zero, so that an interval around zero has no largest value.
+        range: The range of its values.
+        pole: Whether it has a pole at zero, so that it is unbounded on an interval around zero.
     """
 
     steepest: Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +43,7 @@ class Curve:
 
 
 def _where_positive(slope: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the slope at the lower end of a function of positive numbers whose slope falls."""
+    """Return the slope at the lower end, for a function of positive numbers with a decreasing slope."""
     return lambda low, high: torch.where(low > 0, slope(low.clamp_min(1e-300)), torch.inf)
 
 
@@ -85,7 +86,7 @@ def _curve(call: Call) -> Curve:
         if isinstance(exponent, Tensor) and exponent.numel() == 1:
             exponent = float(exponent)
         if not isinstance(exponent, int | float) or isinstance(exponent, bool) or exponent == 0:
-            raise NoBoundError(f"{call.name} has a bound rule for one constant exponent that is not zero.")
+            raise NoBoundError(f"{call.name} has a bound rule only for one constant exponent that is not zero.")
         return _power(exponent)
     return CURVES[call.function]
 
@@ -96,10 +97,10 @@ def _of_one_number(call: Call) -> Sensitivity:
     slope = worst(curve.steepest(low, high), source, call)
     if not bool(slope.isfinite().all()):
         raise NoBoundError(
-            f"{call.name} has an unbounded slope where its argument may lie. Keep that away from where it is steep, as "
-            "in sqrt(x + eps), or ask for a bound at given inputs or over a domain."
+            f"{call.name} has an unbounded slope over the possible range of its argument. Restrict the argument, as "
+            "in sqrt(x + eps), or compute a bound at given inputs or over a domain."
         )
-    sensitivity = call.sensitivity  # a diagonal Jacobian commutes with coordinates
+    sensitivity = call.sensitivity  # a diagonal Jacobian commutes with the scaling
     return Sensitivity(shifted(sensitivity, log(slope)), sensitivity.scale, curve.range)
 
 
@@ -126,7 +127,7 @@ def _clamp(call: Call) -> Gain:
         (float(end.min() if side == 0 else end.max()) if isinstance(end, Tensor) else default if end is None else end)
         for side, (end, default) in enumerate(zip(ends, (-math.inf, math.inf), strict=True))
     )
-    # Each entry is passed, with slope 1, or replaced by a constant. Where the ends cross, the upper one counts.
+    # each entry is unchanged, with slope 1, or replaced by a constant; if the ends cross, the upper one is used
     known = Interval(low, high) if low <= high else None
     return ScaledGain(1.0, known, scale=call.sensitivity.scale)
 
@@ -153,7 +154,7 @@ def _absolute(call: Call) -> Sensitivity:
 
 
 def quotient(call: Call) -> Sensitivity:
-    """``d(a / b) = da / b - a db / b^2``."""
+    """Bound a quotient by ``d(a / b) = da / b - a db / b^2``."""
     above, below = call.operands["input"], call.operands["other"]
     low, high = extent(below, call)
     smallest = torch.where((low <= 0) & (high >= 0), 0.0, torch.minimum(low.abs(), high.abs()))
@@ -174,8 +175,8 @@ def quotient(call: Call) -> Sensitivity:
     terms.append(_broadcast(below, call.value, joint))
     if not all(bool((term < math.inf).all()) for term in terms):
         raise NoBoundError(
-            f"{call.name} divides by a value that depends on the input: no global constant where it may be zero, or "
-            "where what is divided is unbounded."
+            f"{call.name} divides by a value that depends on the input: there is no global constant if the divisor may "
+            "be zero or the dividend is unbounded."
         )
     return Sensitivity(log_sum(terms))
 
@@ -203,7 +204,7 @@ def quotient_width(call: Call) -> Tensor | None:
 
 
 def _extreme(call: Call) -> Sensitivity:
-    """Each output is one of two entries, so that the two sides are at most side by side."""
+    """Bound a minimum or maximum of two values: each output is one of two entries, as in a concatenation."""
     terms = []
     for operand in call.operands.values():
         if operand.is_constant:

@@ -1,4 +1,4 @@
-"""Where the entries of an operand lie: at the example, over a region around it, or over all inputs."""
+"""Ranges of the entries of an operand: at the example, over a region around it, or over all inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def range_of(operand: Operand) -> Range | None:
 
 
 def extent(operand: Operand, call: Call) -> tuple[Tensor, Tensor]:
-    """Return the lower and the upper end of each entry, of the shape of the value; infinite where none is known."""
+    """Return the lower and the upper end of each entry, in the shape of the value; infinite if not known."""
     value = operand.value.double()
     if call.at_example or operand.is_constant:
         return value, value
@@ -38,26 +38,26 @@ def extent(operand: Operand, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def largest_modulus(operand: Operand, call: Call) -> Tensor:
-    """Return how large each entry can be, of the shape of the value; infinite where that is not known."""
+    """Return a bound of the modulus of each entry, in the shape of the value; infinite if not known."""
     low, high = extent(operand, call)
     return torch.maximum(low.abs(), high.abs())
 
 
 def worst(sizes: Tensor, operand: Operand, call: Call) -> Tensor:
-    """Return the largest of sizes whose first axis is that of the operand: per example where its values are known."""
+    """Return the largest of sizes whose first axis is that of the operand; per example if its values are known."""
     is_apart = operand.is_apart and (call.at_example or operand.around is not None)
     return sizes.reshape(len(sizes), -1).amax(1) if is_apart and not operand.is_constant else sizes.amax()
 
 
 def width_of(operand: Operand) -> Tensor | None:
-    """Return how far each entry may be from that at the example: zero for a constant, None where it is not known."""
+    """Return a bound of the deviation of each entry from that at the example: zero for a constant, None if unknown."""
     if operand.is_constant:
         return torch.zeros_like(operand.value, dtype=torch.float64)
     return None if operand.around is None else operand.around.width
 
 
 def distance_to(known: Range, value: Tensor) -> Tensor:
-    """Return how far an entry of a value can be from it within a range that holds both."""
+    """Return the largest distance of each entry from any number in its range."""
     if isinstance(known, Interval):
         return torch.maximum(known.high - value, value - known.low).clamp_min(0)
     if isinstance(known, Tokens):

@@ -1,4 +1,4 @@
-"""The bound rules of functions that are the forward of a module which has a rule."""
+"""The bound rules of functions that are the forward of a module with a rule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _transposed_convolution(call: Call) -> Gain:
 
 def _instance_norm(call: Call) -> Gain:
     if not call.argument("use_input_stats", True):
-        raise NoBoundError(f"{call.name} uses statistics that are kept; use the module, which has a rule.")
+        raise NoBoundError(f"{call.name} uses running statistics; use the module, which has a rule.")
     layer = layer_of(call)
     return group_norm_gain(call.argument("weight"), call.argument("eps", 1e-5), layer.input.shape[1], layer)
 
@@ -44,7 +44,7 @@ def _rms_norm(call: Call) -> Gain:
 
 def _random_relu(call: Call) -> Gain:
     if call.argument("training", False):
-        raise NoBoundError(f"{call.name} is random also in evaluation; pass training=self.training.")
+        raise NoBoundError(f"{call.name} is also random in evaluation mode; pass training=self.training.")
     mean = (call.argument("lower", 1 / 8) + call.argument("upper", 1 / 3)) / 2
     return ScaledGain(max(1.0, abs(mean)), scale=call.sensitivity.scale)
 

@@ -1,12 +1,12 @@
-r"""The bound rules of layers that mix neighbouring channels or pixels in a way of their own.
+r"""The bound rules of gated linear units, local response norms and power poolings.
 
-- GLU: of :math:`a\, \sigma(b)` each output has the gradient :math:`(\sigma(b), a \sigma'(b))`, of length at most
+- GLU: the outputs :math:`a\, \sigma(b)` have the gradient :math:`(\sigma(b), a \sigma'(b))`, of norm at most
   :math:`\sqrt{1 + a^2 / 16}`.
 - Local response norm, :math:`y_i = x_i D_i^{-\beta}` with :math:`D_i = k + \tfrac\alpha n \sum_j x_j^2` over n
   neighbours: :math:`dy_i = D_i^{-\beta} dx_i - \tfrac{2 \alpha \beta}{n} x_i D_i^{-\beta - 1} \sum_j x_j dx_j`. Since
-  :math:`\tfrac\alpha n |x_i| (\sum_j x_j^2)^{1/2} \le D_i`, a row of the second part is at most
-  :math:`2 \beta k^{-\beta}` long, and no entry is in more than n rows.
-- Pooling by an even power p: the gradient of an :math:`\ell_p` norm is at most 1 long, and windows overlap.
+  :math:`\tfrac\alpha n |x_i| (\sum_j x_j^2)^{1/2} \le D_i`, the norm of a row of the second part is at most
+  :math:`2 \beta k^{-\beta}`, and no entry is in more than n rows.
+- Pooling with an even power p: the norm of the gradient of an :math:`\ell_p` norm is at most 1; windows may overlap.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def _glu(call: Call) -> Gain:
 
 def _local_response_norm(module: nn.LocalResponseNorm, layer: Layer) -> Gain:
     if module.k <= 0 or module.alpha < 0 or module.beta < 0:
-        raise NoBoundError(f"{module} has a bound rule for k > 0 and no negative settings only.")
+        raise NoBoundError(f"{module} has a bound rule only for k > 0 and without negative settings.")
     return Gain(module.k**-module.beta * (1 + 2 * module.beta * math.sqrt(module.size)))
 
 
 def _lp_pool(axes: int, module: Any, layer: Layer) -> Gain:
     order = float(module.norm_type)
     if not (order.is_integer() and order % 2 == 0 and order > 0) or module.ceil_mode:
-        raise NoBoundError(f"{module} has a bound rule for even powers and whole windows only.")
+        raise NoBoundError(f"{module} has a bound rule only for even powers and whole windows.")
     kernel = per_axis(module.kernel_size, axes)
     stride = kernel if module.stride is None else per_axis(module.stride, axes)
     windows = math.prod(math.ceil(width / step) for width, step in zip(kernel, stride, strict=True))

@@ -1,4 +1,4 @@
-"""The bound rules of what returns its input: the identity, dropout in evaluation, casts and clones."""
+"""The bound rules of functions that return their input: the identity, dropout in evaluation, casts and clones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fisher_reg.errors import NoBoundError
 
 
 def passes(module: nn.Module, layer: Layer) -> ScaledGain:
-    """Pass everything on: the identity, and dropout in evaluation."""
+    """Return the gain of the identity: for the identity, and dropout in evaluation."""
     return ScaledGain(1.0, layer.input_range, scale=layer.scale)
 
 
@@ -26,7 +26,7 @@ def same(call: Call) -> Sensitivity:
 def drop(call: Call) -> Sensitivity:
     """Return the sensitivity of the input of a dropout in evaluation."""
     if call.argument("training", call.argument("train")) is not False:
-        raise NoBoundError(f"{call.name} drops also in evaluation; pass training=self.training.")
+        raise NoBoundError(f"{call.name} also drops in evaluation mode; pass training=self.training.")
     return call.sensitivity
 
 

@@ -1,4 +1,4 @@
-"""What a rule sees of a call, and what it returns."""
+"""The argument and the result of a bound rule."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _SMALLEST = 1e-12
-"""A channel is taken as scaled by at least this share of the largest scale, so that no coordinate is infinite."""
+"""Smallest scale of a channel relative to the largest scale, so that no inverse scale is infinite."""
 
 
 class Norms(Protocol):
-    """How the norms of linear layers are computed."""
+    """Computes the norms of linear layers."""
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return the norm of a matrix ``(m, n)``, a scalar."""
@@ -47,14 +47,14 @@ class Norms(Protocol):
 
 @dataclass(frozen=True)
 class Gain:
-    """What a layer does to perturbations, and what it makes sure of for the next layer.
+    """The Lipschitz constant of a layer, with facts about its output.
 
     Attributes:
-        norm: Lipschitz constant of the layer, Euclidean to Euclidean, with respect to all its inputs together; at the
-            local level it may be that at each example, ``(B,)``.
-        output_range: The range of the output, where the layer bounds it.
-        domain: For which inputs the constant holds, where it is not all of them.
-        of_one_input: The constant is with respect to the one value that is passed in several places.
+        norm: Lipschitz constant of the layer for Euclidean norms, with respect to all its inputs together; for a local
+            bound it may be that at each example, ``(B,)``.
+        output_range: The range of the output, if the layer bounds it.
+        domain: Description of the inputs for which the constant holds; None for all.
+        of_one_input: Whether the constant is with respect to one value that is passed as several arguments.
     """
 
     norm: Number
@@ -63,33 +63,33 @@ class Gain:
     of_one_input: bool = False
 
     def after(self, source: Sensitivity) -> Sensitivity:
-        """Return the sensitivity of the output of a layer from that of its input."""
+        """Return the sensitivity of the output of a layer, given that of its input."""
         plain = source.plain()
         return Sensitivity(shifted(plain, log(self.norm)), None, self.output_range)
 
 
 @dataclass(frozen=True)
 class ScaledGain(Gain):
-    r"""A gain between scaled coordinates: from ``layer.scale * input`` to ``scale * output``.
+    r"""A gain between scaled values: from ``layer.scale * input`` to ``scale * output``.
 
     Attributes:
-        scale: Positive, broadcastable to the output; None for 1.
+        scale: Diagonal scaling, positive, broadcastable to the output; None for 1.
     """
 
     scale: Tensor | None = None
 
     def after(self, source: Sensitivity) -> Sensitivity:
-        """Return the sensitivity of the output from that of the input, both in their coordinates."""
+        """Return the sensitivity of the output, given that of the input, both with their scalings."""
         return Sensitivity(shifted(source, log(self.norm)), self.scale, self.output_range)
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a value may be from the one at the example, for all inputs of a region around it.
+    """Bounds of the deviation of a value from that at the example, for all inputs of a region around it.
 
     Attributes:
-        width: Of each entry, of the shape of the value.
-        length: Of the whole value of an example in Euclidean norm, ``(B,)`` or ``()``.
+        width: Bound of the deviation of each entry, in the shape of the value.
+        length: Bound of the Euclidean norm of the deviation, ``(B,)`` or ``()``.
     """
 
     width: Tensor
@@ -98,21 +98,20 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a rule may know besides the module.
+    """The call of a module, as an argument of its rule.
 
     Attributes:
-        inputs: The tensors of the call by parameter name. At the global level only their shapes matter.
-        output: What the module returned.
-        input_range: The range of the first input, where the layer before bounds it.
-        sources: Where each input comes from: the name of the value in the graph, None if it does not depend on the
-            network's input.
-        is_local: Whether the constant is wanted at the given inputs, one per example, and not over all of them.
-        deviation: Of the first input, where the constant is wanted over a region around each example; ``is_local`` is
-            false then, and a rule that does not use it returns the constant over all inputs.
-        scale: Coordinates of the first input, positive and broadcastable to it, None for 1: a diagonal map before this
-            layer was not bounded by itself but is left to this layer.
-        output_scale: Coordinates ``(C,)`` that are wanted of a linear layer's output channels, None for 1.
-        norms: What computes the norms of weights.
+        inputs: The tensors of the call by parameter name. For a global bound only their shapes matter.
+        output: The output of the module.
+        input_range: The range of the first input, if a previous layer bounds it.
+        sources: For each input the name of its value in the graph; None if it does not depend on the network's input.
+        is_local: Whether the constant is that at the given inputs, one per example, instead of over all inputs.
+        deviation: The deviation of the first input, if the constant is that over a region around each example. Then
+            ``is_local`` is false, and a rule that does not use the deviation returns the constant over all inputs.
+        scale: Diagonal scaling of the first input, positive and broadcastable to it; None for 1. It comes from a
+            diagonal map before this layer, which this layer absorbs.
+        output_scale: Requested scaling ``(C,)`` of the output channels of a linear layer; None for 1.
+        norms: Computes the norms of weights.
     """
 
     inputs: Mapping[str, Tensor]
@@ -131,9 +130,9 @@ class Layer:
         return next(iter(self.inputs.values()))
 
     def scale_along(self, axis: int) -> Tensor:
-        """Return coordinates that vary along one axis of the input only, ``(C,)``: the smallest over the others.
+        """Return a scaling that varies only along one axis of the input, ``(C,)``: the smallest over the others.
 
-        A smaller scale is a smaller vector, so that what reaches the scaled input bounds it still.
+        With a smaller scaling the scaled input is smaller, so that its bound still holds.
         """
         size = self.input.shape[axis]
         if self.scale is None:
@@ -147,21 +146,21 @@ Rule = Callable[[Any, Layer], "Number | Gain"]
 
 
 def largest_of_each(numbers: Tensor) -> Tensor:
-    """Return the largest number of each example ``(B,)``, which may have one number only."""
+    """Return the largest number of each example ``(B,)``; an example may have only one number."""
     return numbers.reshape(len(numbers), -1).amax(1)
 
 
 def diagonal_gain(factor: Tensor, layer: Layer) -> ScaledGain:
-    """Bound a multiplication by a change of coordinates: nothing is lost.
+    """Bound a multiplication by a diagonal scaling, which the next layer absorbs.
 
-    The next layer divides its weight by the new scale, so that its norm is that of the product.
+    The next layer divides its weight by the scale, so that its norm is that of the product.
 
     Args:
         factor: Broadcastable to the output.
         layer: The call.
 
     Returns:
-        The gain 1, in the new coordinates; 0 without any for a factor of zeros.
+        The gain 1 with the new scaling; the gain 0 without a scaling for a factor of zeros.
     """
     size = factor.abs()
     size = size.clamp_min(_SMALLEST * size.amax().detach())

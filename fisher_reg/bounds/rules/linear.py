@@ -18,20 +18,20 @@ from fisher_reg.errors import NoBoundError
 
 
 def linear_rule(module: nn.Linear, layer: Layer) -> ScaledGain:
-    """Bound it by :func:`linear_gain`."""
+    """Bound a linear layer by :func:`linear_gain`."""
     return linear_gain(module.weight, module.bias, layer)
 
 
 def linear_gain(weight: Tensor, bias: Tensor | None, layer: Layer) -> ScaledGain:
-    """Bound a linear map of the last axis between the coordinates of its input and those wanted of its output.
+    """Bound a linear map of the last axis, from its scaled input to its output with the requested scaling.
 
     Args:
         weight: ``(out, in)``.
-        bias: ``(out,)`` or None; it moves only the range.
+        bias: ``(out,)`` or None; it only shifts the range.
         layer: The call.
 
     Returns:
-        The gain, with the range of the output where that of the input is known.
+        The gain, with the range of the output if that of the input is known.
     """
     scaled = in_coordinates(weight, layer.scale_along(-1), layer.output_scale)
     norm = layer.norms.matrix(scaled)
@@ -59,7 +59,7 @@ def _image(weight: Tensor, bias: Tensor | None, layer: Layer) -> Ball | None:
 
 
 def conv_rule(module: _ConvNd, layer: Layer) -> ScaledGain:
-    """Bound it by :func:`conv_gain`."""
+    """Bound a convolution by :func:`conv_gain`."""
     if layer.input.ndim != len(module.kernel_size) + 2:
         raise NoBoundError(f"{module} has a bound rule for batches only.")
     size = tuple(layer.input.shape[2:])
@@ -67,11 +67,11 @@ def conv_rule(module: _ConvNd, layer: Layer) -> ScaledGain:
 
 
 def conv_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
-    """Bound a convolution, as :func:`linear_gain` does a linear map.
+    """Bound a convolution, like :func:`linear_gain` for a linear map.
 
     Args:
         weight: ``(out, in / groups, *kernel)``.
-        geometry: Where it slides.
+        geometry: Sizes and settings of the convolution.
         layer: The call.
 
     Returns:
@@ -79,7 +79,7 @@ def conv_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
     """
     channels = layer.scale_along(1)
     groups, per_group = geometry.groups, weight.shape[1]
-    # The kernel of group g meets the input channels g per_group, ...
+    # the kernel of group g acts on the input channels g per_group, ...
     inputs = channels.view(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1).reshape(-1, per_group)
     rest = [1] * (weight.ndim - 2)
     scaled = weight.double() / inputs.view(*inputs.shape, *rest)
@@ -92,14 +92,14 @@ def conv_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
 def _transposed_conv(module: _ConvTransposeNd, layer: Layer) -> ScaledGain:
     if layer.input.ndim != len(module.kernel_size) + 2:
         raise NoBoundError(f"{module} has a bound rule for batches only.")
-    # It is the adjoint of the convolution that goes from the size of its output to that of its input.
+    # the adjoint is the convolution from the size of the output to that of the input
     size = tuple(layer.output.shape[2:])
     padding = tuple(int(amount) for amount in module.padding)
     return transposed_gain(module.weight, Geometry(size, module.stride, padding, module.dilation, module.groups), layer)
 
 
 def transposed_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledGain:
-    """Bound a transposed convolution, as :func:`conv_gain` does a convolution."""
+    """Bound a transposed convolution, like :func:`conv_gain` for a convolution."""
     channels = layer.scale_along(1)
     rest = [1] * (weight.ndim - 2)
     norm = layer.norms.transposed_convolution(weight.double() / channels.view(-1, 1, *rest), geometry)
@@ -107,7 +107,7 @@ def transposed_gain(weight: Tensor, geometry: Geometry, layer: Layer) -> ScaledG
 
 
 def scales_outputs(module: nn.Module, ndim: int) -> bool:
-    """Say whether a scale of axis 1 of the module's output is one of the rows of its weight, which tokens have last."""
+    """Return whether scaling axis 1 of the output scales the rows of the weight; false for channels on a later axis."""
     rule = find_rule(module)
     return rule is conv_rule or (rule is linear_rule and ndim == 2)
 
@@ -117,7 +117,7 @@ def _linear(call: Call) -> Gain:
 
 
 def product_with(call: Call, left: Operand, right: Operand) -> Gain:
-    """``x @ W`` is a linear map of the last axis, ``A @ x`` one of the axis before."""
+    """Bound ``x @ W``, a linear map of the last axis, or ``A @ x``, one of the axis before the last."""
     source = call.source
     sensitivity = call.sensitivity
     layer = Layer({"input": source.value}, call.value, call.norms, sensitivity.range, scale=sensitivity.scale)
@@ -130,7 +130,7 @@ def product_with(call: Call, left: Operand, right: Operand) -> Gain:
         matrix = matrix[None]
     shorter = source.value.shape[-1] if is_left or source.value.ndim == 1 else source.value.shape[-2]
     longer = matrix.shape[-1] if is_left else matrix.shape[-2]
-    copies = call.value.numel() * shorter / (longer * source.value.numel())  # more than one where it is broadcast
+    copies = call.value.numel() * shorter / (longer * source.value.numel())  # more than one if it is broadcast
     norms = [call.norms.matrix(item) for item in matrix.reshape(-1, *matrix.shape[-2:])]
     return Gain(torch.stack(norms).amax() * math.sqrt(copies))
 
@@ -142,7 +142,7 @@ def _convolution(call: Call) -> Gain:
         raise NoBoundError(f"{call.name} has a bound rule for batches only.")
     padding = call.argument("padding", 0)
     if isinstance(padding, str) and padding != "valid":
-        raise NoBoundError(f"{call.name} pads by a word; give the number of pixels.")
+        raise NoBoundError(f"{call.name} has padding given by name; pass the number of pixels.")
     stride, amount, dilation = (
         (item,) * axes if isinstance(item, int) else tuple(item) * (axes if len(item) == 1 else 1)
         for item in (call.argument("stride", 1), 0 if padding == "valid" else padding, call.argument("dilation", 1))

@@ -1,8 +1,8 @@
-r"""The bound rules of products of two matrices that both depend on the input, and of those with one constant side.
+r"""The bound rules of products of two matrices, of which one or both depend on the input.
 
 :math:`d(A B) = dA\, B + A\, dB`, so that :math:`\|d(A B)\|_F \le \|B\|_2 \|dA\|_F + \|A\|_2 \|dB\|_F` with the largest
-norm in the batch. Over a region every entry of A lies within :math:`|A| + W`, and a matrix of larger entries has a
-larger norm. Rows of length at most l give :math:`\|A\|_2 \le \sqrt m\, l`.
+norm in the batch. Over a region the moduli of the entries of A are at most :math:`|A| + W` with the widths W, and the
+norm increases with the moduli of the entries. Rows of norm at most l give :math:`\|A\|_2 \le \sqrt m\, l`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _matmul(call: Call) -> Sensitivity | Gain:
 
 
 def _shifted(call: Call) -> Sensitivity:
-    """``input + mat1 @ mat2``, with factors."""
+    """Bound ``beta * input + alpha * mat1 @ mat2``."""
     added, (left, right) = call.operands["input"], _factors(call)
     matrix = torch.matmul(left.value, right.value)
     terms = []
@@ -67,7 +67,7 @@ def _with_constant(call: Call, left: Operand, right: Operand) -> Sensitivity:
 def product(call: Call, left: Operand, right: Operand, value: Tensor) -> Sensitivity:
     """Bound a product of matrices along the last two axes, both of which depend on the input."""
     if min(left.value.ndim, right.value.ndim) < 2:
-        raise NoBoundError(f"{call.name} multiplies a vector; give it a second axis.")
+        raise NoBoundError(f"{call.name} multiplies a vector; add a second axis to it.")
     if left.value.ndim != right.value.ndim or left.value.ndim < 3:  # the first axes are not those of one example
         left, right = replace(left, is_apart=False), replace(right, is_apart=False)
     sides = (left, _norms(right, call), value.shape[-1]), (right, _norms(left, call), value.shape[-2])
@@ -75,11 +75,11 @@ def product(call: Call, left: Operand, right: Operand, value: Tensor) -> Sensiti
     for operand, norms, longer in sides:
         if not bool(norms.isfinite().all()):
             raise NoBoundError(
-                f"{call.name} multiplies two values that depend on the input: its constant is known at given inputs "
-                "or over a domain only, or where a normalisation right before bounds them."
+                f"{call.name} multiplies two values that depend on the input: it has a constant only at given inputs, "
+                "over a domain, or if a normalisation directly before it bounds them."
             )
         shorter = operand.value.shape[-1 if operand is left else -2]
-        copies = value.numel() * shorter / (longer * operand.value.numel())  # more than one where it is broadcast
+        copies = value.numel() * shorter / (longer * operand.value.numel())  # more than one if it is broadcast
         assert isinstance(operand.sensitivity, Sensitivity)
         terms.append(shifted(operand.sensitivity.plain(), log(norms) + 0.5 * math.log(copies)))
     return Sensitivity(log_sum(terms))
@@ -105,7 +105,7 @@ def _norms(operand: Operand, call: Call) -> Tensor:
 
 
 def spectral_norms(matrices: Tensor) -> Tensor:
-    """Return the spectral norms of ``(..., m, n)``, rounded up; their size is divided out so that nothing overflows."""
+    """Return the spectral norms of ``(..., m, n)``, rounded up; the matrices are scaled to avoid overflow."""
     size = matrices.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
     scaled = matrices / size
     if not bool(scaled.isfinite().all()):
@@ -121,7 +121,7 @@ def _width(call: Call) -> Tensor | None:
 
 
 def product_width(left: Operand, right: Operand) -> Tensor | None:
-    """Return how far the entries of ``A @ B`` can be: ``|A| w_B + w_A |B| + w_A w_B``."""
+    """Return the widths of ``A @ B``: ``|A| w_B + w_A |B| + w_A w_B``."""
     widths = width_of(left), width_of(right)
     if widths[0] is None or widths[1] is None:
         return None
@@ -161,13 +161,13 @@ class _Pattern:
 
 
 def _pattern(equation: str, left: Tensor, right: Tensor, name: str) -> _Pattern:
-    refusal = NoBoundError(f"{name}: the pattern {equation!r} is no product of matrices, which has a bound rule.")
+    refusal = NoBoundError(f"{name}: the pattern {equation!r} is not a product of matrices and has no bound rule.")
     text = equation.replace(" ", "")
     if "->" not in text or text.split("->")[0].count(",") != 1:
         raise refusal
     inputs, output = text.split("->")
     first, second = inputs.split(",")
-    if "..." in text:  # the axes of the ellipsis get letters of their own
+    if "..." in text:  # the axes of the ellipsis get unused letters
         spare = [letter for letter in "αβγδεζηθ" if letter not in text]
         counts = [item.ndim - len(labels.replace("...", "")) for item, labels in ((left, first), (right, second))]
         counts = [count if "..." in labels else 0 for count, labels in zip(counts, (first, second), strict=True)]
@@ -234,7 +234,7 @@ def _stacked(operand: Operand, labels: str, groups: tuple[str, str, str], is_apa
         deviation = Deviation(moved(deviation.width), deviation.length)
     sensitivity = operand.sensitivity
     if isinstance(sensitivity, Sensitivity) and sensitivity.range is not None and not operand.is_constant:
-        size = largest_entry(sensitivity.range)  # the vectors along the last axis may be others now
+        size = largest_entry(sensitivity.range)  # the vectors along the last axis may have changed
         is_kept = groups[2] == labels[-1:]
         sensitivity = sensitivity if is_kept else replace(sensitivity, range=Interval(-size, size))
     return Operand(moved(operand.value), sensitivity, None, deviation, operand.is_apart and is_apart)

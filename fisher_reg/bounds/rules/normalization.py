@@ -22,15 +22,15 @@ from fisher_reg.evaluation.batch_norm import scale_and_shift
 
 
 def batch_norm_rule(module: _BatchNorm, layer: Layer) -> ScaledGain:
-    """In evaluation it is a diagonal map."""
+    """Bound a batch norm, which is a diagonal map in evaluation mode."""
     scale = batch_norm_scale(module)
     return diagonal_gain(scale.view(1, -1, *[1] * (layer.output.ndim - 2)), layer)
 
 
 def batch_norm_scale(module: _BatchNorm) -> Tensor:
-    """Return what an evaluating batch norm multiplies each channel by, ``(C,)``."""
+    """Return the factor of each channel of a batch norm in evaluation mode, ``(C,)``."""
     if module.running_var is None or module.running_mean is None:
-        raise NoBoundError(f"{module} keeps no running statistics and is not a fixed map in evaluation.")
+        raise NoBoundError(f"{module} has no running statistics and is not a fixed map in evaluation mode.")
     statistics = module.running_mean.double(), module.running_var.double()
     weight = None if module.weight is None else module.weight.double()
     scale, _ = scale_and_shift(*statistics, weight, None, module.eps)
@@ -42,19 +42,20 @@ def _layer_norm(module: nn.LayerNorm, layer: Layer) -> ScaledGain:
 
 
 def layer_norm_gain(gamma: Tensor | None, beta: Tensor | None, eps: float, axes: int, layer: Layer) -> ScaledGain:
-    r"""Bound a layer norm: its Jacobian is :math:`\Gamma` times a projection over the standard deviation.
+    r"""Bound a layer norm: its Jacobian is :math:`\Gamma` times a projection, divided by the standard deviation.
 
-    The deviation is at least :math:`\sqrt{\epsilon}`. :math:`\Gamma` is left to the next layer.
+    The standard deviation is at least :math:`\sqrt{\epsilon}`. The next layer absorbs the diagonal scaling
+    :math:`\Gamma`.
 
     Args:
         gamma: Weight of the shape of the last ``axes`` axes, or None.
-        beta: Bias, likewise.
-        eps: What is added to the variance.
-        axes: How many last axes are normalised together.
+        beta: Bias of the same shape, or None.
+        eps: Added to the variance.
+        axes: Number of last axes that are normalised together.
         layer: The call.
 
     Returns:
-        The gain, with the range of the output tokens where ``axes`` is 1.
+        The gain, with the range of the output tokens if ``axes`` is 1.
 
     Raises:
         NoBoundError: Without an ``eps``.
@@ -76,7 +77,7 @@ def _group_norm(module: nn.GroupNorm, layer: Layer) -> ScaledGain:
 
 
 def _group_norm_range(weight: Tensor | None, bias: Tensor | None, num_groups: int, layer: Layer) -> Interval:
-    """Return the range of the entries: those of a normalised group of n are a vector of length at most root n."""
+    """Return the range of the entries: a normalised group of n entries is a vector of norm at most sqrt(n)."""
     size = math.sqrt(layer.output[0].numel() / num_groups)
     factor = 1.0 if weight is None else float(weight.detach().abs().amax())
     largest = factor * size + (0.0 if bias is None else float(bias.detach().abs().amax()))
@@ -92,7 +93,7 @@ def _instance_norm(module: _InstanceNorm, layer: Layer) -> ScaledGain:
 
 
 def group_norm_gain(gamma: Tensor | None, eps: float, num_groups: int, layer: Layer) -> ScaledGain:
-    """Bound a group norm as :func:`layer_norm_gain` does a layer norm; channels are on axis 1."""
+    """Bound a group norm, like :func:`layer_norm_gain` for a layer norm; channels are on axis 1."""
     if eps <= 0 and not layer.is_local:
         raise NoBoundError("A group norm has no Lipschitz constant without an eps.")
     norm = _normalisation_norm(lambda entries: entries.reshape(len(entries), num_groups, -1), eps, layer, centred=True)
@@ -119,9 +120,9 @@ def rms_norm_gain(weight: Tensor | None, eps: float | None, axes: int, layer: La
 
 
 def _normalisation_norm(grouped: Callable[[Tensor], Tensor], eps: float, layer: Layer, *, centred: bool) -> Tensor:
-    r"""Return ``1 / sqrt(variance + eps)`` at its largest, after the coordinates of the input.
+    r"""Return the largest ``1 / sqrt(variance + eps)``, times the norm of the inverse scaling of the input.
 
-    Over a region the centred entries of a group are a vector whose length shrinks by at most that of the deviation.
+    Over a region the norm of the centred entries of a group decreases by at most the norm of their deviation.
     """
     entries = grouped(layer.input.double())
     squares = entries.var(-1, unbiased=False) if centred else entries.square().mean(-1)
@@ -137,7 +138,7 @@ def _normalisation_norm(grouped: Callable[[Tensor], Tensor], eps: float, layer: 
 
 
 def forgotten(scale: Tensor | None) -> Any:
-    """Return how much longer a vector can be than in its scaled coordinates."""
+    """Return the norm of the inverse scaling: the largest ratio of the norm of a vector to that of the scaled one."""
     return 1.0 if scale is None else 1 / scale.amin()
 
 
@@ -148,7 +149,7 @@ def _functional_batch_norm(call: Call) -> Gain:
 def _batch_norm_factor(call: Call) -> Tensor:
     mean, variance, weight = (call.argument(name) for name in ("running_mean", "running_var", "weight"))
     if call.argument("training", False) or mean is None or variance is None:
-        raise NoBoundError(f"{call.name} normalises with the statistics of the batch, which couples the examples.")
+        raise NoBoundError(f"{call.name} uses the statistics of the batch, which makes examples depend on each other.")
     weight = None if weight is None else weight.double()
     factor, _ = scale_and_shift(mean.double(), variance.double(), weight, None, call.argument("eps", 1e-5))
     shape = (1, -1, *[1] * (call.value.ndim - 2))

@@ -1,7 +1,7 @@
-"""The bound rules of what puts entries in order: the largest over an axis, a sort, the k largest.
+"""The bound rules of functions that order entries: the largest over an axis, a sort, the k largest.
 
-For entries in any fixed order these pick each at most once, and where the order changes the picks agree, so that they
-are 1-Lipschitz. Their indices jump and are refused where they are used.
+For a fixed order of the entries each function selects every entry at most once, and it is continuous where the order
+changes. Therefore it is 1-Lipschitz. The indices are not continuous; using them raises an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fisher_reg.bounds.sensitivity import Sensitivity, log, shifted, side_by_sid
 
 
 def _ordered(call: Call) -> Sensitivity:
-    """The values, and the indices beside them."""
+    """Bound the values, and the indices if they are returned."""
     log_norm = call.sensitivity.plain().log_norm
     if isinstance(call.value, Tensor):
         return Sensitivity(log_norm)
@@ -23,14 +23,14 @@ def _ordered(call: Call) -> Sensitivity:
 
 
 def _running(call: Call) -> Sensitivity:
-    """The largest so far: no entry is picked more than n times."""
+    """Bound a running maximum or minimum: no entry is selected more than n times."""
     size = call.operands["input"].value.shape[call.argument("dim")]
     log_norm = shifted(call.sensitivity.plain(), 0.5 * log(size))
     return Sensitivity(log_norm, parts=(Sensitivity(log_norm), Sensitivity(log_norm)))
 
 
 def _largest_or_larger(call: Call) -> Sensitivity:
-    """``max(x, dim)`` and ``max(x)``, or ``max(x, other)`` of two tensors entry by entry."""
+    """Bound ``max(x, dim)``, ``max(x)``, or the elementwise ``max(x, other)``."""
     other = call.operands.get("other", call.operands.get("dim"))
     if other is None or not isinstance(other.value, Tensor):
         return _ordered(call)

@@ -42,7 +42,7 @@ def _pad(call: Call) -> Sensitivity:
 
 
 def _padded_range(call: Call, widths: list[int]) -> Range | None:
-    """Return the range with zeros added: whole vectors of zeros are as far from the centre as that is long."""
+    """Return the range with zeros added; the distance of a zero vector from the centre is the norm of the centre."""
     known = call.sensitivity.range
     if known is None or not any(widths):
         return known

@@ -1,4 +1,4 @@
-"""Maps that act on each spatial axis by itself and leave channels apart."""
+"""Maps that act on each spatial axis and each channel separately."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fisher_reg.bounds.rules.layer import Layer, ScaledGain
 
 
 def channel_scale(layer: Layer, axes: int) -> Tensor | None:
-    """Return coordinates that are constant over the last ``axes`` axes, broadcastable to input and output."""
+    """Return a scaling that is constant over the last ``axes`` axes, broadcastable to input and output."""
     if layer.scale is None:
         return None
     scale = layer.scale.expand(layer.input.shape)
@@ -21,7 +21,7 @@ def channel_scale(layer: Layer, axes: int) -> Tensor | None:
 
 
 def per_axis_gain(maps: Sequence[Callable[[Tensor], Tensor]], layer: Layer) -> ScaledGain:
-    """Bound a Kronecker product over the last axes by its factors ``(B, 1, n) -> (B, 1, m)``: the norms multiply."""
+    """Bound a Kronecker product over the last axes: the norms of its factors ``(B, 1, n) -> (B, 1, m)`` multiply."""
     axes = len(maps)
     norms = [_norm_of_axis(factor, size) for factor, size in zip(maps, layer.input.shape[-axes:], strict=True)]
     return ScaledGain(math.prod(norms), scale=channel_scale(layer, axes))

@@ -21,7 +21,7 @@ def _max_pool(axes: int, module: Any, layer: Layer) -> ScaledGain:
     if layer.is_local and not module.return_indices:
         return ScaledGain(_chosen(axes, module, layer), scale=scale)
     kernel, stride, dilation = (per_axis(value, axes) for value in (module.kernel_size, module.stride, module.dilation))
-    # Each output takes one input; an input is taken by at most as many outputs as have a window over it.
+    # each output is one input; an input is used by at most the outputs whose windows contain it
     windows = math.prod(
         math.ceil(width / (step // math.gcd(step, gap)))
         for width, step, gap in zip(kernel, stride, dilation, strict=True)
@@ -30,7 +30,7 @@ def _max_pool(axes: int, module: Any, layer: Layer) -> ScaledGain:
 
 
 def _chosen(axes: int, module: Any, layer: Layer) -> Tensor:
-    """Return the root of how often the most popular pixel is the largest of a window, ``(B,)``."""
+    """Return sqrt(c), where c is the largest number of windows that have the same pixel as maximum, ``(B,)``."""
     pool = (nn.functional.max_pool1d, nn.functional.max_pool2d, nn.functional.max_pool3d)[axes - 1]
     _, indices = pool(
         layer.input,
@@ -54,7 +54,7 @@ def _adaptive_max_pool(axes: int, module: Any, layer: Layer) -> ScaledGain:
 
 
 def _overlap(before: int, after: int) -> int:
-    """Return how many of the windows ``[floor(i n / m), ceil((i + 1) n / m))`` hold the same pixel."""
+    """Return the largest number of windows ``[floor(i n / m), ceil((i + 1) n / m))`` that contain the same pixel."""
     windows = [(i * before // after, -(-(i + 1) * before // after)) for i in range(after)]
     return max(sum(start <= pixel < end for start, end in windows) for pixel in range(before))
 
@@ -87,7 +87,7 @@ _MODULE_RULES: dict[type[nn.Module], Rule] = {
 MAX_RULES: list[Rule] = [rule for kind, rule in _MODULE_RULES.items() if "Max" in kind.__name__]
 AVERAGE_RULES: list[Rule] = [rule for kind, rule in _MODULE_RULES.items() if "Avg" in kind.__name__]
 POOLING_RULES: list[Rule] = list(_MODULE_RULES.values())
-"""The rules of pooling layers, which leave channels apart."""
+"""The rules of pooling layers, which act on each channel separately."""
 
 
 def register_rules() -> None:

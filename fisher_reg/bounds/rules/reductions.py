@@ -36,7 +36,7 @@ def _total(call: Call) -> Sensitivity:
 
 
 def _largest(call: Call) -> Sensitivity:
-    # Each output takes one entry, or shares equal ones out; the windows are disjoint.
+    # each output is one entry, or distributes its gradient over equal entries; the windows are disjoint
     return _reduce(call, torch.zeros(()).double())
 
 

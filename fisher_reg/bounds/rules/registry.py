@@ -1,8 +1,7 @@
-"""Which rule belongs to a module, and which to a function or method.
+"""The registry of the rules of modules, functions and methods.
 
-A rule of a function sees a call with its arguments under their names; an argument that it does not name is refused, and
-so is every function without a rule. ATen operators, which :func:`torch.export` leaves, are found by the name of their
-method.
+The rule of a function gets a call with its arguments by name. An argument that the rule does not name is an error, and
+so is a function without a rule. ATen operators, from :func:`torch.export`, are found by the name of their method.
 """
 
 from __future__ import annotations
@@ -30,23 +29,22 @@ _HOW_TO_REGISTER = (
 
 _RULES: dict[type[nn.Module], Rule] = {}
 FUNCTION_RULES: dict[Any, FunctionRule] = {}
-"""From what the graph calls, a function or the name of a method, to its rule."""
+"""From a function, or the name of a method, to its rule."""
 
 
 def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     """Register a function as the bound rule of module types.
 
-    A subclass inherits the rule as long as it does not override ``forward``.
+    A subclass inherits the rule unless it overrides ``forward``.
 
     The function takes the module and a :class:`Layer` and returns the module's Lipschitz constant (or a
-    :class:`Gain`). The module then counts as one layer and is not traced into. A later registration replaces an
-    earlier one.
+    :class:`Gain`). The module is then one layer and is not traced into. A later registration replaces an earlier one.
 
     Returns:
         A decorator that returns the function unchanged.
 
     Raises:
-        TypeError: For anything but classes of modules, for none of them, and for a rule that cannot be called.
+        TypeError: For arguments that are not classes of modules, for no argument, and for a rule that is not callable.
 
     Example:
         >>> class Halve(nn.Module):
@@ -56,9 +54,9 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
         ... def _(module, layer):
         ...     return 0.5
 
-        A learnable factor per channel is a diagonal map. Return it as a change of coordinates: the next layer divides
-        its weight by them, so that nothing is lost. The largest modulus would be valid too, but looser: it charges
-        every channel for the largest.
+        A learnable factor per channel is a diagonal map. Return it as a diagonal scaling: the next layer divides its
+        weight by the scaling, so that the product is bounded as a whole. The largest modulus would also be valid, but
+        is looser: it bounds every channel by the largest one.
 
         >>> from fisher_reg.bounds import diagonal_gain, lipschitz_bound
         >>> class ChannelScale(nn.Module):
@@ -94,10 +92,10 @@ def register_bound_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], Rul
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """Return the rule of the module's class, or of the nearest base class, if it computes what that class computes.
+    """Return the rule of the module's class, or of the nearest base class with the same forward.
 
-    A forward that is overridden or replaced on the instance, or a hook that may change the input or the output, makes
-    it another function. The hooks of torch's own weight and spectral normalisation only set the weight.
+    There is no rule if the forward is overridden or replaced on the instance, or if a hook may change the input or the
+    output. The hooks of torch's weight and spectral normalisation only set the weight and are allowed.
     """
     kind = type(module)
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -112,15 +110,15 @@ def _same_forward(kind: type[nn.Module], base: type[nn.Module]) -> bool:
 
 
 def layer_name(module: nn.Module) -> str:
-    """Return the name of torch's layer that the module is, or that its class is derived from."""
+    """Return the name of the torch layer that the module is, or from which its class is derived."""
     return next(base.__name__ for base in type(module).__mro__ if base.__module__.startswith("torch.nn."))
 
 
 def no_rule(what: str, where: str) -> NoBoundError:
-    """Describe the missing rule and how to add it."""
+    """Return an error that describes the missing rule and how to add it."""
     return NoBoundError(
-        f"No bound rule for {what} at '{where}' (or it has hooks, or another forward than its class). If it has a "
-        f"Lipschitz constant that you know, put it in a module and register that. {_HOW_TO_REGISTER}"
+        f"No bound rule for {what} at '{where}' (or it has hooks, or another forward than its class). If you know its "
+        f"Lipschitz constant, put it in a module and register a rule for that. {_HOW_TO_REGISTER}"
     )
 
 
@@ -136,10 +134,10 @@ def register(
 
     Args:
         apply: The rule.
-        names: The names of the arguments in their order, or None.
+        names: The names of the arguments in order, or None.
         *targets: The functions, and the names of the methods.
         is_layer: As in :class:`FunctionRule`.
-        shape_only: The names of arguments whose values do not matter; ``*`` for all but the first.
+        shape_only: The names of arguments whose values do not matter; ``*`` for all except the first.
         first_of_several: As in :class:`FunctionRule`.
     """
     known = None if names is None else tuple(names.split())
@@ -162,7 +160,7 @@ def find_function_rule(target: Any) -> FunctionRule | None:
 
 
 def as_module(build: Callable[..., nn.Module]) -> Callable[[Call], Gain]:
-    """Reuse the rule of the module that a functional call is the forward of; its settings are the other arguments."""
+    """Return a rule of a function that reuses the rule of its module; the other arguments are the settings."""
 
     def module_form(call: Call) -> nn.Module:
         settings = {key: item.value for key, item in call.operands.items() if key not in ("input", "inplace")}

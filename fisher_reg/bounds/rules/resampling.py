@@ -1,4 +1,4 @@
-"""The bound rules of interpolation, and of pixels that become channels and back."""
+"""The bound rules of interpolation, and of pixel shuffling."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def interpolation_gain(
 
     Args:
         mode: That of :func:`torch.nn.functional.interpolate`.
-        align_corners: Likewise.
+        align_corners: That of :func:`torch.nn.functional.interpolate`.
         layer: The call.
         antialias: That of :func:`torch.nn.functional.interpolate`.
-        factors: Of each axis, where they were given: they say where the outputs lie, which the sizes only round.
+        factors: Scale factors of each axis, if given: they determine the exact positions of the outputs.
 
     Returns:
         The gain.
@@ -65,7 +65,7 @@ def _interpolated_axis(
     size: int | None = None,
     scale_factor: float | None = None,
 ) -> Tensor:
-    """Interpolate rows ``(B, 1, n)``; torch does so bicubically, and with antialias, on planes only."""
+    """Interpolate rows ``(B, 1, n)``; torch has bicubic and antialiased interpolation only for planes."""
     if mode != "bicubic" and not antialias:
         return F.interpolate(rows, size, scale_factor, mode, align_corners)
     plane = "bilinear" if mode == "linear" else mode
@@ -88,14 +88,14 @@ def _interpolate(call: Call) -> Gain:
 
 
 def _upsample(mode: str, antialias: bool = False) -> Callable[[Call], Gain]:
-    """Return the rule of an operator that is an interpolation of one mode."""
+    """Return the rule of an operator for one interpolation mode."""
     return lambda call: interpolation_gain(
         mode, call.argument("align_corners"), layer_of(call), factors=_factors(call), antialias=antialias
     )
 
 
 def _factors(call: Call) -> Any:
-    """Return the factors of each axis, or None: an operator has them together or apart."""
+    """Return the factors of each axis, or None; operators have them as one or as several arguments."""
     together = call.argument("scale_factors")
     apart = [call.argument(name) for name in ("scales", "scales_d", "scales_h", "scales_w") if name in call.operands]
     apart = [item for item in apart if item is not None]

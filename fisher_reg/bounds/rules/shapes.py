@@ -1,4 +1,4 @@
-"""The bound rules of what moves, drops or copies entries and changes none."""
+"""The bound rules of functions that move, drop or copy entries."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fisher_reg.errors import NoBoundError
 
 
 def moves(node: fx.Node) -> bool:
-    """Say whether the node moves entries without a change."""
+    """Return whether the node only moves entries."""
     rule = find_function_rule(node.target) if node.op in ("call_function", "call_method") else None
     return rule is not None and rule.apply in (move_entries, same)
 
 
 def moved_module(module: nn.Module, layer: Layer) -> ScaledGain:
-    """Move the entries of the coordinates as those of the value."""
+    """Move the entries of the scaling like those of the value."""
     return ScaledGain(1.0, scale=None if layer.scale is None else module(layer.scale.expand(layer.input.shape)))
 
 
 def move_entries(call: Call) -> Sensitivity:
-    """Entries are moved or dropped, each is used once at most."""
+    """Bound a call that moves or drops entries and uses each at most once."""
     sensitivity = call.sensitivity
     moved = None if sensitivity.scale is None else _replayed(call, sensitivity.scale)
     ranges = _moved_ranges(call, sensitivity)
@@ -48,12 +48,12 @@ def move_entries(call: Call) -> Sensitivity:
 
 
 def _replayed(call: Call, entries: Tensor) -> Any:
-    """Return where the call moves the entries of another tensor that broadcasts to its input."""
-    return call.again(entries.expand(call.source.value.shape).contiguous())  # an expanded tensor refuses a view
+    """Apply the call to another tensor that broadcasts to its input."""
+    return call.again(entries.expand(call.source.value.shape).contiguous())  # an expanded tensor has no view
 
 
 def _moved_ranges(call: Call, sensitivity: Sensitivity) -> Sequence[Range | None]:
-    """Return the range of each output: that of its vectors if each is a part of one before, else of its entries."""
+    """Return the range of each output: that of vectors if each is a part of an input vector, else that of entries."""
     count = len(call.value) if isinstance(call.value, list | tuple) else 1
     known, value = sensitivity.range, call.source.value
     if known is None or isinstance(known, Interval):
@@ -73,7 +73,7 @@ def _moved_ranges(call: Call, sensitivity: Sensitivity) -> Sequence[Range | None
 
 
 def _is_counted(places: Tensor, size: int) -> bool:
-    """Say whether the entries along the last axis are all those of a vector, in their order."""
+    """Return whether the entries along the last axis are all entries of a vector, in order."""
     return places.shape[-1] == size and bool((places == torch.arange(size, device=places.device)).all())
 
 
@@ -88,7 +88,7 @@ def _index(call: Call) -> Sensitivity:
         return Sensitivity(side_by_side(varying) if varying else None, parts=chosen)
     assert isinstance(source.sensitivity, Sensitivity)
     if isinstance(source.value, list | tuple):
-        return source.sensitivity  # the outputs of a module, of which only the first is ever taken
+        return source.sensitivity  # the outputs of a module, of which only the first is used
     indices = index if isinstance(index, tuple) else (index,)
     if not call.operands["index"].is_constant:
         raise NoBoundError(f"{call.name} is indexed by a value that depends on the input, which is not continuous.")

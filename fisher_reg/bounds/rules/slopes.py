@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Turn(NamedTuple):
-    """A number where the slope of an activation is extreme or jumps, and the slopes that it takes there."""
+    """A number at which the slope of an activation is extreme or jumps, and its slopes there."""
 
     place: float
     lowest: float
@@ -53,13 +53,13 @@ TURNS: dict[type[nn.Module], Callable[[Any], tuple[Turn, ...]]] = {
     nn.Tanhshrink: lambda module: (Turn(0.0, 0.0, 0.0),),
     nn.Softshrink: lambda module: (Turn(-module.lambd, 0.0, 1.0), Turn(module.lambd, 0.0, 1.0)),
 }
-"""Between two neighbouring turns, and outside of all, the slope is monotone."""
+"""Between two neighbouring turns, and outside all turns, the slope is monotone."""
 
 RISING = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SELU, nn.Hardsigmoid, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign,
     nn.LogSigmoid, nn.Tanhshrink, nn.Softshrink,
 )  # fmt: skip
-"""Activations that never fall."""
+"""Activations that are nondecreasing."""
 
 
 def slopes_at(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ def slopes_within(module: nn.Module, hidden: Tensor, width: Tensor) -> tuple[Ten
     Args:
         module: The activation.
         hidden: The middle of each interval.
-        width: Half of its length, broadcastable to ``hidden``.
+        width: Half the length of each interval, broadcastable to ``hidden``.
 
     Returns:
-        Both of the shape of ``hidden``, valid for one-sided slopes too; None for a module whose turns are not known.
+        Both in the shape of ``hidden``, valid also for one-sided slopes; None for a module with unknown turns.
     """
     kind = next((kind for kind in type(module).__mro__ if kind in TURNS), None)
     if kind is None:
@@ -95,9 +95,9 @@ def slopes_within(module: nn.Module, hidden: Tensor, width: Tensor) -> tuple[Ten
 
 
 def range_within(module: nn.Module, hidden: Tensor, width: Tensor) -> Tensor | None:
-    """Return how far an activation can be from its value at ``hidden``, None where that is not known.
+    """Return a bound of the deviation of an activation from its value at ``hidden``; None if it is not known.
 
-    The largest slope times the width holds for each; one that never falls takes its extremes at the ends.
+    The largest slope times the width is a bound for every activation; a monotone one has its extremes at the ends.
     """
     slopes = slopes_within(module, hidden, width)
     if slopes is None:

@@ -13,21 +13,21 @@ from fisher_reg.errors import NoBoundError
 
 
 def _step(call: Call) -> Sensitivity:
-    """At the example it has the derivative zero, if any."""
+    """Bound a step function: its derivative at the example is zero, where it exists."""
     if call.is_local:
         return CONSTANT
     raise _jumps(call)
 
 
 def _saw(call: Call) -> Sensitivity:
-    """Between its jumps it has a slope."""
+    """Bound a function with a constant slope between its jumps."""
     raise _jumps(call)
 
 
 def _jumps(call: Call) -> NoBoundError:
     return NoBoundError(
-        f"{call.name} jumps: it is not continuous in the input, and has no Lipschitz constant. Leave it out, or put a "
-        "continuous function in its place."
+        f"{call.name} jumps: it is not continuous in the input, and has no Lipschitz constant. Remove it, or replace "
+        "it by a continuous function."
     )
 
 

@@ -1,11 +1,12 @@
-r"""The bound rules of functions of the vectors along some axes: norms, directions, variances, soft maxima.
+r"""The bound rules of functions of the vectors along some axes: norms, directions, variances, softmax functions.
 
-- A norm is 1-Lipschitz. So is the root of the centred squares; over :math:`\sqrt{n - c}` it is the standard deviation.
+- A norm is 1-Lipschitz. So is the norm of the centred vector; divided by :math:`\sqrt{n - c}` it is the standard
+  deviation.
 - A direction :math:`v / \max(\|v\|, \epsilon)` has the Jacobian :math:`(I - u u^\top) / \|v\|`, and
   :math:`1 / \epsilon` times the identity below.
 - :math:`\log \sum e^{v}` has the gradient p with :math:`\|p\| \le 1`. The Jacobian of the log-softmax is
   :math:`I - \mathbf 1 p^\top`, of norm at most :math:`1 + \sqrt K \|p\|`.
-- The Jacobian of the softmax, :math:`\mathrm{diag}(p) - p p^\top`, has norm 1/2 at most, and
+- The norm of the Jacobian of the softmax, :math:`\mathrm{diag}(p) - p p^\top`, is at most 1/2, and at most
   :math:`2 \max p_i (1 - p_i)` by Gershgorin.
 """
 
@@ -30,7 +31,7 @@ def _axes(call: Call, dim: object = None) -> tuple[int, ...]:
     dim = call.argument("dim") if dim is None else dim
     ndim = call.operands["input"].value.ndim
     if isinstance(dim, bool):
-        raise NoBoundError(f"{call.name} has a bound rule with named arguments only.")
+        raise NoBoundError(f"{call.name} has a bound rule only with named arguments.")
     if dim is None or dim == []:
         return tuple(range(ndim))
     return tuple(item % ndim for item in (dim if isinstance(dim, Sequence) else (dim,)))
@@ -38,7 +39,7 @@ def _axes(call: Call, dim: object = None) -> tuple[int, ...]:
 
 def _norm(call: Call) -> Sensitivity:
     order = _order(call)
-    # |v|_p <= |v|_2 for p >= 2; below, no more than n^(1/p - 1/2) times it
+    # |v|_p <= |v|_2 for p >= 2, and |v|_p <= n^(1/p - 1/2) |v|_2 for p < 2
     size = call.source.value.numel() / call.value.numel()
     factor = size ** (1 / order - 0.5) if order < 2 else 1.0
     return Sensitivity(shifted(call.sensitivity.plain(), log(factor)), None, POSITIVE)
@@ -49,12 +50,12 @@ def _order(call: Call) -> float:
     order = 2.0 if order is None or order == "fro" else order
     is_matrix = call.function == "linalg_norm" and order != 2.0 and len(_axes(call)) == 2
     if not isinstance(order, int | float) or order < 1 or is_matrix:
-        raise NoBoundError(f"{call.name} has a bound rule for the norms of vectors with an order of at least 1.")
+        raise NoBoundError(f"{call.name} has a bound rule only for the norms of vectors of order at least 1.")
     return float(order)
 
 
 def _lengths(values: Tensor, dim: tuple[int, ...], order: float = 2.0) -> Tensor:
-    """Return the norms of the vectors along axes, which are kept."""
+    """Return the norms of the vectors along axes, which are kept with length one."""
     found: Tensor = torch.linalg.vector_norm(values, ord=order, dim=dim, keepdim=True)
     return found
 
@@ -68,7 +69,7 @@ def _norm_width(call: Call) -> Tensor | None:
 
 
 def shortest_vectors(operand: Operand, call: Call, dim: tuple[int, ...]) -> Tensor:
-    """Return how short the vectors along axes can be, with those axes kept; zero where nothing is known."""
+    """Return lower bounds of the norms of the vectors along axes, with these axes kept; zero if not known."""
     value = operand.value.double()
     lengths = _lengths(value, dim)
     if call.at_example:
@@ -81,7 +82,7 @@ def shortest_vectors(operand: Operand, call: Call, dim: tuple[int, ...]) -> Tens
 
 def _normalize(call: Call) -> Sensitivity:
     if call.argument("p", 2.0) != 2 or call.argument("out") is not None:
-        raise NoBoundError(f"{call.name} has a bound rule for Euclidean norms.")
+        raise NoBoundError(f"{call.name} has a bound rule only for Euclidean norms.")
     source, eps = call.operands["input"], call.argument("eps", 1e-12)
     dim = _axes(call, call.argument("dim", 1))
     lengths = shortest_vectors(source, call, dim).clamp_min(eps)
@@ -94,17 +95,17 @@ def _normalize(call: Call) -> Sensitivity:
 
 
 def _deviates(call: Call) -> Sensitivity:
-    """The standard deviation, 1-Lipschitz over a root of n."""
+    """Bound a standard deviation, a 1-Lipschitz function divided by a root of n."""
     return Sensitivity(shifted(call.sensitivity.plain(), -0.5 * math.log(_freedom(call))), None, POSITIVE)
 
 
 def _varies(call: Call) -> Sensitivity:
-    r"""The variance, :math:`\|c\|^2 / m` of the centred vector c, has a gradient :math:`2 c / m`."""
+    r"""Bound a variance: for the centred vector c, :math:`\|c\|^2 / m` has the gradient :math:`2 c / m`."""
     source, dim = call.operands["input"], _axes(call)
     length = _centred_length(source, call, dim)
     size = worst(2 * length / _freedom(call), source, call)
     if not bool(size.isfinite().all()):
-        raise NoBoundError(f"{call.name} has no global Lipschitz constant: its slope grows with its argument.")
+        raise NoBoundError(f"{call.name} has no global Lipschitz constant: its slope increases with its argument.")
     return Sensitivity(shifted(call.sensitivity.plain(), log(size)), None, POSITIVE)
 
 
@@ -120,13 +121,13 @@ def _centred_length(source: Operand, call: Call, dim: tuple[int, ...]) -> Tensor
 
 
 def _freedom(call: Call) -> float:
-    """Return what the centred squares are divided by."""
+    """Return the divisor of the sum of centred squares."""
     value = call.operands["input"].value
     count = math.prod(value.shape[axis] for axis in _axes(call))
     correction = call.argument("correction", call.argument("unbiased", True))
     freedom: float = count - (1 if correction is None else float(correction))
     if freedom <= 0:
-        raise NoBoundError(f"{call.name} divides by no degree of freedom.")
+        raise NoBoundError(f"{call.name} has no degree of freedom to divide by.")
     return freedom
 
 
@@ -164,7 +165,7 @@ def _largest_width(call: Call) -> Tensor | None:
 
 
 def _log_softmax_norm(dim: int, layer: Layer) -> Tensor:
-    """Return the norm of ``I - 1 p'``: at the example with its p, in general at most ``1 + sqrt(K)``."""
+    """Return the norm of ``I - 1 p'``: with the p of the example, or the general bound ``1 + sqrt(K)``."""
     size = layer.input.shape[dim]
     if not layer.is_local:
         return torch.tensor(1 + math.sqrt(size), dtype=torch.float64)
@@ -184,7 +185,7 @@ def _log_softmax(call: Call) -> Sensitivity:
 
 def _dim(dim: int | None) -> int:
     if dim is None:
-        raise NoBoundError("A softmax has a bound rule with a given dim only.")
+        raise NoBoundError("A softmax has a bound rule only with a given dim.")
     return dim
 
 
@@ -198,7 +199,7 @@ def softmax_norm(dim: int, layer: Layer) -> Tensor:
 
 
 def softmax_range(dim: int, ndim: int) -> Ball | Interval:
-    """Return where the probabilities lie: the corners of the simplex are 1 long."""
+    """Return the range of the probabilities: the corners of the simplex have norm 1."""
     one = torch.ones((), dtype=torch.float64)
     return Ball(one, one) if dim % ndim == ndim - 1 else Interval(0.0, 1.0)
 
@@ -215,7 +216,7 @@ def _softmax_module(module: nn.Module, layer: Layer) -> Gain:
 
 
 def _softmax_width(call: Call) -> Tensor | None:
-    """With all scores in intervals, p_i is largest where its own is highest and the others are lowest."""
+    """Return the widths: p_i is largest if its own score is largest and the others are smallest."""
     width = width_of(call.operands["input"])
     if width is None:
         return None

@@ -1,4 +1,4 @@
-"""The bound rules of what writes into a part of a value, or takes each entry from one of two."""
+"""The bound rules of functions that write into a part of a value, or choose each entry from two values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fisher_reg.errors import NoBoundError
 
 
 def _beside(call: Call, parts: dict[str, int]) -> Sensitivity:
-    """Each entry of the output is one of the parts; ``parts`` says how many entries each fills at most."""
+    """Bound a call whose output entries come from several parts; ``parts`` has the largest number of uses of each."""
     norms = []
     for name, count in parts.items():
         operand = call.operands[name]
@@ -35,7 +35,7 @@ def _overwrite(call: Call) -> Sensitivity:
 def _where(call: Call) -> Sensitivity:
     _check_condition(call, "condition")
     if call.operands.keys() != {"condition", "input", "other"}:
-        raise NoBoundError(f"{call.name} has a bound rule with two values to choose from.")
+        raise NoBoundError(f"{call.name} has a bound rule only with two values to choose from.")
     return _beside(call, {"input": call.value.numel(), "other": call.value.numel()})
 
 
@@ -46,15 +46,15 @@ def _masked_fill(call: Call) -> Sensitivity:
 
 def _check_condition(call: Call, name: str) -> None:
     if not call.operands[name].is_constant:
-        raise NoBoundError(f"{call.name} chooses by a value that depends on the input, which is not continuous.")
+        raise NoBoundError(f"{call.name} has a condition that depends on the input, which is not continuous.")
 
 
 def _put(call: Call) -> Sensitivity:
     if call.argument("accumulate", False):
-        raise NoBoundError(f"{call.name} adds to what is there; write it as a sum.")
+        raise NoBoundError(f"{call.name} adds to existing entries; write it as a sum.")
     indices: Operand = call.operands["indices"]
     if not indices.is_constant:
-        raise NoBoundError(f"{call.name} writes to places that depend on the input, which is not continuous.")
+        raise NoBoundError(f"{call.name} writes to indices that depend on the input, which is not continuous.")
     index = tuple(slice(None) if item is None else item for item in indices.value)
     written: Tensor = call.value[index]
     return _beside(call, {"input": call.value.numel(), "values": written.numel()})

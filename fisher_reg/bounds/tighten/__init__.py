@@ -1,1 +1,1 @@
-"""Improvements over the product of the layers' own norms that need the graph."""
+"""Improvements over the product of the norms of the layers that need the graph."""

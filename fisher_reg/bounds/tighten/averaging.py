@@ -6,8 +6,8 @@ with the shortcut S is therefore at most
 
 .. math:: \|S + W_2 D W_1\| \le \|S + c\, W_2 W_1\| + r\, \|W_2\| \|W_1\| ,
 
-where the plain bound has :math:`\|S\| + \beta \|W_2\| \|W_1\|`; without a shortcut S = 0. The first matrix is formed
-from what the layers make of a basis.
+where the plain bound is :math:`\|S\| + \beta \|W_2\| \|W_1\|`; without a shortcut S = 0. The matrix
+:math:`S + c\, W_2 W_1` is formed by applying the layers to the unit vectors.
 
 Reference: Combettes, Pesquet (2020), "Lipschitz certificates for layered network structures driven by averaged
 activation operators", SIAM Journal on Mathematics of Data Science 2(2), arXiv 1903.01014.
@@ -32,7 +32,7 @@ from fisher_reg.bounds.rules.shapes import moves
 from fisher_reg.bounds.tracing import Trace
 
 _MAX_SIDE = 4096
-"""Largest number of inputs of a matrix that is formed."""
+"""Largest number of columns of a matrix that is formed."""
 _MAX_NUMBERS = 2**25
 """Largest number of its entries (256 MiB)."""
 
@@ -42,10 +42,10 @@ class Average:
     """The part ``S + c W_2 W_1`` of a block.
 
     Attributes:
-        source: The node whose value the block is a function of.
-        share: ``r / beta``: what is left of the plain bound of the branch.
-        branch: The nodes after the activation up to the end of the branch, which is last; without a shortcut that is
-            the end of the block.
+        source: The node whose value is the input of the block.
+        share: ``r / beta``: the factor of the plain bound of the branch.
+        branch: The nodes after the activation up to the end of the branch, in order; without a shortcut the last node
+            is the end of the block.
         matrix: ``(*S_out, *S_in)`` flattened: one row per output.
     """
 
@@ -56,7 +56,7 @@ class Average:
 
 
 def average(trace: Trace, node: fx.Node) -> Average | None:
-    """Return the averaged part of the block that ends at ``node``, or None where there is no such block."""
+    """Return the averaged part of the block that ends at ``node``, or None if there is no such block."""
     found = _block(trace, node)
     if found is None:
         return None
@@ -74,11 +74,12 @@ def average(trace: Trace, node: fx.Node) -> Average | None:
     ):
         return None
     lowest, highest = bounds
+    # columns of S + c W_2 W_1, with c = (beta + alpha) / 2
     rows = _responses(trace, source, node, activation, (highest + lowest) / 2)
     if rows is None:
         return None
     path = _path(trace, activation, branch)
-    return Average(source, (highest - lowest) / (2 * highest), path, rows.flatten(1).mT)
+    return Average(source, (highest - lowest) / (2 * highest), path, rows.flatten(1).mT)  # r / beta
 
 
 def _block(trace: Trace, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -104,7 +105,7 @@ def _block(trace: Trace, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | No
 
 
 def _responses(trace: Trace, source: fx.Node, end: fx.Node, activation: fx.Node, slope: float) -> Tensor | None:
-    """Return what the block makes of each unit vector of its source, ``(n, *S_out)``, with a constant slope."""
+    """Return the outputs of the block for all unit vectors of its source, ``(n, *S_out)``, with a constant slope."""
     start = trace.values[source][:1]
     basis = torch.eye(start.numel(), dtype=torch.float64, device=start.device).view(-1, *start.shape[1:])
     known: dict[fx.Node, Tensor | None] = {source: basis}
@@ -123,7 +124,7 @@ def _responses(trace: Trace, source: fx.Node, end: fx.Node, activation: fx.Node,
         function = _linear_part(trace, node)
         try:
             made = function(inputs[0])
-        except RuntimeError:  # a reshape with the batch size of the example in it
+        except RuntimeError:  # a reshape with a fixed batch size
             return None
         expected = trace.values[node].shape[1:]
         return made if made.shape == (len(basis), *expected) else None
@@ -148,7 +149,7 @@ def _call(node: fx.Node, batch: Tensor, arguments: tuple[Any, ...]) -> Tensor:
 
 
 def _root(trace: Trace, node: fx.Node) -> fx.Node:
-    """Return the last node before ``node``, or itself, of whose value this one is not just a linear function."""
+    """Return the node from which ``node`` follows by linear functions only: the first that is not linear itself."""
     while _is_linear(trace, node):
         (node,) = _operands(trace, node)
     return node

@@ -1,10 +1,9 @@
-r"""Coordinates of the channels in which the product of the layers' norms is small.
+r"""Diagonal scalings of the channels that make the product of the layers' norms small.
 
-An activation acts on each channel by itself, so that its Jacobian commutes with any positive diagonal matrix
-:math:`T`: for two layers :math:`\|W_2 D W_1\| \le \|W_2 T^{-1}\| \|T W_1\|`, whatever T. The bound holds for every
-choice; a good one is found by descending the product of Schatten norms, which are cheap and smooth, and the certified
-norms are taken after it. The semidefinite programme LipSDP optimises such diagonal multipliers, too, over all layers at
-once.
+An activation acts on each channel separately, so that its Jacobian D commutes with any positive diagonal matrix
+:math:`T`. With slopes of at most 1, :math:`\|W_2 D W_1\| \le \|W_2 T^{-1}\| \|T W_1\|` for every T. A good T is found
+by gradient descent on the product of Schatten norms, which are cheap and smooth; then the certified norms are computed.
+The semidefinite programme LipSDP also optimises such diagonal multipliers, over all layers at once.
 
 Reference: Fazlyab et al. (2019), "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
 arXiv 1906.04893.
@@ -33,15 +32,15 @@ _LEARNING_RATE = 0.05
 def balanced_scales(
     trace: Trace, num_steps: int, log_bound: Callable[[Mapping[fx.Node, Tensor]], Tensor]
 ) -> dict[fx.Node, Tensor]:
-    """Return coordinates for the outputs of the linear layers of a traced model, one set per stream.
+    """Return scalings T of the outputs of the linear layers of a traced model, one per stream.
 
     Args:
         trace: The model.
-        num_steps: How long they are searched.
-        log_bound: From coordinates ``(C,)`` by layer to what should be small, differentiable.
+        num_steps: Number of optimisation steps.
+        log_bound: From scalings ``(C,)`` by layer to the differentiable objective.
 
     Returns:
-        Coordinates ``(C,)`` by layer.
+        Scalings ``(C,)`` by layer.
     """
     streams = _streams(trace)
     logs = {
@@ -55,6 +54,7 @@ def balanced_scales(
     optimizer = torch.optim.Adam(logs.values(), lr=_LEARNING_RATE)
     with torch.inference_mode(False), torch.enable_grad():
         for _ in range(num_steps):
+            # sum_l log ||T_l W_l T_{l-1}^{-1}||, in Schatten norms
             objective = log_bound({node: logs[stream].exp() for node, stream in streams.items()})
             gradients = torch.autograd.grad(objective, list(logs.values()), allow_unused=True, materialize_grads=True)
             for value, gradient in zip(logs.values(), gradients, strict=True):
@@ -64,9 +64,9 @@ def balanced_scales(
 
 
 def _streams(trace: Trace) -> dict[fx.Node, fx.Node]:
-    """Return for each linear layer the first layer whose output its own is added to, perhaps itself.
+    """Return for each linear layer its stream, named by the first layer of those whose outputs are added to each other.
 
-    What is added must be in the same coordinates. A layer whose output is added to something that has none is left out.
+    Summands must have the same scaling. A layer whose output is added to a value without a scaling is left out.
     """
     parent: dict[fx.Node, fx.Node] = {}
     stream: dict[fx.Node, fx.Node | None] = {}
@@ -120,7 +120,7 @@ def _keeps_channels(trace: Trace, node: fx.Node) -> bool:
 
 
 def _passes_channels(target: Any) -> bool:
-    """Say whether the function leaves each channel where it is and apart from the others."""
+    """Return whether the function acts on each channel separately and keeps their order."""
     rule = find_function_rule(target)
     return rule is not None and (
         rule.is_layer and rule.apply.__name__ == "rule_of_module" or rule.apply in (same, drop)

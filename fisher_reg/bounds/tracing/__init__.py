@@ -1,9 +1,9 @@
-"""Reading a network: a graph of calls that is known to compute what the module computes, with a value for each call.
+"""Tracing of a network: a graph of calls, verified against the module, with the value of each call.
 
-``torch.fx`` keeps the modules as the user sees them, but may misread a forward. So the graph is rewritten without calls
-in place and without dead code (:mod:`~fisher_reg.bounds.tracing.functional`) and compared with the module
-(:mod:`~fisher_reg.bounds.tracing.compare`). Where it differs, ``torch.export`` is asked, and where that differs too,
-the module has no bound.
+``torch.fx`` keeps the modules of the user, but may trace a forward wrongly. Therefore the graph is rewritten without
+in-place calls and dead code (:mod:`~fisher_reg.bounds.tracing.functional`) and compared with the module
+(:mod:`~fisher_reg.bounds.tracing.compare`). If it differs, ``torch.export`` is used. If that graph differs too, the
+module has no bound.
 """
 
 from fisher_reg.bounds.tracing.capture import asks_for_shape, where

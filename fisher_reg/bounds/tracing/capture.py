@@ -16,14 +16,14 @@ from fisher_reg.bounds.rules.call import name_of
 from fisher_reg.bounds.rules.registry import find_function_rule, find_rule
 from fisher_reg.bounds.tracing.exact import ExactArithmetic
 
-_TRACING = threading.RLock()  # the tracers of torch work on the whole process
+_TRACING = threading.RLock()  # the tracers of torch patch the whole process
 
 
 def captured_by_fx(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of the calls that the module makes: its modules stay as the user sees them.
+    """Return the graph of the calls that the module makes, with the modules of the user.
 
-    The module is run on placeholders, so that control flow on values fails, and a forward that treats what is no
-    tensor otherwise is misread: the caller compares.
+    The module is run on placeholders. Control flow that depends on values fails, and a forward that treats non-tensors
+    differently is traced wrongly: the caller must compare.
     """
     root = _Root(model)
     with _TRACING, _leaf_parameters(root), _open_layers():
@@ -32,7 +32,7 @@ def captured_by_fx(model: nn.Module) -> fx.GraphModule:
 
 
 def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
-    """Return the graph of the ATen operators for inputs of this size; what is written in place is written out."""
+    """Return the graph of the ATen operators for inputs of this size, with in-place operators replaced."""
     root = _Root(model)
     with _TRACING, warnings.catch_warnings(), _leaf_parameters(root) as weights, ExactArithmetic(), _open_layers():
         warnings.simplefilter("ignore")
@@ -44,16 +44,16 @@ def captured_by_export(model: nn.Module, inputs: Tensor) -> fx.GraphModule:
             part._parameters[name] = weights[f"{path}.{name}".removeprefix(".")]
     (output,) = exported.graph.find_nodes(op="output")
     if isinstance(output.args[0], list | tuple) and len(output.args[0]) == 1:
-        output.args = (output.args[0][0],)  # what the code that export wraps around the graph would unpack
+        output.args = (output.args[0][0],)  # export's wrapper code, which is not used here, would unpack the tuple
     for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        node.target = torch.ops.aten.reshape.default  # the same, for values that are laid out otherwise
+        node.target = torch.ops.aten.reshape.default  # like view, but for every memory layout
     _without_copies(exported.graph)
     _with_directions(exported.graph)
     return exported
 
 
 def _without_copies(graph: fx.Graph) -> None:
-    """Write a copy into another tensor as what it returns: the operator has no derivative."""
+    """Replace a copy into another tensor by its result, since the operator has no derivative."""
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.copy.default):
         target, source = node.args[:2]
@@ -75,23 +75,23 @@ def where(node: fx.Node) -> str:
 
 
 def asks_for_shape(node: fx.Node) -> bool:
-    """Say whether the node asks a tensor for what does not depend on its values."""
+    """Return whether the node returns a property of a tensor that does not depend on its values."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "ndimension", "numel", "is_floating_point", "stride", "element_size")
     return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "layout")
 
 
 def detaches(node: fx.Node) -> bool:
-    """Say whether the node returns its input, and hides from autograd where it comes from."""
+    """Return whether the node returns its input without its autograd graph."""
     return node.op in ("call_function", "call_method") and name_of(node.target) in ("detach", "detach_")
 
 
 @contextmanager
 def _leaf_parameters(root: nn.Module) -> Generator[dict[str, Any], None, None]:
-    """Have parameters of torch in place of the converted weights, and yield the weights by their names."""
+    """Replace the converted weights by torch parameters, and yield the weights by their names."""
     weights: dict[str, Any] = {}
     slots: list[tuple[dict[str, Any], str]] = []
-    leaves: dict[int, nn.Parameter] = {}  # a weight that is shared stays so
+    leaves: dict[int, nn.Parameter] = {}  # shared weights stay shared
     for path, part in root.named_modules(remove_duplicate=False):
         for name, weight in part._parameters.items():
             if weight is not None:
@@ -116,7 +116,7 @@ def _without_root(path: str) -> str:
 
 @contextmanager
 def _open_layers() -> Generator[None, None, None]:
-    """Have the encoder layers of torch call their parts, instead of one operator for all of them."""
+    """Make torch's encoder layers call their parts, instead of one fused operator."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -126,7 +126,7 @@ def _open_layers() -> Generator[None, None, None]:
 
 
 def _with_directions(graph: fx.Graph) -> None:
-    """Write a value over its own length as one call again: as a quotient it has no constant over all inputs."""
+    """Replace ``v / |v|`` by one call of ``normalize``, since a quotient has no constant over all inputs."""
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.div.Tensor):
         vectors, below = node.args
@@ -154,7 +154,7 @@ def _calls(node: Any, target: Any) -> bool:
 
 
 def calls_unknown_functions(module: fx.GraphModule) -> bool:
-    """Say whether the graph calls a function of a library as a whole, which has no rule."""
+    """Return whether the graph contains a library function as one call, which has no rule."""
     return any(
         node.op == "call_function" and find_function_rule(node.target) is None and not _is_torchs_own(node.target)
         for node in module.graph.nodes
@@ -167,7 +167,7 @@ def _is_torchs_own(target: Any) -> bool:
 
 
 class _Root(nn.Module):
-    """Calls the model as its user does: with its hooks and the defaults of its forward."""
+    """Calls the model like its user: with its hooks and the defaults of its forward."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -179,10 +179,10 @@ class _Root(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """A module with a rule of its own is one layer.
+    """A tracer for which a module with its own rule is one layer.
 
-    ``torch.fx`` patches the calls of all modules in the process while it traces; those of other threads go on as they
-    are.
+    ``torch.fx`` patches the calls of all modules in the process while it traces; calls of other threads are executed
+    normally.
     """
 
     def __init__(self) -> None:

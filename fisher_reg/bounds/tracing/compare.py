@@ -1,4 +1,4 @@
-"""Whether a traced graph computes what the module computes."""
+"""Comparison of a traced graph with its module."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from fisher_reg.bounds.tracing.functional import Run
 from fisher_reg.errors import NoBoundError
 
 _RTOL = 1e-6
-"""Largest difference, relative to the largest logit, that float64 leaves between two orders of summation."""
+"""Largest difference, relative to the largest logit, between two orders of summation in float64."""
 
 
 def eager(model: nn.Module, inputs: Tensor) -> Any:
-    """Return what the module itself returns, in exact arithmetic."""
+    """Return the output of the module itself, in exact arithmetic."""
     with ExactArithmetic():
         return widened(model(inputs.clone()))
 
 
 def answer(model: nn.Module, inputs: Tensor) -> Any:
-    """Return what :func:`eager` does.
+    """Return the result of :func:`eager`, with clear errors.
 
     Raises:
-        NoBoundError: For a part in TorchScript that holds weights in a precision of its own.
-        ValueError: For inputs that the model does not take.
+        NoBoundError: For a TorchScript part whose weights have a fixed precision.
+        ValueError: For inputs that the model does not accept.
     """
     try:
         return eager(model, inputs)
     except NoBoundError:
         raise
-    except Exception as error:  # the user's own forward runs here and may raise anything
+    except Exception as error:  # the user's forward may raise any error
         if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
             raise NoBoundError(
-                f"{type(model).__name__} has a part in TorchScript that cannot be read in float64: {error}\n"
+                f"{type(model).__name__} has a part in TorchScript that cannot be evaluated in float64: {error}\n"
                 "Bound the module before it is scripted or frozen."
             ) from error
         raise ValueError(f"{type(model).__name__} fails on inputs of shape {tuple(inputs.shape)}: {error}") from error
 
 
 def check_independence(model: nn.Module, inputs: Tensor) -> None:
-    """Refuse a model whose prediction of an example is random, or depends on the other examples or on their number.
+    """Raise an error if a prediction is random, or depends on the other examples or on their number.
 
     Raises:
         NoBoundError: If it does.
     """
     whole = eager(model, inputs)
     if not isinstance(whole, Tensor) or whole.ndim == 0 or len(whole) != len(inputs):
-        return  # no logits; the caller says so
+        return  # not logits: the caller raises the error
     if not _agree(eager(model, inputs), whole):
         raise NoBoundError(
             "The forward of the model is random, also in evaluation mode, or changes its own buffers, so that there is "
@@ -61,31 +61,31 @@ def check_independence(model: nn.Module, inputs: Tensor) -> None:
     for part in _other_batches(inputs):
         try:
             logits = eager(model, part)
-        except Exception:  # noqa: S112  it takes batches of one size, or of more than one, only
+        except Exception:  # noqa: S112  the model may need a certain batch size
             continue
         if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != len(part):
-            continue  # likewise, such as for an axis of length one that it drops
+            continue  # for example because it drops an axis of length one
         shared = min(len(part), len(inputs))
         if not _agree(logits[:shared], whole[:shared]):
             raise NoBoundError(
                 "The prediction of an example depends on the other examples of its batch, or on how many they are, so "
-                "that it has no Jacobian of its own."
+                "that there is no Jacobian per example."
             )
 
 
 def takes_other_sizes(model: nn.Module, inputs: Tensor) -> bool:
-    """Say whether a module takes batches of other sizes than that of the inputs."""
+    """Return whether a module accepts batches of other sizes than that of the inputs."""
     try:
         logits = [(eager(model, part), len(part)) for part in _other_batches(inputs)]
-    except Exception:  # the user's own forward runs here and may raise anything
+    except Exception:  # the user's forward may raise any error
         return False
     return all(isinstance(item, Tensor) and item.shape[:1] == (size,) for item, size in logits)
 
 
 def first_difference(model: nn.Module, module: fx.GraphModule, inputs: Tensor, sizes: bool) -> str | None:
-    """Return where a graph first computes something else than the module, None if it never does.
+    """Return where a graph first differs from the module; None if it does not.
 
-    It is asked at the inputs, at other values, and at other batch sizes.
+    They are compared at the inputs, at other values, and at other batch sizes.
 
     Args:
         model: The module that was traced.
@@ -102,11 +102,11 @@ def first_difference(model: nn.Module, module: fx.GraphModule, inputs: Tensor, s
         except Exception:
             if number == 0:
                 raise
-            continue  # the module takes no such values, or no such batch
+            continue  # the module does not accept these values or this batch size
         run = Run(module)
         try:
             found = run(point)
-        except Exception as error:  # the graph holds for the values or sizes of the example only
+        except Exception as error:  # the graph is valid only for the values or sizes of the example
             return f"it fails on other inputs of the same shape: {error}" if number else str(error)
         if not _agree(found, expected):
             return _place(model, module, run, calls)
@@ -114,7 +114,7 @@ def first_difference(model: nn.Module, module: fx.GraphModule, inputs: Tensor, s
 
 
 def _other_values(inputs: Tensor) -> Iterator[Tensor]:
-    """Yield other inputs of the same shape: random ones in the range of these, and far ones of either sign."""
+    """Yield other inputs of the same shape: random ones in the same range, and large ones of either sign."""
     low, high = inputs.amin(), inputs.amax()
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(inputs.shape, generator=generator, dtype=torch.float64).to(inputs)
@@ -141,7 +141,7 @@ def _agree(found: Any, expected: Any) -> bool:
 
 
 class _recorded:  # noqa: N801  a context manager
-    """Keeps what the modules of a model return, in the order of their calls."""
+    """Records the outputs of the modules of a model, in the order of their calls."""
 
     def __init__(self, model: nn.Module, calls: list[tuple[nn.Module, Any]]) -> None:
         self.model, self.calls, self.handles = model, calls, []  # type: ignore[var-annotated]
@@ -160,12 +160,12 @@ class _recorded:  # noqa: N801  a context manager
 
 
 def _place(model: nn.Module, module: fx.GraphModule, run: Run, calls: list[tuple[nn.Module, Any]]) -> str:
-    """Name the first layer whose value in the graph is not the one in the module."""
+    """Return the name of the first layer whose value in the graph differs from that in the module."""
     for node, value in run.values.items():
         if node.op != "call_module":
             continue
         called = module.get_submodule(str(node.target))
-        # The graph may have a copy of a layer that works in place.
+        # the graph may contain a copy of an in-place layer
         same = (number for number, (owner, _) in enumerate(calls) if owner._parameters is called._parameters)
         place = next(same, None)
         if place is None:

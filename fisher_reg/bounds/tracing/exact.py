@@ -1,4 +1,4 @@
-"""A network in exact arithmetic, as near as double precision comes: nothing is rounded to a narrower type inside."""
+"""A network in exact arithmetic, approximated by double precision: no value is rounded to a narrower type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NARROW_NAMES = ("torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor"
 
 
 class ExactArithmetic(TorchFunctionMode):
-    """Computes every floating-point value in float64, also where the network asks for a narrower type.
+    """Computes every floating-point value in float64, also if the network casts to a narrower type.
 
     A cast between floating-point types is the identity in exact arithmetic. Weights and inputs must be float64.
     """
@@ -40,7 +40,7 @@ def _wide(argument: Any) -> Any:
 
 
 def widened(value: Any) -> Any:
-    """Return a tensor, or the tensors of a tuple or list, in float64 where they are of a narrower floating type."""
+    """Return a tensor, or the tensors of a tuple or list, with narrower floating-point types converted to float64."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype in _NARROW else value
     if type(value) in (tuple, list):

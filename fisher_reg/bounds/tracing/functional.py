@@ -1,4 +1,4 @@
-"""A graph without calls in place: every value keeps what it was when it was made."""
+"""A graph without in-place calls: no value changes after it has been computed."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from fisher_reg.errors import NoBoundError
 
 
 class Run(fx.Interpreter):
-    """Runs a graph in exact arithmetic and keeps every value.
+    """Runs a graph in exact arithmetic and stores every value.
 
     Attributes:
-        values: What each call returned.
+        values: The result of each call.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.extra_traceback = False  # the messages of the rules name the place
+        self.extra_traceback = False  # the messages of the rules already name the place
         self.values: dict[fx.Node, Any] = {}
 
     def __call__(self, inputs: Tensor) -> Any:
-        """Return what the graph returns."""
+        """Return the output of the graph."""
         with ExactArithmetic():
             return self.run(inputs.clone())
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one call. A detached value is still a function of the input, which has a slope."""
+        """Run one call; a detached value stays in the autograd graph, since it depends on the input."""
         if detaches(n):
             source = self.fetch_args_kwargs_from_env(n)[0][0]
-            value = source.view_as(source)  # a tensor of its own in the same memory
+            value = source.view_as(source)  # a new tensor object on the same memory
         else:
             value = widened(super().run_node(n))
         self.values[n] = value
@@ -43,7 +43,7 @@ class Run(fx.Interpreter):
 
 
 def recomputed(target: Any, args: Any, kwargs: Any) -> Any:
-    """Return what a function, a module or the method of a name gives, in exact arithmetic."""
+    """Return the result of a function, a module or a method given by name, in exact arithmetic."""
     with ExactArithmetic():
         return widened(
             getattr(args[0], target)(*args[1:], **kwargs) if isinstance(target, str) else target(*args, **kwargs)
@@ -51,7 +51,7 @@ def recomputed(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Writes(Run):
-    """Finds the calls that write to a value that an earlier call made."""
+    """Finds the calls that write to the value of an earlier call."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -63,14 +63,14 @@ class _Writes(Run):
         versions = {node: self.env[node]._version for node in n.all_input_nodes if isinstance(self.env[node], Tensor)}
         value = super().run_node(n)
         changed = [node for node, version in versions.items() if self.env[node]._version != version]
-        # A view counts the changes of its base, so that operands that merely share memory with the target count too.
+        # views share the version counter of their base, so that operands on the memory of the target are found too
         if changed:
             self.written[n] = changed
             self._follow(n, value, changed)
         return value
 
     def _follow(self, by: fx.Node, value: Any, changed: list[fx.Node]) -> None:
-        """Find the older names of the memory that has changed and are used again."""
+        """Find earlier nodes on the changed memory that are used again."""
         memory = {_memory(self.env[node]) for node in changed}
         for other, held in self.env.items():
             if not isinstance(held, Tensor) or other is by or _memory(held) not in memory:
@@ -88,22 +88,22 @@ class _Writes(Run):
 
 
 def made_functional(module: fx.GraphModule, inputs: Tensor) -> None:
-    """Rewrite a graph so that no call changes a value of an earlier one, and nothing is computed that is not returned.
+    """Rewrite a graph so that no call changes the value of an earlier call, and remove dead code.
 
-    A later use of a tensor that was changed in place becomes a use of the result of that call, and the call works on a
+    A later use of a tensor that was changed in place is replaced by the result of that call, and the call works on a
     clone.
 
     Args:
-        module: The graph, changed here; its modules are the caller's own and stay as they are.
+        module: The graph, which is modified; the modules in it are those of the caller and are not modified.
         inputs: An example.
 
     Raises:
-        NoBoundError: Where another view of a changed tensor is used again, which a graph of values cannot say.
+        NoBoundError: If another view of a changed tensor is used again, which a functional graph cannot express.
     """
     graph = module.graph
     run = _Writes(module)
     run(inputs)
-    for other, by in run.renamed:  # in the order of the calls, so that chains of changes end at the last one
+    for other, by in run.renamed:  # in the order of the calls, so that chains of changes lead to the last one
         for user in [item for item in other.users if run.order[item] > run.order[by]]:
             user.replace_input_with(other, by)
     for by, targets in run.written.items():
@@ -119,12 +119,12 @@ def made_functional(module: fx.GraphModule, inputs: Tensor) -> None:
 
 
 def _works_out_of_place(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Change a call so that it works out of place, where torch has such a form of the same arguments."""
+    """Replace a call by its out-of-place form, if torch has one with the same arguments."""
     if node.op == "call_module":
         called = module.get_submodule(str(node.target))
         if getattr(called, "inplace", False) is not True:
             return False
-        # A copy with the same weights: the model, with which the graph is compared, goes on to work in place.
+        # a copy with the same weights: the original model, for the comparison, still works in place
         called = copy.copy(called)
         called.inplace = False  # type: ignore[assignment]
         module.set_submodule(str(node.target), called)
@@ -140,7 +140,7 @@ def _works_out_of_place(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _out_of_place(target: Any) -> Any:
-    """Return ``add`` for ``add_`` and the like, None where there is none."""
+    """Return the out-of-place form of a target, such as ``add`` for ``add_``; None if there is none."""
     if target in _OPERATORS:
         return _OPERATORS[target]
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -161,7 +161,7 @@ _OPERATORS: dict[Any, Any] = {
 
 
 def _without_dead_code(graph: fx.Graph) -> None:
-    """Remove what the output does not depend on."""
+    """Remove the nodes on which the output does not depend."""
     used: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op in ("output", "placeholder") or any(user in used for user in node.users):
@@ -185,9 +185,9 @@ def _is_same_view(first: Tensor, second: Any) -> bool:
 
 
 def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Say whether two views of one memory have an entry in common."""
+    """Return whether two views of the same memory have an entry in common."""
     if _memory(first) != _memory(second):
-        return True  # the call returned something else than what it has changed
+        return True  # the call did not return the tensor that it changed
     places = torch.arange(first.untyped_storage().nbytes() // first.element_size())
     theirs = [set_.flatten() for set_ in (_view(places, first), _view(places, second))]
     return bool(torch.isin(theirs[0], theirs[1]).any())

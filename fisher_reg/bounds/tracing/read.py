@@ -1,4 +1,4 @@
-"""From a module to its trace: the graph of its calls with the value of each at an example."""
+"""The trace of a module: the graph of its calls with the value of each call at an example."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Trace:
     """A traced module in exact arithmetic.
 
     Attributes:
-        module: Computes what it does, call by call. None changes a value in place, and the output depends on each.
+        module: The graph of its calls, without in-place calls and dead code.
         modules: The modules that are called, by the targets of their nodes.
-        values: What each call returned at the example, in float64.
-        batched: Tensors whose first axis is that of the examples.
+        values: The result of each call at the example, in float64.
+        batched: The nodes of tensors whose first axis is that of the examples.
         takes_other_sizes: Whether the graph has been compared with the module at other batch sizes too.
     """
 
@@ -53,7 +53,7 @@ class Trace:
 
     @property
     def result(self) -> Any:
-        """What the module returned."""
+        """The output of the module."""
         return self.values[self.output]
 
 
@@ -63,16 +63,16 @@ def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = 
     Args:
         model: The module.
         inputs: ``(B, *S)`` in float64.
-        check: Is given what the module returns at the inputs, and B, before anything is traced.
+        check: Called with the output of the module at the inputs, and B, before tracing.
 
     Returns:
-        A trace whose graph has given the logits of the module itself: at the inputs, at other values, and at another
-        batch size. Cost: about ten forward passes.
+        A trace whose graph gives the logits of the module at the inputs, at other values, and at another batch size.
+        Cost: about ten forward passes.
 
     Raises:
-        NoBoundError: For a model that neither tracer reads rightly; the message names the first operation that differs.
+        NoBoundError: If no tracer gives a correct graph; the message names the first operation that differs.
         NonFiniteWeightsError: For weights that are not finite.
-        ValueError: For inputs of a size that the model does not take.
+        ValueError: For inputs of a size that the model does not accept.
     """
     _check_weights(model)
     logits = answer(model, inputs)
@@ -86,7 +86,7 @@ def trace(model: nn.Module, inputs: Tensor, check: Callable[[Any, int], None] = 
 
 
 def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
-    """Return the first graph that computes what the model computes, and whether it does at other batch sizes."""
+    """Return the first graph that agrees with the model, and whether it does at other batch sizes."""
     tracers: Sequence[tuple[str, Callable[[], fx.GraphModule], bool]] = (
         ("torch.fx", lambda: captured_by_fx(model), True),
         ("torch.export", lambda: captured_by_export(model, inputs), False),
@@ -99,30 +99,30 @@ def _read(model: nn.Module, inputs: Tensor) -> tuple[fx.GraphModule, bool]:
             module = capture()
             made_functional(module, inputs)
             difference = first_difference(model, module, inputs, sizes)
-        except Exception as error:  # the user's own forward meets placeholders here and may raise anything
+        except Exception as error:  # the user's forward may raise any error for placeholders
             failures.append(f"{name}: {_first_line(error)}{_line_of(error)}")
             cause = cause or error
             continue
         if difference is None and calls_unknown_functions(module) and not name.endswith("export"):
-            whole = module  # the other tracer may see what the function does
+            whole = module  # the other tracer may trace into the function
             continue
         if difference is None:
             return module, sizes and takes_other_sizes(model, inputs)
-        failures.append(f"{name} reads another function than the module computes: {_first_line(difference)}.")
+        failures.append(f"the graph of {name} differs from the module: {_first_line(difference)}.")
     if whole is not None:
         return whole, takes_other_sizes(model, inputs)
     raise NoBoundError(
         f"{type(model).__name__} cannot be traced. {' '.join(failures)}\n"
-        "Make its control flow independent of the data and write it without changes in place, or put the part in a "
-        "module of its own and register a bound rule for that (fisher_reg.register_bound_rule). If the logits come "
-        "from a part of it, wrap that: fisher_reg.LogitsOf(model, logits_fn)."
+        "Make its control flow independent of the data and avoid in-place changes, or put the part in a "
+        "separate module and register a bound rule for it (fisher_reg.register_bound_rule). If the logits come "
+        "from a part of the model, wrap it: fisher_reg.LogitsOf(model, logits_fn)."
     ) from cause
 
 
 def _check_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if find_rule(module) is None:
-            continue  # its buffers may well be infinite, such as a mask
+            continue  # buffers may be infinite, such as a mask
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if not torch.isfinite(tensor).all():
                 raise NonFiniteWeightsError(
@@ -135,7 +135,7 @@ def _first_line(error: BaseException | str) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """Return the place in the user's code: the last frame outside torch."""
+    """Return the position in the user's code: the last frame outside torch."""
     place, traceback = "", error.__traceback__
     while traceback is not None:
         filename = traceback.tb_frame.f_code.co_filename
@@ -146,9 +146,9 @@ def _line_of(error: BaseException) -> str:
 
 
 def _batched(module: fx.GraphModule, inputs: Tensor, values: dict[fx.Node, Any]) -> set[fx.Node]:
-    """Return the nodes whose first axis is that of the examples: it is reversed when they are.
+    """Return the nodes whose first axis is that of the examples: reversing the examples reverses this axis.
 
-    The graph is the same at all inputs, and random ones have no symmetry that hides the order, as equal examples have.
+    Random inputs are used, since equal examples would give the same values in any order.
     """
     found = {
         node for node, value in values.items() if isinstance(value, Tensor) and value.shape[:1] == inputs.shape[:1]
