@@ -80,10 +80,16 @@ class FisherRegularizer(Callback):
     Where inputs are mixed or augmented inside the step, the penalty is taken at the inputs of the batch; do it in
     ``on_after_batch_transfer`` to have it at those that are trained on.
 
-    Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
-    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); ``fisher/penalty_gradient_ratio``, the norm of the
-    gradient of what is added over that of the loss's, of the steps where it is measured; with ``target_lambda`` also
-    ``fisher/lambda_control``. Those of a second regularizer in the same Trainer end in ``_2``.
+    Logged keys (mean over the penalised steps of the epoch). All of them are in ``trainer.callback_metrics``; those
+    marked * also go to the loggers, and with ``detailed=True`` all do:
+
+    - ``fisher/penalty`` *, ``fisher/penalty_weighted`` *: without and with its weight
+    - ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum over the steps)
+    - ``fisher/penalty_gradient_ratio``: norm of the gradient of what is added over that of the gradient of the loss, of
+      the steps where it is measured
+    - ``fisher/lambda_control`` *: only with ``target_lambda``
+
+    Those of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
         weight: Factor of the penalty, at least 0; at 0 the training step is untouched. By default the
@@ -112,6 +118,7 @@ class FisherRegularizer(Callback):
         logits_fn: As in :class:`FisherMonitor`.
         side_inputs_fn: As in :class:`FisherMonitor`.
         labels_fn: From a batch to class indices ``(B,)``, for a penalty of labels. By default the second part.
+        detailed: Whether all keys go to the loggers.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[FisherRegularizer()], logger=False, enable_checkpointing=False)
@@ -135,6 +142,7 @@ class FisherRegularizer(Callback):
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
+        detailed: bool = False,
     ) -> None:
         # not in the signature: jsonargparse would keep its fields for another penalty
         penalty = KLPenalty() if penalty is None else penalty
@@ -176,6 +184,7 @@ class FisherRegularizer(Callback):
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
         self.labels_fn = labels_fn or find_labels
+        self.detailed = detailed
         self.num_skipped = 0
         self.guard = GradientGuard(max_gradient_ratio, gradient_ratio_every)
         self._num_schedule_steps = math.inf
