@@ -7,7 +7,7 @@ import math
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recipes.reporting.tables import markdown_table
+from recipes.reporting.tables import baseline_first, markdown_table, radius_text, with_error
 
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
@@ -44,20 +44,21 @@ def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) 
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return ``mean ± standard error`` over the seeds of each setting, in the order of the attacks."""
+    """Return ``mean ± standard error`` over the seeds of each setting, the plain training of each model first."""
+    frame = baseline_first(frame, PLAIN, [*KEYS, "seed"])
     values = [name for name in frame.columns if name not in (*KEYS, "seed", "finite")]
     groups = frame.groupby(KEYS, sort=False)[values]
     mean, error = groups.mean(), groups.sem()
     cells = pd.DataFrame(index=mean.index)
     cells["seeds"] = groups.size().astype(str)
     for name in values:
-        cells[name] = [_cell(m, e) for m, e in zip(mean[name], error[name], strict=True)]
+        cells[name] = [with_error(m, e) for m, e in zip(mean[name], error[name], strict=True)]
     return cells.reset_index()
 
 
 def markdown(cells: pd.DataFrame) -> str:
     """Return the table as Markdown."""
-    titled = cells.assign(strength=cells.strength.map("{:g}".format))
+    titled = cells.assign(strength=cells.strength.map(radius_text))
     titled.columns = [_TITLES.get(name, _attack_title(name)) for name in cells.columns]
     return markdown_table(titled) + "\n"
 
@@ -103,10 +104,3 @@ def _attack_title(name: str) -> str:
         return name
     attack = {"pgd": "PGD {}", "auto": "AutoAttack {}", "same": "PGD {} on the images of AutoAttack"}[kind]
     return attack.format(f"{'ℓ₂' if norm == 'l2' else 'ℓ∞'} {radius}")
-
-
-def _cell(mean: float, error: float) -> str:
-    if math.isnan(mean):
-        return "–"
-    digits = 0 if mean >= 10 else 1 if mean >= 1 else 3
-    return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"
