@@ -12,13 +12,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-__all__ = ["COLOURS", "HIGHLIGHT", "LINES", "MARKERS", "WIDTH", "legend_below", "look", "panels", "style"]
+__all__ = [
+    "COLOURS",
+    "FILLS",
+    "HIGHLIGHT",
+    "LINES",
+    "MARKERS",
+    "WIDTH",
+    "legend_below",
+    "legend_beside",
+    "legend_under",
+    "look",
+    "panels",
+    "plain_ticks",
+    "style",
+]
 
 WIDTH = 8.0
-"""Of a figure, in inches: at 120 dots per inch 960 pixels, which a page of 800 pixels shows without loss."""
+"""Of a figure, in inches: its text is readable on a page of 800 pixels."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of Okabe and Ito (2008), "Color Universal Design": told apart under every common colour vision deficiency.
@@ -28,12 +44,14 @@ Their yellow is left out: thin lines of it cannot be seen on white.
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 LINES = ("-", "--", "-.", ":")
+FILLS = ("full", "none", "left", "top")
+"""Of markers: a second distinction, which is left in grey."""
 
 HIGHLIGHT: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 1.6, "markersize": 9, "zorder": 5}
 """Of a marker: the method that a reader should look at first."""
 
 _TEXT = 9  # points: 12 pixels on a page of 800
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.size": _TEXT,
     "axes.titlesize": _TEXT + 1,
     "axes.labelsize": _TEXT,
@@ -118,3 +136,49 @@ def legend_below(figure: Figure, handles: Iterable[Any] | None = None, *, ncols:
         labelled = {label: handle for some, labels in found for handle, label in zip(some, labels, strict=True)}
         return figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=ncols)
     return figure.legend(handles=list(handles), loc="outside lower center", ncols=ncols)
+
+
+def legend_under(axes: Axes, handles: Iterable[Any] | None = None, *, ncols: int = 1) -> Legend:
+    """Put the legend of one panel under it, outside the data.
+
+    Args:
+        axes: The panel.
+        handles: Artists with labels; by default its own.
+        ncols: Entries in a line.
+
+    Returns:
+        The legend.
+    """
+    given = {} if handles is None else {"handles": list(handles)}
+    return axes.legend(loc="upper center", bbox_to_anchor=(0.5, _BELOW_LABELS), ncols=ncols, **given)
+
+
+def legend_beside(axes: Axes, handles: Iterable[Any] | None = None) -> Legend:
+    """Put the legend of one panel on its right, outside the data.
+
+    Args:
+        axes: The panel.
+        handles: Artists with labels; by default its own.
+
+    Returns:
+        The legend.
+    """
+    given = {} if handles is None else {"handles": list(handles)}
+    return axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), **given)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis of at most three decades with plain numbers: 0.1, 0.2, 0.5, 1.
+
+    Args:
+        axis: ``xaxis`` or ``yaxis`` of a panel.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+_BELOW_LABELS = -0.2
+"""In heights of a panel: where the labels of its horizontal axis end."""

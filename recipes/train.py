@@ -57,6 +57,7 @@ from recipes.models.classifier import Classifier
 from recipes.models.objectives import Objective
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
+from recipes.reporting.files import DOTS_PER_INCH
 from recipes.runtime.command import command, command_line, in_folder, overrides
 from recipes.runtime.provenance import provenance
 
@@ -135,7 +136,7 @@ def _train(config: DictConfig, folder: Path, stopped: Stopped) -> dict[str, Any]
     module, data, trainer = training.module, training.data, training.trainer
     if trainer.is_global_zero:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
-        board.begin(trainer.loggers, _settings(config, training), (folder / "config.yaml").read_text(), stopped)
+        board.begin(trainer.loggers, _hyperparameters(config, training), (folder / "config.yaml").read_text(), stopped)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=stopped.checkpoint)
         # A training that is resumed after its last epoch must draw what the others draw.
@@ -182,13 +183,13 @@ def finished(config: DictConfig, training: Training, folder: Path, tested: Mappi
     monitor = training.monitor
     if monitor is not None and monitor.history:
         pd.DataFrame(monitor.history).to_csv(folder / "bound_versus_empirical.csv", index=False, float_format="%.6g")
-        bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=120)
+        bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=DOTS_PER_INCH)
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
     summary["total_seconds"] = training.point.seconds()
     summary["objective"] = training.objective(summary, training.module.network, training.data)
     summary |= {"status": FINISHED, "provenance": provenance(config)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    board.end(training.trainer.loggers, _settings(config, training), summary)
+    board.end(training.trainer.loggers, _hyperparameters(config, training), summary)
     report(summary, folder)
     return summary
 
@@ -217,6 +218,11 @@ def _settings(config: DictConfig, training: Training) -> dict[str, Any]:
         "penalty_weight": 0.0 if regularizer is None else regularizer.weight,
         "seed": int(config.seed),
     }
+
+
+def _hyperparameters(config: DictConfig, training: Training) -> dict[str, Any]:
+    settings = _settings(config, training)
+    return {"weight": settings.pop("penalty_weight")} | settings
 
 
 def measure(training: Training) -> dict[str, float]:

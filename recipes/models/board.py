@@ -27,7 +27,7 @@ def begin(loggers: Iterable[Logger], settings: Mapping[str, Any], config: str, s
 
 
 def end(loggers: Iterable[Logger], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Write the row of HPARAMS, with the numbers on the test images in its columns ``final/…``.
+    """Write the row of HPARAMS, with the numbers on the test images in its columns ``summary/…``.
 
     Args:
         loggers: As in :func:`begin`.
@@ -36,9 +36,9 @@ def end(loggers: Iterable[Logger], settings: Mapping[str, Any], summary: Mapping
     """
     mean = float(summary["lambda_max_mean"])
     numbers = {
-        "final/accuracy": summary["test_accuracy"],
-        "final/log10_lambda": math.log10(mean) if mean > 0 else -math.inf,
-        "final/log10_bound": summary["log10_bound"],
+        "summary/accuracy": summary["test_accuracy"],
+        "summary/log10_lambda": math.log10(mean) if mean > 0 else -math.inf,
+        "summary/log10_bound": summary["log10_bound"],
     }
     for logger in _boards(loggers):
         logger.log_hyperparams(dict(settings), numbers)
