@@ -81,7 +81,7 @@ def style() -> Generator[None, None, None]:
 @style()
 def panels(
     num_rows: int = 1, num_columns: int = 1, *, height: float, width: float = WIDTH, **options: Any
-) -> tuple[Figure, np.ndarray[Any, np.dtype[np.object_]]]:
+) -> tuple[Figure, np.ndarray[Any, Any]]:
     """Return a figure that belongs to no pyplot state, and its panels with a pale grid.
 
     Args:

@@ -66,6 +66,7 @@ class Due:
 class Term(Protocol):
     """What a training step asks of a regularizer."""
 
+    detailed: bool
     every_n_steps: int
     backward_pass: int | None
     inputs_fn: InputsFn

@@ -171,7 +171,7 @@ def attack_network(attack: Attack, network: nn.Module, images: Tensor, labels: T
 
 
 def log(audit: Audit, texts: list[str], folder: Path) -> None:
-    """Write scalars, the histogram of log10 λ, the figures and the reading for TensorBoard, into the folder of the run."""
+    """Write scalars, the histogram of log10 λ, the figures and the reading for TensorBoard into the run's folder."""
     values = audit.measurement.values["lambda"]
     with SummaryWriter(str(folder)) as writer:
         writer.add_scalar("audit/accuracy", audit.correct.double().mean())
