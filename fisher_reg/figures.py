@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fisher_reg.style import COLOURS, legend_below, panels, style
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
+_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY, _BLACK = COLOURS
 _LEVELS = {
-    "global": ("tab:red", "s-", "global upper bound"),
-    "local": ("tab:orange", "s-", "local upper bound, mean of log"),
-    "blockwise": ("tab:purple", "s--", "blockwise (not certified), mean of log"),
+    "global": (_VERMILLION, "s-", "global upper bound"),
+    "local": (_ORANGE, "D-", "local upper bound, mean of log"),
+    "blockwise": (_PURPLE, "X--", "blockwise (not certified), mean of log"),
 }
+_CURVES = {"max": (_BLACK, "^-"), "p95": (_SKY, "v--"), "mean": (_BLUE, "o-"), "median": (_GREEN, "P:")}
 
 
 def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: str = "fisher") -> Figure:
@@ -37,43 +42,40 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: st
         ModuleNotFoundError: Without matplotlib.
         ValueError: For an empty history.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     if not history:
         raise ValueError("There is nothing to draw: the history is empty. Has the monitor measured an epoch yet?")
-    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    unit, times = _times(history)
+    with style():
+        figure, ((axes,),) = panels(height=5.0, width=6.4)
+        unit, times = _times(history)
+        _draw_bounds(axes, times, history, prefix)
+        for name, (colour, line) in _CURVES.items():
+            decades = [_log10(entry.get(f"{prefix}/lambda_max_{name}", math.nan)) for entry in history]
+            axes.plot(times, decades, line, color=colour, label=rf"$\lambda_{{\max}}(F)$, {name}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(set(times)) == 1:
+            axes.set_xlim(times[0] - 1, times[0] + 1)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        low, high = axes.get_ylim()
+        if math.floor(high) > math.ceil(low):
+            axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
+        else:  # the ticks lie between two powers of ten
+            axes.yaxis.set_major_formatter(lambda value, position: f"{10**value:.3g}")
+        axes.set(xlabel=unit, ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
+        legend_below(figure, ncols=2)
+    return figure
 
-    def series(key: str) -> list[float]:
-        return [entry.get(key, math.nan) for entry in history]
 
+def _draw_bounds(axes: Axes, times: list[float], history: Sequence[Mapping[str, float]], prefix: str) -> None:
     keys = dict.fromkeys(key for entry in history for key in entry)
     first = f"{prefix}/log10_bound_"
     levels = [key.removeprefix(first) for key in keys if key.startswith(first)]
     for level in levels:
-        colour, line, name = _LEVELS.get(level, ("tab:red", "s-", f"{level} upper bound"))
-        values = series(f"{first}{level}")
+        colour, line, name = _LEVELS.get(level, (_VERMILLION, "s-", f"{level} upper bound"))
+        values = [entry.get(f"{first}{level}", math.nan) for entry in history]
         known = [(time, value) for time, value in zip(times, values, strict=True) if not math.isnan(value)]
         axes.plot([time for time, _ in known], [value for _, value in known], line, color=colour, label=name)
-    curves = {"max": "tab:blue", "p95": "tab:cyan", "mean": "tab:green", "median": "tab:olive"}
-    for name, colour in curves.items():
-        decades = [_log10(value) for value in series(f"{prefix}/lambda_max_{name}")]
-        axes.plot(times, decades, "o-", color=colour, markersize=4, label=rf"$\lambda_{{\max}}(F)$, {name}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if len(set(times)) == 1:
-        axes.set_xlim(times[0] - 1, times[0] + 1)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    low, high = axes.get_ylim()
-    if math.floor(high) > math.ceil(low):
-        axes.yaxis.set_major_formatter(lambda value, position: f"$10^{{{value:g}}}$")
-    else:  # the ticks lie between two powers of ten
-        axes.yaxis.set_major_formatter(lambda value, position: f"{10**value:.3g}")
-    axes.set(xlabel=unit, ylabel="nats per squared input unit", title="Fisher spectral norm: bound and estimate")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
 
 
 def _times(history: Sequence[Mapping[str, float]]) -> tuple[str, list[float]]:
@@ -92,7 +94,7 @@ def sensitive_examples(
     Args:
         images: Each ``(C, H, W)`` with one or three channels, on any scale; each is stretched to its own range.
         eigenvectors: Of the same shapes. Drawn as the sum over the channels, on a scale that is symmetric about zero:
-            blue below it and red above; the largest 0.5 % of the entries are drawn as equal.
+            blue below it and red above, paler the nearer to zero; the largest 0.5 % of the entries are drawn as equal.
         eigenvalues: :math:`\lambda` of each, for the titles.
 
     Returns:

@@ -16,13 +16,15 @@ from fisher_reg import KLPenalty
 from recipes.data.chosen import prepared_data
 from recipes.penalties.training import attack_name, train_and_measure
 from recipes.reporting.files import settings_of, show, write
-from recipes.reporting.tables import markdown_table
+from recipes.reporting.tables import baseline_first, markdown_table, with_error
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
 from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 
 _KEYS = ["data", "model", "method"]
+_MEASURED = ("clean", "robust", "lambda_mean")
+PLAIN = "none"
 
 
 @command("penalty_scale")
@@ -44,7 +46,7 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
     runs = [stamped(run, train_and_measure) for run in plain]
     rows = execute("training", runs, train_and_measure, workers, _described, cache)
     frame = pd.DataFrame([_row(names[index], runs[index], row) for index, row in rows])
-    frame = frame.sort_values([*_KEYS, "seed"], ignore_index=True)
+    frame = baseline_first(frame, PLAIN, [*_KEYS, "seed"])
     write(folder, "penalty_scale", config, rows=frame, page=markdown(frame), record=settings_of(config))
     show(markdown(frame), folder)
     return frame
@@ -78,7 +80,7 @@ def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str,
 
 def methods(own: KLPenalty) -> dict[str, Settings | None]:
     """Return what is compared: the callback of each method."""
-    return {"none": None} | {
+    return {PLAIN: None} | {
         name: {
             "_target_": "fisher_reg.FisherRegularizer",
             "weight": penalty.default_weight,
@@ -105,16 +107,12 @@ def markdown(frame: pd.DataFrame) -> str:
     """Return a table: a row per data set, model and method, with means and standard errors over the seeds."""
     titles = ("data", "model", "method", "step", "weight", "clean", "attacked", "radius", "mean λ")
     lines = []
-    for names, group in frame.groupby(_KEYS, sort=False):
+    for names, group in baseline_first(frame, PLAIN, [*_KEYS, "seed"]).groupby(_KEYS, sort=False):
         first = group.iloc[0]
-        setting = ["–", "–"] if names[2] == "none" else [f"{first.step:.3g}", f"{first.weight:.2g}"]
-        cells = [_cell(group[key]) for key in ("clean", "robust")]
-        lines.append([*names, *setting, *cells, f"{first.radius:.3g}", f"{group.lambda_mean.mean():.3g}"])
+        setting = ["–", "–"] if names[2] == PLAIN else [f"{first.step:.3g}", f"{first.weight:.2g}"]
+        clean, robust, mean = (with_error(group[key].mean(), group[key].sem()) for key in _MEASURED)
+        lines.append([*names, *setting, clean, robust, f"{first.radius:.3g}", mean])
     return markdown_table(pd.DataFrame(lines, columns=titles)) + "\n"
-
-
-def _cell(values: pd.Series) -> str:
-    return f"{values.mean():.3f}" + (f" ± {values.sem():.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Put the runs of a sweep into one table: ``python -m recipes.summarize multirun/train/… results.csv``.
+"""Put the runs of a sweep into one table: ``python -m recipes.summarize outputs/train/… results.csv``.
 
 Reads every ``summary.json`` below the folder, writes one row per run to the CSV file, and prints means and standard
 errors over seeds as a Markdown table.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from recipes.reporting.tables import markdown_table
+from recipes.reporting.tables import baseline_first, markdown_table, with_error
 
 GROUP = ["data", "model", "penalty", "penalty_weight"]
 SHOWN = {
@@ -49,16 +49,16 @@ def read_runs(folder: Path) -> pd.DataFrame:
             f"There is no summary.json of a finished run below {folder.resolve()}: has a run finished there?"
         )
     runs = pd.DataFrame(finished).drop(columns=["provenance", "status"], errors="ignore")
-    return runs.sort_values([*GROUP, "seed"], ignore_index=True)
+    return baseline_first(runs, "none", [*GROUP, "seed"], "penalty")
 
 
 def as_markdown(runs: pd.DataFrame) -> str:
     """Return means and standard errors over the seeds of each setting as a table."""
-    groups = runs.groupby(GROUP)[list(SHOWN)]
-    mean, error, count = groups.mean(), groups.sem(), runs.groupby(GROUP).size()
+    groups = runs.groupby(GROUP, sort=False)
+    mean, error, count = groups[list(SHOWN)].mean(), groups[list(SHOWN)].sem(), groups.size()
     table = pd.DataFrame({"seeds": count.astype(str)})
     for name, title in SHOWN.items():
-        table[title] = mean[name].map("{:.3g} ± ".format) + error[name].map("{:.1g}".format)
+        table[title] = [with_error(*pair) for pair in zip(mean[name], error[name], strict=True)]
     return markdown_table(table.reset_index().astype({name: str for name in GROUP}))
 
 

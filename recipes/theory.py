@@ -6,7 +6,7 @@ Three statements, each with the rate at which its error must fall:
    labels falls as n^(-1/2).
 2. KL(p_x || p_{x+d}) = d'Fd / 2 + O(|d|^3), along the top eigenvector and along random directions: KL grows with slope
    2, its relative deviation from the quadratic form with slope 1, and ``breaks_at`` is the length at which the median
-   deviation passes 10 %.
+   deviation passes 10 %, interpolated in the logarithms between the two measured lengths around it.
 3. The trace estimators have the variances that their formulas say.
 
 Leaves ``theory.csv`` (the curves), ``theory.png`` and ``theory.json`` (the slopes) in Hydra's run folder. Everything is
@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.console import Console
@@ -34,6 +33,7 @@ from torch.distributions import kl_divergence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisher_reg import EigenResult, Hutchinson, Rademacher, StandardNormal, fisher_eigenpairs, fisher_trace
+from fisher_reg.style import COLOURS, legend_under, look, panels, plain_ticks, style
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
 from recipes.models.training import trained_network
 from recipes.reporting.files import write
@@ -148,7 +148,7 @@ def summarize(curves: pd.DataFrame) -> dict[str, float]:
         key = name.replace(" ", "_")
         summary[f"divergence_slope_{key}"] = _slope(medians["divergence", name][valid])
         summary[f"deviation_slope_{key}"] = _slope(deviation[valid])
-        summary[f"breaks_at_{key}"] = float(broken.min()) if len(broken) else math.inf
+        summary[f"breaks_at_{key}"] = crossing(deviation, BREAKS)
     for name in ("Rademacher", "StandardNormal"):
         measured, stated = (curves[(curves.check == kind) & (curves.series == name)] for kind in _TRACE_KINDS)
         summary[f"trace_error_slope_{name}"] = _slope(medians["trace error", name])
@@ -157,32 +157,58 @@ def summarize(curves: pd.DataFrame) -> dict[str, float]:
     return summary
 
 
+def crossing(curve: pd.Series, level: float) -> float:
+    """Return where a curve first exceeds a level, linearly interpolated between its points in the logarithms.
+
+    Args:
+        curve: Positive values by increasing positive index.
+        level: A positive number.
+
+    Returns:
+        The first index if it exceeds the level already, infinity if none does.
+
+    Example:
+        >>> crossing(pd.Series([0.01, 1.0], index=[1.0, 100.0]), 0.1)
+        10.0
+    """
+    above = np.flatnonzero(curve.to_numpy() > level)
+    if not len(above):
+        return math.inf
+    around = curve.iloc[max(0, above[0] - 1) : above[0] + 1]
+    where = np.interp(math.log(level), np.log(around.to_numpy()), np.log(around.index.to_numpy(float)))
+    return round(float(np.exp(where)), _DIGITS)
+
+
+@style()
 def draw(curves: pd.DataFrame, summary: dict[str, float]) -> Figure:
-    """Draw the medians over the images, with the slopes in the legend."""
+    """Draw the medians over the images, with the slopes in the legends."""
     medians = _medians(curves)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    labels, steps, traces = figure.subplots(1, 3)
+    figure, ((labels, steps, traces),) = panels(1, 3, height=4.4)
     slope = summary["label_variance_slope"]
-    _line(labels, medians["label variance", "labels"], "o-", "tab:blue", f"sampled labels, slope {slope:.2f}")
+    labels.plot(
+        medians["label variance", "labels"], label=f"sampled labels,\nslope {slope:.2f} (theory: -0.5)", **look(0)
+    )
     labels.set(xlabel="sampled labels n", ylabel=r"$\|\hat F_n - F\|_F \,/\, \|F\|_F$", title="F is a label variance")
-    for name, colour in (("top eigenvector", "tab:red"), ("random direction", "tab:blue")):
+    for number, name in enumerate(("top eigenvector", "random direction")):
         key = name.replace(" ", "_")
         label = f"{name}, slope {summary[f'deviation_slope_{key}']:.2f}"
-        _line(steps, medians["deviation", name], "o-", colour, label)
-        if math.isfinite(summary[f"breaks_at_{key}"]):
-            steps.axvline(summary[f"breaks_at_{key}"], color=colour, linestyle=":")
+        steps.plot(medians["deviation", name], label=label, **look(number))
+        if math.isfinite(length := summary[f"breaks_at_{key}"]):
+            steps.axvline(length, color=COLOURS[number], linestyle=":", label=f"10 % at ε = {length:.2g}")
     steps.axhline(BREAKS, color="gray", linestyle=":")
-    steps.set(xlabel=r"length $\varepsilon$ of the step", title="KL divergence and its quadratic form")
+    steps.set(xlabel="length ε of the step, pixels", title="KL and its quadratic form")
     steps.set_ylabel(r"$|KL \,/\, \frac{1}{2}\delta^T F \delta - 1|$")
-    for name, colour in (("Rademacher", "tab:green"), ("StandardNormal", "tab:orange")):
-        ratio = summary[f"trace_error_over_formula_{name}"]
-        _line(traces, medians["trace error", name], "o", colour, f"{name}: {ratio:.2f} of the formula")
-        _line(traces, medians["trace error, formula", name], "--", colour, f"{name}, formula")
+    for number, name in enumerate(("Rademacher", "StandardNormal")):
+        ratio, both = summary[f"trace_error_over_formula_{name}"], look(number)
+        measured = both | {"linestyle": "none", "markersize": 7}
+        traces.plot(medians["trace error", name], label=f"{name}: {ratio:.2f} × formula", **measured)
+        traces.plot(medians["trace error, formula", name], label=f"{name}, formula", **(both | {"marker": ""}))
     traces.set(xlabel="probes", ylabel="relative error (RMS)", title="Hutchinson's trace")
     for axes in (labels, steps, traces):
         axes.set(xscale="log", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        legend_under(axes)
+    for axes in (labels, traces):
+        plain_ticks(axes.yaxis)
     return figure
 
 
@@ -199,6 +225,7 @@ def report(summary: dict[str, float], folder: Path) -> None:
     console.print(f"Files: {folder}", soft_wrap=True)
 
 
+_DIGITS = 12  # more are round-off of the logarithms
 _TRACE_KINDS = ("trace error", "trace error, formula")
 
 
@@ -212,10 +239,6 @@ def _medians(curves: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 
 def _slope(curve: pd.Series) -> float:
     return float(np.polyfit(np.log(curve.index.to_numpy(float)), np.log(curve.to_numpy()), 1)[0])
-
-
-def _line(axes: Axes, curve: pd.Series, style: str, colour: str, label: str) -> None:
-    axes.plot(curve.index, curve.to_numpy(), style, color=colour, markersize=4, label=label)
 
 
 if __name__ == "__main__":

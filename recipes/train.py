@@ -1,12 +1,17 @@
 r"""Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
 
-Leaves in Hydra's run folder: TensorBoard events, ``metrics.csv`` (the curves), ``bound_versus_empirical.png``, the
-checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of the final table, and what they depend on).
+Leaves in Hydra's run folder: TensorBoard events, ``curves/metrics.csv``, ``bound_versus_empirical.png`` with its
+numbers in a CSV file of the same name, the checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of
+the final table, and what they depend on).
+
+``tensorboard --logdir outputs`` shows all runs, those of sweeps by short names such as ``vgg_kl_seed0``. The page
+HPARAMS has a row per finished run. By default the curves are few; ``callbacks.monitor.detailed=true
+penalty.detailed=true`` sends everything that is known.
 
 ``python -m recipes.train resume=FOLDER`` goes on with a training that was stopped, by whatever it was, and comes to the
 same numbers. ``python -m recipes.evaluate run=FOLDER`` audits the network.
 
-Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``)::
+Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``), in a folder of ``outputs/train``, too::
 
     python -m recipes.train -m seed=0,1,2 penalty=none,kl hydra/launcher=joblib hydra.launcher.n_jobs=2
     python -m recipes.train -m hydra/sweeper=optuna 'penalty.weight=tag(log, interval(0.01, 1))'
@@ -28,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -46,10 +52,12 @@ from fisher_reg import (
 )
 from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
+from recipes.models import board
 from recipes.models.classifier import Classifier
 from recipes.models.objectives import Objective
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
+from recipes.reporting.files import DOTS_PER_INCH
 from recipes.runtime.command import command, command_line, in_folder, overrides
 from recipes.runtime.provenance import provenance
 
@@ -128,6 +136,7 @@ def _train(config: DictConfig, folder: Path, stopped: Stopped) -> dict[str, Any]
     module, data, trainer = training.module, training.data, training.trainer
     if trainer.is_global_zero:
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        board.begin(trainer.loggers, _hyperparameters(config, training), (folder / "config.yaml").read_text(), stopped)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=stopped.checkpoint)
         # A training that is resumed after its last epoch must draw what the others draw.
@@ -173,12 +182,14 @@ def finished(config: DictConfig, training: Training, folder: Path, tested: Mappi
     summary = _settings(config, training) | {"test_accuracy": tested["test/accuracy"]} | measure(training)
     monitor = training.monitor
     if monitor is not None and monitor.history:
-        bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=120)
+        pd.DataFrame(monitor.history).to_csv(folder / "bound_versus_empirical.csv", index=False, float_format="%.6g")
+        bound_versus_empirical(monitor.history).savefig(folder / "bound_versus_empirical.png", dpi=DOTS_PER_INCH)
         summary["monitor_seconds"] = sum(entry["fisher/seconds"] for entry in monitor.history)
     summary["total_seconds"] = training.point.seconds()
     summary["objective"] = training.objective(summary, training.module.network, training.data)
     summary |= {"status": FINISHED, "provenance": provenance(config)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    board.end(training.trainer.loggers, _hyperparameters(config, training), summary)
     report(summary, folder)
     return summary
 
@@ -207,6 +218,11 @@ def _settings(config: DictConfig, training: Training) -> dict[str, Any]:
         "penalty_weight": 0.0 if regularizer is None else regularizer.weight,
         "seed": int(config.seed),
     }
+
+
+def _hyperparameters(config: DictConfig, training: Training) -> dict[str, Any]:
+    settings = _settings(config, training)
+    return {"weight": settings.pop("penalty_weight")} | settings
 
 
 def measure(training: Training) -> dict[str, float]:

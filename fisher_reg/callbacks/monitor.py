@@ -73,9 +73,9 @@ class FisherMonitor(Callback):
     Logged keys, in nats per squared input unit. All are in ``history`` and in ``trainer.callback_metrics``; those
     marked * also go to the loggers (with ``detailed=True`` all of them):
 
-    - ``fisher/lambda_max_mean`` *, ``_median`` *, ``_p95`` *, ``_max``: largest eigenvalue over the probe
+    - ``fisher/lambda_max_mean`` *, ``_median``, ``_p95`` *, ``_max``: largest eigenvalue over the probe
     - ``fisher/log10_lambda_max_max`` *, ``fisher/log10_lambda_max_median``: decimal logarithms
-    - ``fisher/lambda_linf_mean`` *, ``_median`` *, ``_p95`` *, ``_max``, ``fisher/log10_lambda_linf_max`` *,
+    - ``fisher/lambda_linf_mean`` *, ``_median``, ``_p95`` *, ``_max``, ``fisher/log10_lambda_linf_max`` *,
       ``fisher/log10_lambda_linf_median``: the same statistics of :func:`fisher_reg.fisher_linf_norm`, in addition to
       those of the eigenvalue; only with ``geometry=LInf()``
     - ``fisher/bound_global`` *, ``fisher/log10_bound_global`` * (finite also where the bound overflows), and
@@ -84,7 +84,7 @@ class FisherMonitor(Callback):
     - ``fisher/bound_local_mean`` *, ``fisher/bound_blockwise_mean`` *: mean over the probe, for bounds at the inputs;
       ``fisher/log10_bound_local`` *, …: mean of the decimal logarithms, and ``fisher/log10_gap_local`` *, …: mean log10
       of the ratio of bound to eigenvalue, over the inputs where both are finite. Only when bounds are measured
-    - ``fisher/seconds`` *: duration of the measurement with its figures; ``fisher/seconds_bound_global``, …: its parts
+    - ``fisher/seconds``: duration of the measurement with its figures; ``fisher/seconds_bound_global``, …: its parts
     - ``fisher/trace_mean``: unbiased; exact on the solver's search space (with up to 6 classes the whole space), the
       rest by 2 random sign vectors, the same for all examples and measurements: two passes more than the eigenvalue
     - ``fisher/wide_interval_share``: share of the examples whose interval of the largest eigenvalue is wider than the
@@ -522,6 +522,6 @@ def _check_geometry(geometry: Geometry) -> None:
 
 
 _CHECKPOINT_KEY = "FisherMonitor"
-_SHOWN = {f"{name}_{which}" for name in ("lambda_max", "lambda_linf") for which in ("mean", "median", "p95")}
-_SHOWN |= {"log10_lambda_max_max", "log10_lambda_linf_max", "seconds"}
+_SHOWN = {f"{name}_{which}" for name in ("lambda_max", "lambda_linf") for which in ("mean", "p95")}
+_SHOWN |= {"log10_lambda_max_max", "log10_lambda_linf_max"}
 _SHOWN_OF_A_BOUND = ("bound_", "log10_bound_", "log10_gap_")

@@ -80,10 +80,16 @@ class FisherRegularizer(Callback):
     If inputs are mixed or augmented inside the step, the penalty still uses the inputs of the batch; augment in
     ``on_after_batch_transfer`` to penalise at the augmented inputs.
 
-    Logged keys (mean over the penalised steps of the epoch): ``fisher/penalty``, ``fisher/penalty_weighted``,
-    ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum); ``fisher/penalty_gradient_ratio``, the gradient norm of
-    the added term divided by that of the loss, over the steps at which it is measured; with ``target_lambda`` also
-    ``fisher/lambda_control``. The keys of a second regularizer in the same Trainer end in ``_2``.
+    Logged keys (mean over the penalised steps of the epoch). All of them are in ``trainer.callback_metrics``; those
+    marked * also go to the loggers, and with ``detailed=True`` all do:
+
+    - ``fisher/penalty`` *, ``fisher/penalty_weighted`` *: without and with its weight
+    - ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum over the steps)
+    - ``fisher/penalty_gradient_ratio``: gradient norm of the added term divided by that of the loss, over the steps at which
+      it is measured
+    - ``fisher/lambda_control`` *: only with ``target_lambda``
+
+    The keys of a second regularizer in the same Trainer end in ``_2``.
 
     Args:
         weight: Factor of the penalty, at least 0; with 0 the training step is unchanged. By default the
@@ -112,6 +118,7 @@ class FisherRegularizer(Callback):
         logits_fn: As in :class:`FisherMonitor`.
         side_inputs_fn: As in :class:`FisherMonitor`.
         labels_fn: From a batch to class indices ``(B,)``, for a penalty that needs labels. By default the second item.
+        detailed: Whether all keys go to the loggers.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[FisherRegularizer()], logger=False, enable_checkpointing=False)
@@ -135,6 +142,7 @@ class FisherRegularizer(Callback):
         logits_fn: LogitsFn | None = None,
         side_inputs_fn: SideInputsFn = no_side_inputs,
         labels_fn: LabelsFn | None = None,
+        detailed: bool = False,
     ) -> None:
         # the default is not in the signature: jsonargparse would apply its fields to another penalty
         penalty = KLPenalty() if penalty is None else penalty
@@ -176,6 +184,7 @@ class FisherRegularizer(Callback):
         self.logits_fn = logits_fn
         self.side_inputs_fn = side_inputs_fn
         self.labels_fn = labels_fn or find_labels
+        self.detailed = detailed
         self.num_skipped = 0
         self.guard = GradientGuard(max_gradient_ratio, gradient_ratio_every)
         self._num_schedule_steps = math.inf

@@ -66,6 +66,7 @@ class Due:
 class Term(Protocol):
     """The methods of a regularizer that a training step uses."""
 
+    detailed: bool
     every_n_steps: int
     backward_pass: int | None
     inputs_fn: InputsFn
@@ -263,28 +264,29 @@ class PenalisedStep:
         elif isinstance(taken, SeparateGradient):
             regularizer.skip(f"The penalty is {taken.value.item():.4g}, but its gradient is not finite.")
         suffix = f"_{due.number + 1}" if due.number else ""
-        self.log(suffix, guarded.penalty, weight, len(due.inputs))
+        details: dict[str, Any] = {"logger": None if regularizer.detailed else False}
+        self.log(suffix, guarded.penalty, weight, len(due.inputs), details)
         if regularizer.guard.is_measuring:
-            self.log_ratio(suffix, guarded.ratio, len(due.inputs))
+            self.log_ratio(suffix, guarded.ratio, len(due.inputs), details)
         return total
 
-    def log_ratio(self, suffix: str, ratio: Tensor | None, batch_size: int) -> None:
+    def log_ratio(self, suffix: str, ratio: Tensor | None, batch_size: int, details: dict[str, Any]) -> None:
         """Log the ratio of the gradient norms; a ratio that could not be measured is left out of the mean."""
         value, is_known = torch.zeros((), device=self.module.device), False
         if ratio is not None and bool(ratio.isfinite()):
             value, is_known = ratio, True
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        options = {"on_step": False, "on_epoch": True, "sync_dist": True} | details
         self.module.log(
             f"fisher/penalty_gradient_ratio{suffix}", value, batch_size=batch_size if is_known else 0, **options
         )
 
-    def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int) -> None:
+    def log(self, suffix: str, penalty: Tensor | None, weight: float, batch_size: int, details: dict[str, Any]) -> None:
         """Log the added term; a skipped penalty is left out of the means."""
         value = torch.zeros((), device=self.module.device) if penalty is None else penalty.detach().float()
         means = {f"fisher/penalty{suffix}": value, f"fisher/penalty_weighted{suffix}": weight * value}
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
         self.module.log_dict(means, batch_size=0 if penalty is None else batch_size, **options)
-        options["batch_size"] = batch_size
+        options |= {"batch_size": batch_size} | details
         self.module.log(f"fisher/penalty_weight{suffix}", weight, **options)
         self.module.log(f"fisher/penalty_skipped{suffix}", float(penalty is None), reduce_fx="sum", **options)
 

@@ -38,6 +38,7 @@ from fisher_reg import (
     blackbox_spectral_norm,
     fisher_spectral_norm,
 )
+from fisher_reg.style import HIGHLIGHT, legend_below, look, panels, style
 from recipes.competitors import estimators as peers
 from recipes.data.chosen import prepared_data
 from recipes.models.training import trained_network
@@ -137,8 +138,7 @@ def benchmark(config: DictConfig) -> pd.DataFrame:
         "config": settings_of(config),
         "rows": json.loads(rows.to_json(orient="records")),
     }
-    write(folder, "benchmark", config, record=result)
-    draw(rows).savefig(folder / "benchmark.png", dpi=120)
+    write(folder, "benchmark", config, record=result, figure=draw(rows))
     report(rows, folder)
     return rows
 
@@ -232,32 +232,31 @@ def run_case(settings: Settings, _: Path) -> Result:
     return {"rows": pd.DataFrame(rows)}
 
 
+@style()
 def draw(rows: pd.DataFrame) -> Figure:
-    """Draw the error over the cost: a panel per case, a marker per method, on logarithmic axes."""
+    """Draw the error over the cost: a panel per case, on logarithmic axes; a marker per method, open of our peers."""
     cases = list(rows.case.unique())
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
-    figure = Figure(figsize=(4.4 * columns, 3.6 * lines + 0.8), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    figure, grid = panels(lines, columns, height=2.6 * lines + 1.4, sharex=True, sharey=True)
+    axes = grid.ravel()
     names = list(rows.method.unique())
     for panel, case in zip(axes, cases, strict=False):
         some = rows[rows.case == case].set_index("method")
         for index, name in enumerate(names):
             row = some.loc[name]
-            marker = "o" if row.source == "fisher_reg" else "s"
-            error = max(row.p95_error, _SMALLEST_ERROR)
-            panel.plot(
-                row.forwards, error, marker, color=f"C{index % 10}", mfc=None if index < 10 else "none", label=name
-            )
+            marker = look(index) | {"linestyle": "none", "label": name, "markersize": 6}
+            marker |= HIGHLIGHT if name == DEFAULT else {}
+            marker |= {} if row.source == "fisher_reg" else {"markerfacecolor": "none"}
+            panel.plot(row.forwards, max(row.p95_error, _SMALLEST_ERROR), **marker)
         panel.set(xscale="log", yscale="log", title=f"{case} (K = {some.num_classes.iloc[0]})")
-        panel.axhline(0.01, color="gray", linestyle=":")
-        panel.grid(alpha=0.3)
+        panel.axhline(0.01, color="gray", linestyle=":", label="1 %")
     for panel in axes[len(cases) :]:
         panel.remove()
     for panel in axes[max(0, len(cases) - columns) : len(cases)]:
-        panel.set_xlabel("cost per image, in forward passes")
-    figure.supylabel("95th percentile of the relative error")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+        panel.set_xlabel("cost per image, forward passes")
+    figure.supylabel(f"relative error, 95th percentile (at least {_SMALLEST_ERROR:g})", fontsize="medium")
+    legend_below(figure, ncols=4)
     return figure
 
 

@@ -68,10 +68,8 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
         "config": settings_of(config),
         **{name: json.loads(frame.to_json(orient="records")) for name, frame in frames.items()},
     }
-    write(folder, "bounds", config, record=result)
-    (folder / "bounds.md").write_text(markdown(frames), encoding="utf-8")
-    if config.tightness:
-        draw(frames["tightness"], frames["segments"]).savefig(folder / "bounds.png", dpi=120)
+    figure = draw(frames["tightness"], frames["segments"]) if config.tightness else None
+    write(folder, "bounds", config, record=result, page=markdown(frames), figure=figure)
     report(frames, folder)
     return frames
 

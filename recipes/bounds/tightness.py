@@ -18,11 +18,13 @@ import pandas as pd
 import torch
 from hydra.utils import instantiate
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from fisher_reg import Tightening, blockwise_fisher_bound, fisher_spectral_norm
+from fisher_reg.style import legend_below, look, panels, style
 from recipes.bounds.balls import balls
 from recipes.bounds.speed import LEVELS
 from recipes.data.chosen import check_noise, fixed_images, prepared_data
@@ -178,29 +180,33 @@ def gaps(bounds: Tensor | float, lambdas: Tensor) -> dict[str, float]:
     }
 
 
+@style()
 def draw(rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """Draw the gaps: by step of the ladder, and by number of segments; a colour per network."""
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = list(rows.step.unique())
-    for index, network in enumerate(rows.network.unique()):
-        for level, style, face in (("global", "o-", None), ("local", "o--", "none")):
+    """Draw the gaps: by step of the ladder, and by number of segments; a colour and a marker per network."""
+    figure, ((left, right),) = panels(1, 2, height=4.8)
+    steps, networks = (list(rows[name].unique()) for name in ("step", "network"))
+    for index, network in enumerate(networks):
+        for level, line in _DRAWN.items():
             part = rows[(rows.network == network) & (rows.level == level)]
-            label = f"{network}, {level}"
             places = [steps.index(step) for step in part.step]
-            left.plot(places, part.gap_of_max, style, color=f"C{index}", markerfacecolor=face, label=label)
+            left.plot(places, part.gap_of_max, label=f"{network}, {level}", **(look(index) | line))
         curve = curves[curves.network == network]
-        right.plot(curve.num_segments, curve.mean_gap, "o-", color=f"C{index}", markersize=4, label=network)
-    left.set_xticks(range(len(steps)), steps, rotation=30, ha="right")
-    left.set(ylabel="decades above the largest lambda", title="certified bounds, as improvements are added")
-    right.set(xlabel="segments", ylabel="decades above lambda, mean over images", title="blockwise bound")
+        right.plot(curve.num_segments, curve.mean_gap, label=f"{network}, blockwise", **(look(index) | _BLOCKWISE))
+    left.set_xticks(range(len(steps)), steps, rotation=35, ha="right")
+    left.set(ylabel="log₁₀ of the bound over λ, largest of each", title="certified bounds, step by step")
+    right.set(xlabel="segments", ylabel="log₁₀ of the bound over λ, mean", title="blockwise bound, not certified")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_yscale("log")  # from a few decades of a small network to dozens of a transformer
     left.yaxis.set_major_formatter(LogFormatter())
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
-    right.legend(frameon=False)
+    left.grid(alpha=0.3, which="both")
+    legend_below(figure, sorted([*left.lines, *right.lines], key=_network), ncols=len(networks))
     return figure
+
+
+def _network(line: Line2D) -> str:
+    return str(line.get_label()).partition(",")[0]
+
+
+_DRAWN = {"global": {"linestyle": "-"}, "local": {"linestyle": "--", "markerfacecolor": "none"}}
+_BLOCKWISE = {"linestyle": ":"}

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
+from fisher_reg.style import FILLS, HIGHLIGHT, legend_below, look, panels, plain_ticks, style
 from recipes.compare.analysis import PREDICTORS, Analysis, in_decades, predicted, reached
 from recipes.competitors.measurement import METRICS
 from recipes.reporting.files import write as write_files
@@ -20,19 +22,34 @@ from recipes.reporting.records import without_folders
 from recipes.reporting.tables import markdown_table
 from recipes.statistics.agreement import SIGNIFICANCE
 
-_MARKERS = "osD^v<>P"
+_UNIT = "nats / pixel²"
 _MAX_POINTS = 4000  # of a scatter plot
 
 
-def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folder: Path) -> None:
-    """Write the files of a run into its folder."""
+def write(
+    found: Analysis,
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    folder: Path,
+    *,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write the files of a run into its folder.
+
+    Args:
+        found: The numbers.
+        texts: What they say.
+        settings: Of the run.
+        folder: The folder.
+        provenance: Of the numbers, where another run has measured them.
+    """
     for name, digits in (("networks", 6), ("per_example", 4), ("per_model", 4)):
         write_files(folder, name, settings, rows=getattr(found, name), digits=digits)
     found.examples.to_csv(folder / "examples.csv.gz", index=False, float_format="%.6g")
     drawn = figures(found)
     for name, (figure, _) in drawn.items():
         write_files(folder, name, settings, figure=figure)
-    record = {"findings": list(texts), "settings": without_folders(settings)}
+    record = {"findings": list(texts), "settings": without_folders(settings), "provenance": provenance}
     write_files(folder, "compare", settings, record=record, page=markdown(found, texts))
     (folder / "compare.html").write_text(page(found, texts, drawn), encoding="utf-8")
 
@@ -104,7 +121,8 @@ def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, s
     lead = [
         "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
         "attack, tell which images an attack changes, and how far a network's adversarial examples are? Positive "
-        "correlations and areas above one half: the more sensitive is easier to attack. Intervals are 95 % bootstrap intervals: over images, models and seeds "
+        "correlations and areas above one half: the more sensitive is easier to attack. Intervals are 95 % bootstrap "
+        "intervals: over images, models and seeds "
         "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
         "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
         "CLEVER and the blockwise bound see fewer images than the others."
@@ -117,7 +135,7 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
     return {
         "metric_against_attack": (
             draw_success(found.networks),
-            "Each point is a network. Above: median λ over the images; below: at equal margins, which the confidence "
+            "Each point is a network. Left: median λ over the images; right: at equal margins, which the confidence "
             "of a network does not change. Upwards: median distance to the nearest adversarial example, in pixel "
             "units.",
         ),
@@ -133,7 +151,8 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         "distance": (
             draw_distances(found.examples),
             "Distance to the nearest adversarial example over what each predictor says; a point per image that the "
-            "network classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
+            "network classified correctly. An eigenvalue has one constant c per network, from the other half of its "
+            "images.",
         ),
         "power": (
             draw_power(found),
@@ -143,113 +162,137 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
     }
 
 
+@style()
 def draw_success(networks: pd.DataFrame) -> Figure:
-    """Draw the distance to the nearest adversarial example over λ: a column of panels per data set."""
+    """Draw the distance to the nearest adversarial example over λ: a row of panels per data set."""
     datasets, models, trainings = (list(networks[name].unique()) for name in ("dataset", "model", "training"))
-    figure = Figure(figsize=(3.6 * len(datasets) + 0.6, 7.4), layout="constrained")
-    panels = figure.subplots(2, len(datasets), squeeze=False)
-    for line, metric in zip(panels, ("lambda", "lambda_tempered"), strict=True):
-        for axes, dataset in zip(line, datasets, strict=True):
-            some = networks[networks.dataset == dataset]
+    figure, grid = panels(len(datasets), 2, height=2.7 * len(datasets) + 0.7, sharey="row")
+    for line, dataset in zip(grid, datasets, strict=True):
+        some = networks[networks.dataset == dataset]
+        for axes, metric in zip(line, ("lambda", "lambda_tempered"), strict=True):
             for (model, training), part in some.groupby(["model", "training"]):
-                style = {
-                    "color": f"C{models.index(model)}",
-                    "marker": _MARKERS[trainings.index(training) % len(_MARKERS)],
-                }
-                axes.plot(part[metric], part.distance, linestyle="none", alpha=0.8, **style)
-            axes.set(xscale="log", yscale="log", xlabel=f"median of {METRICS[metric].title}", title=dataset)
-            axes.grid(alpha=0.3)
-        line[0].set_ylabel("distance to the nearest adversarial example")
-    handles = [Line2D([], [], color=f"C{index}", linewidth=4, label=name) for index, name in enumerate(models)]
+                axes.plot(part[metric], part.distance, **_point(models.index(model), trainings.index(training)))
+            axes.set(xscale="log", yscale="log", title=dataset)
+            plain_ticks(axes.xaxis)
+            plain_ticks(axes.yaxis)
+    for axes, metric in zip(grid[-1], ("lambda", "lambda_tempered"), strict=True):
+        axes.set_xlabel(f"median of {METRICS[metric].title}, {_UNIT}")
+    figure.supylabel("distance to the nearest adversarial example, pixels (median)", fontsize="medium")
+    handles = [Line2D([], [], **(_point(index, 0) | {"label": name})) for index, name in enumerate(models)]
     for index, name in enumerate(trainings):
-        handles.append(Line2D([], [], color="k", marker=_MARKERS[index % len(_MARKERS)], linestyle="none", label=name))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        handles.append(Line2D([], [], **(_point(0, index) | {"label": f"training: {name}", "color": "black"})))
+    legend_below(figure, handles)
     return figure
 
 
+def _point(model: int, training: int) -> dict[str, Any]:
+    """Return how a network is drawn: the model by its colour and marker, the training by what the marker is filled."""
+    return look(model) | {"linestyle": "none", "fillstyle": FILLS[training % len(FILLS)], "markersize": 6}
+
+
+@style()
 def draw_ranking(networks: pd.DataFrame) -> Figure:
     """Draw the order of the cells of each data set by metric and by attack, side by side."""
     datasets, models = list(networks.dataset.unique()), list(networks.model.unique())
     columns = {"lambda": 1, "lambda_tempered": 1, "distance": -1}
-    figure = Figure(figsize=(4.4 * len(datasets), 5.4), layout="constrained")
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
+    num_rows = -(-len(datasets) // 2)
+    figure, grid = panels(num_rows, min(2, len(datasets)), height=4.2 * num_rows + 0.4)
+    for axes in grid.flat[len(datasets) :]:
+        axes.remove()
+    for axes, dataset in zip(grid.flat, datasets, strict=False):
         some = in_decades(networks[networks.dataset == dataset])
         cells = some.groupby(["model", "training"], sort=False)[list(columns)].mean()
         places = pd.DataFrame({name: (sign * cells[name]).rank(method="first") for name, sign in columns.items()})
         for (model, _), line in places.iterrows():
-            axes.plot(range(len(columns)), line, "o-", color=f"C{models.index(model)}", markersize=5)
+            axes.plot(range(len(columns)), line, **(look(models.index(model)) | {"label": model}))
         order = places["lambda"].sort_values()
-        axes.set_yticks(order, [f"{model}, {training}" for model, training in order.index], fontsize=8)
+        axes.set_yticks(order, [f"{model}, {training}" for model, training in order.index])
         axes.set_xticks(range(len(columns)), ["λ", "λ, equal\nmargins", "attack"])
         axes.set(title=dataset, ylim=(0.5, len(places) + 0.5))
+    legend_below(figure)
     return figure
 
 
+@style()
 def draw_black_box(examples: pd.DataFrame) -> Figure:
     """Draw the black-box estimate and the paper's two estimators over λ."""
-    shown = {"lambda_blackbox": "C0", "paper_white_box": "C1", "paper_black_box": "C3"}
+    shown = ("lambda_blackbox", "paper_white_box", "paper_black_box")
     some = examples.sample(min(_MAX_POINTS, len(examples)), random_state=0)
     some = some[some["lambda"] > 0]
-    figure = Figure(figsize=(6.4, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, colour in shown.items():
+    figure, ((axes,),) = panels(height=6.4)
+    for number, name in enumerate(shown):
         drawn = some[some[name] > 0]
         off = np.abs(np.log10(drawn[name] / drawn["lambda"])).median()
         left_out = f"zero or none at {len(some) - len(drawn)} of {len(some)}"
         label = f"{METRICS[name].title}: median factor {10**off:.3g}, {left_out}"
-        axes.plot(drawn["lambda"], drawn[name], ".", color=colour, alpha=0.25, markersize=3, label=label)
+        axes.plot(drawn["lambda"], drawn[name], label=label, **_cloud(number))
     ends = [some["lambda"].min(), some["lambda"].max()]
-    axes.plot(ends, ends, color="k", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel=METRICS["lambda"].title, ylabel="estimate")
-    axes.grid(alpha=0.3)
-    _strong_legend(axes)
+    axes.plot(ends, ends, color="k", linewidth=1, label="equal")
+    axes.set(xscale="log", yscale="log", xlabel=f"{METRICS['lambda'].title}, {_UNIT}", ylabel=f"estimate, {_UNIT}")
+    _strong(legend_below(figure, ncols=1))
     return figure
 
 
+def _cloud(number: int) -> dict[str, Any]:
+    """Return how thousands of points are drawn."""
+    return look(number) | {"linestyle": "none", "alpha": 0.3, "markersize": 3, "markeredgewidth": 0}
+
+
+@style()
 def draw_distances(examples: pd.DataFrame) -> Figure:
     """Draw the distances to the nearest adversarial examples over their predictions, a panel per predictor."""
     found = reached(examples[examples.correct])
-    figure = Figure(figsize=(4.2 * len(PREDICTORS), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(PREDICTORS), sharex=True, sharey=True)
-    for axes, (name, title) in zip(panels, PREDICTORS.items(), strict=True):
+    figure, (line,) = panels(1, len(PREDICTORS), height=3.9, sharex=True, sharey=True)
+    for axes, (name, title) in zip(line, PREDICTORS.items(), strict=True):
         pairs = predicted(found, name)
         for number, (dataset, part) in enumerate(pairs.groupby("dataset", sort=False)):
             some = part.sample(min(_MAX_POINTS // 4, len(part)), random_state=0)
-            axes.plot(some.prediction, some.distance, ".", color=f"C{number}", alpha=0.3, markersize=3, label=dataset)
+            axes.plot(some.prediction, some.distance, label=dataset, **_cloud(number))
         ends = [pairs.distance.min(), pairs.distance.max()]
-        axes.plot(ends, ends, color="k", linewidth=1)
-        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.plot(ends, ends, color="k", linewidth=1, label="equal")
+        axes.set(xscale="log", yscale="log", title=title)
         axes.set(xlim=(ends[0] / 10, ends[1] * 10), ylim=(ends[0] / 1.5, ends[1] * 1.5))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("distance to the nearest adversarial example")
-    _strong_legend(panels[0])
+    line[0].set_ylabel("distance to the nearest\nadversarial example, pixels")
+    line[len(line) // 2].set_xlabel("predicted distance, pixels")
+    _strong(legend_below(figure, ncols=5))
     return figure
 
 
-def _strong_legend(axes: Axes) -> None:
-    for handle in axes.legend(frameon=False, markerscale=4).legend_handles:
-        if handle is not None:
+def _strong(legend: Legend) -> None:
+    """Draw the points of a legend larger than those of the clouds, and opaque."""
+    for handle in legend.legend_handles:
+        if isinstance(handle, Line2D):
             handle.set_alpha(1)
+            handle.set_markersize(6)
 
 
+@style()
 def draw_power(found: Analysis) -> Figure:
     """Draw how well each metric orders examples and networks by distance."""
     over_models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, (line,) = panels(1, 2, height=5.0, sharey=True)
     titles = {"examples of a network": found.per_example, "networks of a data set": over_models}
-    for axes, (title, part) in zip(panels, titles.items(), strict=True):
+    for axes, (title, part) in zip(line, titles.items(), strict=True):
         _draw_intervals(axes, part[part.target == "distance"].set_index("metric"))
         axes.set(title=title, xlabel="rank correlation with nearness")
-    panels[0].set_yticks([-place for place in range(len(METRICS))], [metric.title for metric in METRICS.values()])
+    line[0].set_yticks([-place for place in range(len(METRICS))], [metric.title for metric in METRICS.values()])
+    ours, others = (Line2D([], [], **_dot(is_ours), label=label) for is_ours, label in _WHOSE.items())
+    legend_below(figure, [ours, others])
     return figure
+
+
+_WHOSE = {True: "λ of this package", False: "other measures"}
+
+
+def _dot(is_ours: bool) -> dict[str, Any]:
+    return {**look(0), "marker": "o"} if is_ours else {**look(1), "linestyle": "-", "markerfacecolor": "white"}
 
 
 def _draw_intervals(axes: Axes, rows: pd.DataFrame) -> None:
     for place, name in enumerate(METRICS):
         if name in rows.index:
             row = rows.loc[name]
-            axes.plot([row.low, row.high], [-place] * 2, color="C0", linewidth=2)
-            axes.plot(row.value, -place, "o", color="C3" if name.startswith("lambda") else "C0")
+            drawn = _dot(name.startswith("lambda"))
+            axes.plot([row.low, row.high], [-place] * 2, **(drawn | {"marker": ""}))
+            axes.plot(row.value, -place, **(drawn | {"linestyle": "none"} | (HIGHLIGHT if name == "lambda" else {})))
     axes.axvline(0, color="gray", linestyle=":")
-    axes.grid(alpha=0.3, axis="x")

@@ -10,72 +10,77 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fisher_reg.style import COLOURS, WIDTH, legend_below, look, panels, style
 from recipes.competitors.measurement import SATURATED
 
 Array = np.ndarray[Any, Any]
 
-_GROUPS = {f"confidence up to {SATURATED}": ("tab:blue", False), f"saturated: above {SATURATED}": ("tab:orange", True)}
+_UNIT = "nats / pixel²"
+_GROUPS = {f"confidence up to {SATURATED}": False, f"saturated: above {SATURATED}": True}
 _LEVELS = {
-    "log10_global": ("global bound, certified for every input", "tab:red"),
-    "log10_local": ("local bound, certified at the image", "tab:orange"),
-    "log10_blockwise": ("blockwise bound, not certified", "tab:purple"),
+    "log10_global": "global bound, certified for every input",
+    "log10_local": "local bound, certified at the image",
+    "log10_blockwise": "blockwise bound, not certified",
 }
 
 
+@style()
 def distribution(values: Array, margins: Array, is_saturated: Array) -> Figure:
     """Draw the histogram of log10 λ, and λ over the margin of the logits; λ = 0 is counted, not drawn."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = panels(1, 2, height=3.8)
     positive = values > 0
     logs = np.log10(values, where=positive, out=np.full_like(values, np.nan))
-    groups = {name: positive & (is_saturated == wanted) for name, (_, wanted) in _GROUPS.items()}
-    colours = [colour for colour, _ in _GROUPS.values()]
+    groups = {name: positive & (is_saturated == wanted) for name, wanted in _GROUPS.items()}
     if positive.any():
-        left.hist([logs[group] for group in groups.values()], 20, stacked=True, color=colours, label=list(groups))
-    for (name, group), colour in zip(groups.items(), colours, strict=True):
-        right.plot(margins[group], logs[group], ".", color=colour, label=name)
-    left.set(
-        xlabel="log₁₀ λ, nats / pixel²", ylabel="images", title=f"distribution of λ ({(~positive).sum()} with λ = 0)"
-    )
-    right.set(xlabel="margin of the logits, nats", ylabel="log₁₀ λ", title="confident predictions have a small λ")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        parts = [logs[group] for group in groups.values()]
+        _, _, bars = left.hist(parts, 20, stacked=True, color=COLOURS[: len(groups)], edgecolor="white")
+        for bar in bars[1]:
+            bar.set_hatch("////")
+    for number, (name, group) in enumerate(groups.items()):
+        right.plot(margins[group], logs[group], label=name, **(look(number) | {"linestyle": "none"}))
+    left.set(xlabel=f"log₁₀ λ, {_UNIT}", ylabel="images", title=f"distribution of λ ({(~positive).sum()} with λ = 0)")
+    right.set(xlabel="margin of the logits, nats", ylabel=f"log₁₀ λ, {_UNIT}")
+    right.set_title("confident predictions have a small λ")
+    legend_below(figure, ncols=2)
     return figure
 
 
+@style()
 def bounds(values: Array, levels: Mapping[str, Array]) -> Figure:
     """Draw λ and the decimal logarithms of the bounds over the images, in the order of λ."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, ((axes,),) = panels(height=4.4)
     order = np.argsort(values, kind="stable")
     place = np.arange(1, len(order) + 1)
-    for name, (label, colour) in _LEVELS.items():
+    for number, (name, label) in enumerate(_LEVELS.items(), 1):
         if np.isfinite(levels[name]).any():
-            axes.plot(place, levels[name][order], ".", color=colour, label=label)
+            axes.plot(place, levels[name][order], label=label, **(look(number) | {"linestyle": "none"}))
     logs = np.log10(values[order], where=values[order] > 0, out=np.full(len(order), np.nan))
-    axes.plot(place, logs, ".-", color="tab:blue", label="λ")
-    axes.set(xlabel="images, in the order of λ", ylabel="log₁₀, nats / pixel²")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    axes.plot(place, logs, label="λ", **look(0))
+    axes.set(xlabel="images, in the order of λ", ylabel=f"log₁₀ of λ and its bounds, {_UNIT}")
+    legend_below(figure, ncols=2)
     return figure
 
 
+@style()
 def black_box(values: Array, estimates: Array, errors: Array) -> Figure:
     """Draw the estimate from queries, with two standard errors, over that from derivatives; where both are positive."""
-    figure = Figure(figsize=(5, 4.6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, ((axes,),) = panels(height=5.0, width=5.4)
     drawn = (values > 0) & (estimates > 0)
     if drawn.any():
         ends = [values[drawn].min(), values[drawn].max()]
         axes.plot(ends, ends, color="black", linewidth=1, label="equal")
         axes.errorbar(
-            values[drawn], estimates[drawn], 2 * errors[drawn], fmt=".", elinewidth=0.8, label="± 2 standard errors"
+            values[drawn],
+            estimates[drawn],
+            2 * errors[drawn],
+            fmt="o",
+            color=COLOURS[0],
+            elinewidth=0.8,
+            label="± 2 standard errors",
         )
         axes.set(xscale="log", yscale="log")
-        axes.legend(frameon=False)
-    axes.set(xlabel="λ by derivatives, nats / pixel²", ylabel="λ by queries of the probabilities")
-    axes.grid(alpha=0.3)
+        legend_below(figure)
+    axes.set(xlabel=f"λ by derivatives, {_UNIT}", ylabel=f"λ by queries of the probabilities, {_UNIT}")
     return figure
 
 
@@ -91,7 +96,7 @@ def examples(images: Tensor, eigenvectors: Tensor, moved: Tensor, titles: Sequen
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(10, 2.9 * len(images)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.5 * len(images)), layout="constrained")
     grid = figure.subplots(len(images), 4, squeeze=False)
     for row, image, vector, pair, names in zip(grid, images, eigenvectors, moved.transpose(0, 1), titles, strict=True):
         for axes, picture in zip((row[0], row[2], row[3]), (image, *pair), strict=True):

@@ -79,7 +79,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "audit.html").write_text(page(audit, texts), encoding="utf-8")
     (folder / "audit.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    log(audit, texts, folder / "tensorboard")
+    log(audit, texts, folder)
     report(audit, texts, folder)
     return result
 
@@ -171,7 +171,7 @@ def attack_network(attack: Attack, network: nn.Module, images: Tensor, labels: T
 
 
 def log(audit: Audit, texts: list[str], folder: Path) -> None:
-    """Write scalars, the histogram of log10 λ, the figures and the reading for TensorBoard."""
+    """Write scalars, the histogram of log10 λ, the figures and the reading for TensorBoard into the run's folder."""
     values = audit.measurement.values["lambda"]
     with SummaryWriter(str(folder)) as writer:
         writer.add_scalar("audit/accuracy", audit.correct.double().mean())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recipes.reporting.tables import markdown_table
+from fisher_reg.style import COLOURS, HIGHLIGHT, legend_below, look, panels, style
+from recipes.reporting.tables import baseline_first, markdown_table, radius_text, with_error
 
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
+DEFAULT = "default"
 ROBUST = "l2_0.25"
 """The attack that finalists are chosen by and figures show, unless another is named; see ``attack_name``."""
 _TITLES = {
@@ -44,20 +47,21 @@ def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) 
 
 
 def summarize(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return ``mean ± standard error`` over the seeds of each setting, in the order of the attacks."""
+    """Return ``mean ± standard error`` over the seeds of each setting, the plain training of each model first."""
+    frame = baseline_first(frame, PLAIN, [*KEYS, "seed"])
     values = [name for name in frame.columns if name not in (*KEYS, "seed", "finite")]
     groups = frame.groupby(KEYS, sort=False)[values]
     mean, error = groups.mean(), groups.sem()
     cells = pd.DataFrame(index=mean.index)
     cells["seeds"] = groups.size().astype(str)
     for name in values:
-        cells[name] = [_cell(m, e) for m, e in zip(mean[name], error[name], strict=True)]
+        cells[name] = [with_error(m, e) for m, e in zip(mean[name], error[name], strict=True)]
     return cells.reset_index()
 
 
 def markdown(cells: pd.DataFrame) -> str:
     """Return the table as Markdown."""
-    titled = cells.assign(strength=cells.strength.map("{:g}".format))
+    titled = cells.assign(strength=cells.strength.map(radius_text))
     titled.columns = [_TITLES.get(name, _attack_title(name)) for name in cells.columns]
     return markdown_table(titled) + "\n"
 
@@ -68,11 +72,11 @@ def short(cells: pd.DataFrame, robust: str = ROBUST) -> pd.DataFrame:
     return cells[[*KEYS, *(name for name in dict.fromkeys(shown) if name in cells.columns)]]
 
 
+@style()
 def draw(frame: pd.DataFrame, robust: str = ROBUST) -> Figure:
     """Draw robust accuracy over accuracy and over time: a row per model, a curve per method through its strengths."""
     models = list(frame.model.unique())
-    figure = Figure(figsize=(12, 4.6 * len(models) + 0.6), layout="constrained")
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure, axes = panels(len(models), 2, height=4.0 * len(models) + 0.9, sharey="row")
     methods = sorted(frame.method.unique(), key=lambda name: (name != PLAIN, name))
     for line, model in zip(axes, models, strict=True):
         for number, method in enumerate(methods):
@@ -82,18 +86,27 @@ def draw(frame: pd.DataFrame, robust: str = ROBUST) -> Figure:
             groups = some.groupby("strength")
             mean, error = groups.mean(numeric_only=True), groups.sem(numeric_only=True).fillna(0)
             for panel, axis in zip(line, ("clean", "seconds"), strict=True):
-                style = {"marker": "*" if method == PLAIN else "o", "color": f"C{number % 10}", "capsize": 2}
-                style |= {"linestyle": "--" if number >= 10 else "-", "markersize": 12 if method == PLAIN else 5}
-                panel.errorbar(mean[axis], mean[robust], error[robust], error[axis], label=method, **style)
+                drawn = _look(method, number)
+                panel.errorbar(mean[axis], mean[robust], error[robust], error[axis], label=method, **drawn)
         plain = frame[(frame.model == model) & (frame.method == PLAIN)]
-        line[0].set(xlabel="accuracy", ylabel=f"accuracy under {_attack_title(robust)}", title=model)
-        line[1].set(xlabel="seconds of training", title=model)
+        line[0].set(xlabel="accuracy without attack", ylabel=f"accuracy under {_attack_title(robust)}", title=model)
+        line[1].set(xlabel="time of training, seconds", title=model)
         if len(plain):
             line[0].axvline(plain.clean.mean(), color="gray", linestyle=":", linewidth=1)
-        for panel in line:
-            panel.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    legend_below(figure)
     return figure
+
+
+def _look(method: str, number: int) -> dict[str, Any]:
+    """Return how a method is drawn: the plain training as a black star, our default with a black edge."""
+    if method == PLAIN:
+        return {"color": "black", "marker": "*", "markersize": 13, "capsize": 2}
+    colour = COLOURS[(number - 1) % (len(COLOURS) - 1)]  # without the last one, black
+    return (
+        look(number - 1)
+        | {"color": colour, "capsize": 2, "elinewidth": 1, "markersize": 6}
+        | (HIGHLIGHT if method == DEFAULT else {})
+    )
 
 
 def _attack_title(name: str) -> str:
@@ -103,10 +116,3 @@ def _attack_title(name: str) -> str:
         return name
     attack = {"pgd": "PGD {}", "auto": "AutoAttack {}", "same": "PGD {} on the images of AutoAttack"}[kind]
     return attack.format(f"{'ℓ₂' if norm == 'l2' else 'ℓ∞'} {radius}")
-
-
-def _cell(mean: float, error: float) -> str:
-    if math.isnan(mean):
-        return "–"
-    digits = 0 if mean >= 10 else 1 if mean >= 1 else 3
-    return f"{mean:.{digits}f}" if math.isnan(error) else f"{mean:.{digits}f} ± {error:.{digits}f}"

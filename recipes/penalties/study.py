@@ -68,8 +68,7 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     cells = summarize(frame)
     settings = settings_of(config)
     shown = {key: settings[key] for key in (*_SETTINGS, "models", "methods", "seeds", "auto_attacks")}
-    write(folder, "penalties", config, record=shown)
-    draw(frame, robust).savefig(folder / "penalties.png", dpi=120)
+    write(folder, "penalties", config, record=shown, figure=draw(frame, robust))
     console = Console()
     console.print(markdown(short(cells, robust)), soft_wrap=True, highlight=False)
     console.print(f"Files: {folder}", soft_wrap=True)

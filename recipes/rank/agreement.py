@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from fisher_reg.style import legend_beside, legend_under, look, panels, style
 from recipes.reporting.tables import markdown_table
 from recipes.statistics.agreement import (
     MIN_MODELS,
@@ -180,33 +181,33 @@ def markdown(rows: pd.DataFrame, found: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@style()
 def draw(rows: pd.DataFrame, found: pd.DataFrame) -> Figure:
     """Draw the bounds over lambda, the ranks side by side, and tau with its intervals."""
-    colours = {family: f"C{index % 10}" for index, family in enumerate(rows.family.unique())}
-    figure = Figure(figsize=(17, 5.4), layout="constrained")
-    scatter, ranks, taus = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
-    _draw_bounds(scatter, rows, colours)
-    _draw_ranks(ranks, rows, colours)
+    names = list(rows.family.unique())
+    figure, ((scatter,), (ranks,), (taus,)) = panels(3, 1, height=12.5)
+    _draw_bounds(scatter, rows, names)
+    _draw_ranks(ranks, rows, names)
     _draw_taus(taus, found)
     return figure
 
 
-def _draw_bounds(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
-    for family, part in rows.groupby("family", sort=False):
+def _draw_bounds(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
+    for number, (_, part) in enumerate(rows.groupby("family", sort=False)):
         for level, (bound, target) in _LARGEST.items():
-            style: dict[str, Any] = {
-                "color": colours[family],
-                "marker": _MARKERS[level],
-                "alpha": 0.7,
-                "linestyle": "none",
-            }
-            axes.plot(np.log10(part[target]), part[bound], markersize=5, **style)
+            drawn = look(number) | {"linestyle": "none", "markersize": 6, "fillstyle": _FILLS[level]}
+            axes.plot(np.log10(part[target]), part[bound], **drawn)
     ends = np.array(axes.get_xlim())
     axes.plot(ends, ends, color="gray", linestyle=":")
-    handles = [Line2D([], [], color=colour, linewidth=4, label=family) for family, colour in colours.items()]
-    handles += [Line2D([], [], color="k", marker=mark, linestyle="none", label=name) for name, mark in _MARKERS.items()]
-    handles.append(Line2D([], [], color="gray", linestyle=":", label="bound = lambda"))
-    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.33))
+    handles = [
+        Line2D([], [], **(look(index) | {"linestyle": "none", "label": name})) for index, name in enumerate(names)
+    ]
+    handles += [
+        Line2D([], [], color="k", marker="o", linestyle="none", fillstyle=fill, label=f"{level} bound")
+        for level, fill in _FILLS.items()
+    ]
+    handles.append(Line2D([], [], color="gray", linestyle=":", label="bound = λ"))
+    legend_beside(axes, handles)
     axes.set_yscale("symlog", linthresh=8, linscale=3)  # of log10: the global bound may be 80 decades above the others
     axes.set_ylim(min(0, rows[[bound for bound, _ in _LARGEST.values()]].min(axis=None)) - 0.5)
     axes.yaxis.set_major_locator(FixedLocator([*range(-16, 8, 2), 8, 16, 32, 64, 128, 256]))
@@ -215,27 +216,31 @@ def _draw_bounds(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> Non
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: rf"$10^{{{value:g}}}$")
     axes.set(
-        xlabel=r"$\max_x \lambda_{\max}(F(x))$",
+        xlabel=r"largest $\lambda_{\max}(F(x))$ over the images, nats per squared pixel",
         ylabel="largest bound (axis compressed above $10^8$)",
         title="each network",
     )
-    axes.grid(alpha=0.3)
 
 
-def _draw_ranks(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
+def _draw_ranks(axes: Axes, rows: pd.DataFrame, names: list[str]) -> None:
     columns = {"lambda": "lambda_max", **{level: bound for level, (bound, _) in _LARGEST.items()}}
     values = rows.assign(lambda_max=np.log10(rows.lambda_max)).groupby("model", sort=False)
     places = pd.DataFrame({name: values[column].mean().rank(method="first") for name, column in columns.items()})
     families = values.family.first()
     for model, line in places.iterrows():
-        axes.plot(range(len(columns)), line, "o-", color=colours[families[model]], markersize=5)
+        family = families[model]
+        axes.plot(range(len(columns)), line, **(look(names.index(family)) | {"label": family}))
     right = axes.twinx()
+    right.spines["right"].set_visible(True)
     for side, name in ((axes, "lambda"), (right, "blockwise")):
         order = places[name].sort_values()
-        side.set_yticks(order, order.index, fontsize=8)
+        side.set_yticks(order, order.index)
         side.set_ylim(0.5, len(places) + 0.5)
-    axes.set_xticks(range(len(columns)), ["lambda, largest", "global", "local", "blockwise,\nfewer images"])
+    handles = {line.get_label(): line for line in axes.lines}
+    legend_under(axes, handles.values(), ncols=len(handles))
+    axes.set_xticks(range(len(columns)), ["λ, largest", "global bound", "local bound", "blockwise,\nfewer images"])
     axes.set(title="order of the models, largest on top")
+    axes.margins(x=0.03)
 
 
 def _draw_taus(axes: Axes, found: pd.DataFrame) -> None:
@@ -246,22 +251,27 @@ def _draw_taus(axes: Axes, found: pd.DataFrame) -> None:
     for over, (colour, fill, shift) in groups.items():
         part = found[found.over == over].reset_index(drop=True)
         for place, row in part.iterrows():
-            axes.plot([row.tau_low, row.tau_high], [shift - place] * 2, color=colour, linewidth=1.5)
-            axes.plot(row.tau, shift - place, _MARKERS[row.level], color=colour, fillstyle=fill, markersize=7)
-    labels = [f"{comparison.level},\n{comparison.target}" for comparison in COMPARISONS]
-    axes.set_yticks([-place for place in range(len(labels))], labels, fontsize=8)
+            axes.plot([row.tau_low, row.tau_high], [shift - place] * 2, color=colour)
+            axes.plot(row.tau, shift - place, "o", color=colour, fillstyle=fill, markersize=7)
+    labels = [f"{comparison.level},\n{_TARGETS[comparison.target]}" for comparison in COMPARISONS]
+    axes.set_yticks([-place for place in range(len(labels))], labels)
     axes.axvline(0, color="gray", linestyle=":")
     handles = [
         Line2D([], [], color=colour, marker="o", fillstyle=fill, label=f"over {over}")
         for over, (colour, fill, _) in groups.items()
     ]
-    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.24))
+    legend_beside(axes, handles)
     axes.set(xlim=(-1.05, 1.05), ylim=(-len(labels) + 0.5, 0.5), xlabel="Kendall's tau, 95 % interval")
     axes.set_title("agreement of the orders")
-    axes.grid(alpha=0.3, axis="x")
 
 
-_MARKERS = {"global": "o", "local": "s", "blockwise": "^"}
+_FILLS: dict[str, Literal["full", "left", "none"]] = {"global": "full", "local": "left", "blockwise": "none"}
+_TARGETS = {
+    "lambda_median": "median λ",
+    "lambda_median_few": "median λ, fewer images",
+    "lambda_max": "largest λ",
+    "lambda_max_few": "largest λ, fewer images",
+}
 _LARGEST = {  # and lambda on the images of that bound
     "global": ("log10_global", "lambda_max"),
     "local": ("log10_local_max", "lambda_max"),

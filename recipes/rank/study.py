@@ -91,9 +91,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
         "reproducibility": json.loads(pd.Series(agreements).to_json()),
         "correlations": json.loads(found.to_json(orient="records")),
     }
-    write(folder, "rank", config, record=result)
-    (folder / "rank.md").write_text(markdown(frame, found), encoding="utf-8")
-    draw(frame, found).savefig(folder / "rank.png", dpi=120)
+    write(folder, "rank", config, record=result, page=markdown(frame, found), figure=draw(frame, found))
     report(frame, found, folder)
     return found
 

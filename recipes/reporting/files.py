@@ -16,6 +16,8 @@ from recipes.reporting.records import without_folders
 from recipes.runtime.provenance import provenance
 from recipes.runtime.settings import resolved
 
+DOTS_PER_INCH = 150
+
 
 def write(
     folder: Path,
@@ -33,9 +35,9 @@ def write(
     Args:
         folder: Is made if it is not there.
         stem: Of the files.
-        config: Of the recipe; :func:`~recipes.runtime.provenance.provenance` is added to the record.
+        config: Of the recipe; its :func:`~recipes.runtime.provenance.provenance` is added to the record.
         rows: Of the table, whose index is left out.
-        record: As JSON knows it.
+        record: As JSON knows it; its own ``provenance`` stays, if it has one.
         page: Markdown.
         figure: Of matplotlib.
         digits: Of the numbers in the table.
@@ -44,12 +46,13 @@ def write(
     if rows is not None:
         rows.to_csv(folder / f"{stem}.csv", index=False, float_format=f"%.{digits}g")
     if record is not None:
-        text = json.dumps(record | {"provenance": provenance(config)}, indent=2)
+        made = {"provenance": record.get("provenance") or provenance(config)}
+        text = json.dumps(record | made, indent=2)
         (folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
     if page is not None:
         (folder / f"{stem}.md").write_text(page, encoding="utf-8")
     if figure is not None:
-        figure.savefig(folder / f"{stem}.png", dpi=120)
+        figure.savefig(folder / f"{stem}.png", dpi=DOTS_PER_INCH)
 
 
 def settings_of(config: DictConfig) -> Any:

@@ -11,6 +11,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from recipes.reporting.files import DOTS_PER_INCH
+
 
 @dataclass(frozen=True)
 class Section:
@@ -47,5 +49,5 @@ def _table(frame: pd.DataFrame) -> str:
 
 def _image(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -41,6 +41,59 @@ def text_of(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def with_error(mean: float, error: float) -> str:
+    """Return ``mean ± error``: the error with one significant digit, and the mean rounded to the same place.
+
+    An error of 0.01 or more whose first digit is 1 has two: half of it would be lost. Without an error (NaN, as of a
+    single value) the mean stands alone with three digits.
+
+    Example:
+        >>> [with_error(78.12, 12.4), with_error(0.5663, 0.0049), with_error(9.51, math.nan), with_error(24.0, 0.0)]
+        ['78 ± 12', '0.566 ± 0.005', '9.51', '24.0 ± 0']
+    """
+    if math.isnan(mean) or math.isnan(error):
+        return text_of(mean) if math.isnan(mean) else _significant(mean)
+    if error <= _ROUND_OFF * abs(mean):
+        return f"{_significant(mean)} ± 0"
+    rounded = f"{error:.1e}"  # 0.0996 has the digits of 0.10
+    exponent = int(rounded.partition("e")[2])
+    places = max(0, int(rounded[0] == "1" and exponent >= -2) - exponent)
+    return f"{mean:.{places}f} ± {error:.{places}f}"
+
+
+def radius_text(radius: float) -> str:
+    """Return a length in pixels as papers write it: ``8/255`` for a small multiple of a grey level.
+
+    Example:
+        >>> [radius_text(8 / 255), radius_text(0.0156863), radius_text(0.25)]
+        ['8/255', '4/255', '0.25']
+    """
+    levels = round(255 * radius)
+    is_multiple = 1 <= levels <= _MOST_LEVELS and math.isclose(255 * radius, levels, rel_tol=1e-4)
+    return f"{levels}/255" if is_multiple else f"{radius:.3g}"
+
+
+def baseline_first(frame: pd.DataFrame, baseline: str, keys: list[str], column: str = "method") -> pd.DataFrame:
+    """Return the rows sorted by ``keys``, of which the last is ``column``, with the baseline before other methods."""
+    order = frame.assign(_is_other=frame[column] != baseline)
+    before = keys[: keys.index(column)]
+    ordered = order.sort_values([*before, "_is_other", *keys[len(before) :]], kind="stable", ignore_index=True)
+    return ordered.drop(columns="_is_other")
+
+
+_ROUND_OFF = 1e-9
+_MOST_LEVELS = 32
+"""Grey levels up to which a length is written as a fraction; 0.2, a weight rather, is 51 of them."""
+
+
+def _significant(value: float) -> str:
+    """Return three significant digits, without an exponent for ordinary sizes."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    return f"{value:.{max(0, 2 - exponent)}f}" if -4 <= exponent < 6 else f"{value:.3g}"
+
+
 def _line(cells: tuple[object, ...]) -> str:
     texts = [text_of(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
     return f"| {' | '.join(texts)} |"

@@ -62,12 +62,33 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
     return done + _without_constants(texts) if {"-m", "--multirun"} & set(arguments) else done
 
 
-def folder_name(overrides: str) -> str:
-    """Return Hydra's ``override_dirname`` without ``+`` and as one folder, whatever its values are."""
-    return re.sub(r"(^|,)\++", r"\1", overrides).replace("/", "-")
+def run_name(overrides: str, number: int, sweeper: str) -> str:
+    """Return a short name of a run in a sweep, which is also its folder and what TensorBoard calls it.
+
+    Args:
+        overrides: Hydra's ``override_dirname``: what is swept.
+        number: Of the job. It is a part of the name only where a sweeper may try the same values twice.
+        sweeper: Choice of ``hydra/sweeper``.
+
+    Example:
+        >>> run_name("model=vgg,penalty=kl,++optimizer.lr=0.1,seed=0", 5, "basic")
+        'vgg_kl_lr0.1_seed0'
+        >>> run_name("model=vgg", 5, "optuna")
+        'vgg_5'
+    """
+    words = [_word(*item.partition("=")[::2]) for item in _ITEM.split(overrides) if item]
+    return "_".join(words if words and sweeper == "basic" else [*words, str(number)])
 
 
-OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+def _word(key: str, value: str) -> str:
+    """Return a choice such as ``model=vgg`` by its value alone, and anything else with the last part of its key."""
+    is_choice = "." not in key and value[:1].isalpha()
+    word = value if is_choice else f"{key.lstrip('+').split('.')[-1]}{value}"
+    return re.sub(r"[^\w.+-]+", "-", word).strip("-")
+
+
+_ITEM = re.compile(r",(?=[\w+~@./]+=)")  # a comma that is no part of a value
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def _without_constants(texts: Sequence[str]) -> list[str]:

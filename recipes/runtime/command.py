@@ -96,8 +96,8 @@ def command_line(recipe: str, **settings: object) -> str:
     """Return a command that can be copied into a shell: quoted for Hydra and for the shell.
 
     Example:
-        >>> print(command_line("evaluate", run="multirun/0_model=vgg,seed=1"))
-        python -m recipes.evaluate 'run="multirun/0_model=vgg,seed=1"'
+        >>> print(command_line("evaluate", run="runs/model=vgg,seed=1"))
+        python -m recipes.evaluate 'run="runs/model=vgg,seed=1"'
     """
     words = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
     return shlex.join(["python", "-m", f"recipes.{recipe}", *words])

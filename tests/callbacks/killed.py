@@ -73,8 +73,10 @@ def callbacks():
         FisherMonitor(every_n_epochs=2, prefix="every_second", **options),
         FisherMonitor(every_n_steps=5, prefix="steps", **options),
         FisherMonitor(every_n_steps=3, prefix="given", probe=torch.ones(2, 6), bounds=()),
-        FisherRegularizer(weight=0.1, every_n_steps=2, target_lambda=0.05),
-        FisherRegularizer(0.05, SpectralPenalty(num_steps=2), every_n_steps=3, batch_fraction=0.5, warmup_steps=9),
+        FisherRegularizer(weight=0.1, every_n_steps=2, target_lambda=0.05, detailed=True),
+        FisherRegularizer(
+            0.05, SpectralPenalty(num_steps=2), every_n_steps=3, batch_fraction=0.5, warmup_steps=9, detailed=True
+        ),
     ]
 
 

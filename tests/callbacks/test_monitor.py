@@ -45,13 +45,11 @@ KEYS = {
 }
 SHOWN = {
     "fisher/lambda_max_mean",
-    "fisher/lambda_max_median",
     "fisher/lambda_max_p95",
     "fisher/log10_lambda_max_max",
     "fisher/bound_global",
     "fisher/log10_bound_global",
     "fisher/log10_gap_global",
-    "fisher/seconds",
 }
 
 

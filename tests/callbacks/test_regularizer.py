@@ -1,6 +1,7 @@
 """One step with the callback against the same step written by hand."""
 
 import copy
+import csv
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
@@ -257,6 +259,18 @@ def _fingerprint(module):
     ]
     methods = [sorted(name for name, value in vars(part).items() if callable(value)) for part in module.modules()]
     return [part.training for part in module.modules()], hooks, methods, list(module.state_dict())
+
+
+@pytest.mark.parametrize("detailed", [False, True])
+def test_the_loggers_get_the_penalty_and_with_details_everything(tmp_path, detailed):
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer = _fit(tmp_path, _module(), _every_step(0.7, detailed=detailed), logger=logger)
+    with (tmp_path / "metrics.csv").open() as file:
+        sent = {key for key in next(csv.DictReader(file)) if key.startswith("fisher/")}
+    known = {key for key in trainer.callback_metrics if key.startswith("fisher/")}
+    main = {"fisher/penalty", "fisher/penalty_weighted"}
+    assert known == main | {"fisher/penalty_weight", "fisher/penalty_skipped", "fisher/penalty_gradient_ratio"}
+    assert sent == (known if detailed else main)
 
 
 class _Failing(cases.Plain):

@@ -112,11 +112,24 @@ def test_folders_of_a_sweep_are_named_by_what_is_swept():
     assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks']"
     assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks"]
     assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
-    assert arguments.folder_name("++data.num_train=300,+a.b=c/d,seed=1") == "data.num_train=300,a.b=c-d,seed=1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sweeper", "name"),
+    [
+        ("model=vgg,penalty=kl,seed=0", "basic", "vgg_kl_seed0"),
+        ("++data.num_train=300,+a.b=c/d,seed=1", "basic", "num_train300_bc-d_seed1"),
+        ("model.layers=[1,0,0],penalty.weight=1e-05", "basic", "layers-1-0-0_weight1e-05"),
+        ("penalty=kl", "optuna", "kl_7"),  # which may try it twice
+        ("", "basic", "7"),
+    ],
+)
+def test_a_run_of_a_sweep_has_a_short_name(overrides, sweeper, name):
+    assert arguments.run_name(overrides, 7, sweeper) == name
 
 
 def test_a_printed_command_means_the_same_after_the_shell_and_hydra():
-    for folder in ("outputs/train/2026-01-01_10-00-00", "multirun/0_model=vgg,seed=1", 'a b/it"s {x}'):
+    for folder in ("outputs/train/2026-01-01_10-00-00", "runs/model=vgg,seed=1", 'a b/it"s {x}'):
         words = shlex.split(command_line("evaluate", run=folder))
         assert words[:3] == ["python", "-m", "recipes.evaluate"]
         override = OverridesParser.create().parse_override(words[3])

@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import time
 from contextlib import redirect_stdout
 from io import StringIO
@@ -39,6 +40,7 @@ from recipes.compare.training import train, weights_path
 from recipes.competitors.measurement import METRICS
 from recipes.data.chosen import chosen_examples
 from recipes.models.classifier import Classifier
+from recipes.redraw import redraw
 from recipes.runtime.cache import stamped
 from tests import cases
 
@@ -106,6 +108,17 @@ def test_a_run_leaves_its_files_and_its_page(study):
     assert not re.search(r"<link|<script|https?://", html)
     assert "λ_max at equal margins" in html
     assert "| λ_max of F |" in (folder / "run" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_the_files_are_made_anew_from_the_rows_of_networks_and_examples(study, tmp_path):
+    kept, anew = study[0] / "run", tmp_path / "compare"
+    anew.mkdir()
+    for name in ("networks.csv", "examples.csv.gz", "compare.json"):
+        shutil.copy(kept / name, anew)
+    assert "compare" not in redraw(tmp_path)
+    for name in ("compare.md", "per_example.csv", "per_model.csv", "networks.csv", "compare.json"):
+        assert (anew / name).read_text(encoding="utf-8") == (kept / name).read_text(encoding="utf-8"), name
+    assert {path.name for path in anew.iterdir()} == {path.name for path in kept.iterdir()}
 
 
 def test_what_is_measured_and_attacked_is_the_trained_network(study):

@@ -90,7 +90,7 @@ def _check_files(folder, attacks=("pgd", "auto_attack", "carlini_wagner", "minim
     assert re.search(
         rf"intervals of λ wider than 5%, at a failure probability of 2%.*?{num_wide} of 9", page, re.DOTALL
     )
-    events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0}).Reload().Tags()
+    events = EventAccumulator(str(folder), {"images": 0, "scalars": 0, "tensors": 0}).Reload().Tags()
     assert TAGS - {"fisher/log10_bound_global"} <= set(events["scalars"])
     assert {f"attack/{name}/accuracy" for name in attacks} <= set(events["scalars"])
     assert {"audit/most_sensitive", "audit/distribution", "audit/bounds", "audit/black_box"} == set(events["images"])

@@ -27,8 +27,8 @@ def test_rows_are_runs_and_the_table_has_means_and_standard_errors(tmp_path):
     assert len(runs) == 4
     header, _, plain, penalised = as_markdown(runs).splitlines()
     assert header.count("|") == plain.count("|")
-    assert "| 0.0 | 3 | 2 ± 0.6 |" in plain  # the standard deviation 1 over the root of 3
-    assert "| 0.5 | 1 | 9 ± nan |" in penalised
+    assert "| 0.0 | 3 | 2.0 ± 0.6 |" in plain  # the standard deviation 1 over the root of 3
+    assert "| 0.5 | 1 | 9.00 | 9.00 |" in penalised
     runs.to_csv(tmp_path / "a.csv", index=False)
     assert_frame_equal(pd.read_csv(tmp_path / "a.csv"), runs)
 

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from recipes.summarize import read_runs
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -47,6 +50,33 @@ def test_two_jobs_of_a_launcher_leave_two_runs(tmp_path, plugin, launcher):
 
 
 @pytest.mark.slow
+def test_a_sweep_lies_in_the_folder_that_tensorboard_is_shown_under_short_names(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.train",
+        "-m",
+        "model=vgg,resnet",
+        "seed=0,1",
+        *_but("model."),
+        "logger=tensorboard",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 600, "check": False}
+    done = subprocess.run(command, env=environment, **options)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    runs = {path.parent for path in (tmp_path / "outputs").rglob("events.out.tfevents.*")}
+    assert {path.name for path in runs} == {"vgg_seed0", "vgg_seed1", "resnet_seed0", "resnet_seed1"}
+    assert {path.parent.parent for path in runs} == {tmp_path / "outputs" / "train"}
+    assert len(read_runs(tmp_path / "outputs")) == 4
+
+
+def _but(start):
+    """The settings of a tiny run but for those that begin like this, and for its logger."""
+    return [text for text in TINY if not text.startswith((start, "logger="))]
+
+
+@pytest.mark.slow
 def test_optuna_minimises_the_objective(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="comes with fisher-reg[sweeps]")
     sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path}"]
@@ -55,7 +85,7 @@ def test_optuna_minimises_the_objective(tmp_path):
     assert len(found) == 2
     assert OmegaConf.load(tmp_path / "optimization_results.yaml").best_value == min(found)
     assert all("+" not in path.name and "limit" not in path.name for path in tmp_path.iterdir())
-    assert len(list(tmp_path.glob("[01]_optimizer.lr=0.*"))) == 2
+    assert len(list(tmp_path.glob("lr0.*_[01]"))) == 2
 
 
 @pytest.mark.slow

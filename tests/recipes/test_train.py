@@ -2,16 +2,21 @@
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG as SESSION_START_INFO
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.testing import assert_close
 
 from recipes.models.runs import with_run
@@ -59,7 +64,7 @@ def run(tmp_path_factory):
 
 def test_the_run_leaves_what_the_readme_promises(run):
     folder, _ = run
-    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert list(folder.glob("events.out.tfevents.*"))
     assert list((folder / "checkpoints").glob("*.ckpt"))
     with Image.open(folder / "bound_versus_empirical.png") as image:
         assert image.width > 500
@@ -69,6 +74,34 @@ def test_the_run_leaves_what_the_readme_promises(run):
     config = OmegaConf.load(folder / "config.yaml")
     assert config.trainer.max_epochs == 2
     assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_tensorboard_has_one_row_of_final_numbers_the_configuration_and_few_curves(run):
+    folder, _ = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [path.name for path in folder.rglob("events.out.tfevents.*") if path.parent != folder] == []
+    events = EventAccumulator(str(folder)).Reload()
+    final = {name: events.Scalars(f"summary/{name}") for name in ("accuracy", "log10_lambda", "log10_bound")}
+    assert [len(values) for values in final.values()] == [1, 1, 1]
+    assert final["accuracy"][0].value == pytest.approx(summary["test_accuracy"])
+    assert final["log10_lambda"][0].value == pytest.approx(math.log10(summary["lambda_max_mean"]))
+    assert final["log10_bound"][0].value == pytest.approx(summary["log10_bound"])
+    rows = events.summary_metadata[SESSION_START_INFO]
+    begun = HParamsPluginData.FromString(rows.plugin_data.content).session_start_info.hparams
+    assert {name: value.string_value or value.number_value for name, value in begun.items()} == {
+        "model": "vgg",
+        "data": "Digits",
+        "penalty": "KLPenalty",
+        "weight": 0.1,
+        "seed": 0.0,
+    }
+    (text,) = events.Tensors("configuration/text_summary")
+    (shown,) = text.tensor_proto.string_val
+    assert shown.decode() == f"```yaml\n{(folder / 'config.yaml').read_text()}```"
+    fisher = {name for name in events.Tags()["scalars"] if name.startswith("fisher/")}
+    assert len(fisher) == 8
+    assert {"fisher/lambda_max_mean", "fisher/bound_global", "fisher/penalty_weighted"} < fisher
+    assert "fisher/sensitive_examples" in events.Tags()["images"]
 
 
 def test_the_table_shows_the_summary(run):
@@ -88,6 +121,12 @@ def test_the_checkpoint_is_a_plain_one(run):
     assert names == {"epoch_001.ckpt", "last.ckpt"}
     checkpoint = torch.load(run[0] / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(key.startswith("network.") for key in checkpoint["state_dict"])
+
+
+def test_the_curves_of_the_figure_are_kept_as_numbers(run):
+    rows = pd.read_csv(run[0] / "bound_versus_empirical.csv")
+    assert rows.epoch.tolist() == [0, 1]
+    assert (rows["fisher/log10_bound_global"] > rows["fisher/log10_lambda_max_max"]).all()
 
 
 def test_a_killed_run_is_resumed_to_the_same_bits(run, tmp_path):
