@@ -86,3 +86,13 @@ def test_a_recipe_imports_public_names_alone(path):
             assert node.module in PUBLIC, f"{path}:{node.lineno}"
             public = PUBLIC[node.module] or importlib.import_module(node.module).__all__
             assert {name.name for name in node.names} <= set(public), f"{path}:{node.lineno}"
+
+
+def test_the_page_of_names_has_all_of_them_and_no_other():
+    page = Path(fisher_reg.__file__).with_name("API.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| ((?:`[^`]*`(?:, )?)+) \|", page, re.MULTILINE)
+    first = {re.match(r"\w+", text)[0] for cell in cells for text in re.findall(r"`([^`]+)`", cell)}
+    arguments = {"result", "likelihood", "memory_budget", "input_std", "generator"}
+    assert first - arguments <= set(fisher_reg.__all__)
+    missing = {name for name in fisher_reg.__all__ if not re.search(rf"\b{name}\b", page)}
+    assert not missing

@@ -85,8 +85,8 @@ class FisherRegularizer(Callback):
 
     - ``fisher/penalty`` *, ``fisher/penalty_weighted`` *: without and with its weight
     - ``fisher/penalty_weight``; ``fisher/penalty_skipped`` (sum over the steps)
-    - ``fisher/penalty_gradient_ratio``: gradient norm of the added term divided by that of the loss, over the steps at which
-      it is measured
+    - ``fisher/penalty_gradient_ratio``: gradient norm of the added term divided by that of the loss, over the steps at
+      which it is measured
     - ``fisher/lambda_control`` *: only with ``target_lambda``
 
     The keys of a second regularizer in the same Trainer end in ``_2``.

@@ -100,8 +100,8 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
 
     Raises:
         ValueError: If nothing is to be done, the nearest adversarial examples are not searched, a seed occurs twice,
-            there are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
-            its constructor says.
+            there are fewer test images than asked for, or a network does not fit the data. What cannot be built raises
+            what its constructor says.
     """
     if not runs or not config.attacks:
         raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")

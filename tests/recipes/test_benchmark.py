@@ -1,4 +1,4 @@
-"""The benchmark as a user starts it, small; its peers; and the table that the README shows."""
+"""The benchmark as a user starts it, small; its peers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import nn
 from fisher_reg import Exact, fisher_spectral_norm
 from recipes.benchmark.study import METHODS, available_methods, benchmark
 from recipes.competitors import estimators as peers
-from recipes.performance_table import inserted
 from recipes.runtime.command import composed
 from recipes.runtime.environment import environment, installed
 from recipes.runtime.timing import peak_memory
@@ -105,13 +104,6 @@ def test_peak_memory_counts_what_is_held_at_once():
 
     assert peak_memory(one_after_another, CPU) == pytest.approx(2**20, rel=0.01)
     assert peak_memory(together, CPU) == pytest.approx(4 * 2**20, rel=0.01)
-
-
-def test_the_readme_shows_the_kept_numbers():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert inserted(readme, pd.read_csv(ROOT / "recipes" / "results" / "benchmark.csv")) == readme
-    with pytest.raises(ValueError, match="got 0"):
-        inserted("no place", pd.read_csv(ROOT / "recipes" / "results" / "benchmark.csv"))
 
 
 def test_the_large_preset_is_large(tmp_path):

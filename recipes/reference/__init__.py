@@ -1,0 +1,1 @@
+"""From λ to distances and robust accuracy: ``python -m recipes.reference``."""
