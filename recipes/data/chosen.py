@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
@@ -27,9 +29,20 @@ def chosen_examples(
 
     A share ``noise`` of uniform noise in each pixel keeps flat backgrounds off the kinks of max pooling.
     """
+    return examples_at(data, chosen_indices(data, count, generator), generator, noise)
+
+
+def chosen_indices(data: ImageData, count: int, generator: torch.Generator) -> list[int]:
+    """Return where in the test split the images of :func:`chosen_examples` are."""
+    return list(torch.randperm(len(data.splits["test"]), generator=generator)[:count].tolist())
+
+
+def examples_at(
+    data: ImageData, indices: Sequence[int], generator: torch.Generator, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the test images ``(B, C, H, W)`` at the indices, with noise as in :func:`chosen_examples`, and labels."""
     split = data.splits["test"]
-    examples = [split[index] for index in torch.randperm(len(split), generator=generator)[:count].tolist()]
-    images, labels = zip(*examples, strict=True)
+    images, labels = zip(*(split[index] for index in indices), strict=True)
     pixels = torch.stack(images)
     if noise:
         pixels = (1 - noise) * pixels + noise * torch.rand(pixels.shape, generator=generator)

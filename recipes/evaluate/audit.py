@@ -1,4 +1,4 @@
-"""An audit from its numbers: a plain-language reading, one page, a record. No network is run here."""
+"""What an audit has measured, and what its attacks did. No network is run here."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, mannwhitneyu, spearmanr
+import torch
+from scipy.stats import binomtest, bootstrap, mannwhitneyu, quantile_test, spearmanr
 from torch import Tensor
 
-from fisher_reg import Lanczos, summarize
-from recipes.attacks import Attack, AttackResult
+from fisher_reg import Lanczos
+from recipes.attacks import Attack, AttackResult, AutoAttack
 from recipes.competitors.measurement import SATURATED, Measurement
-from recipes.reporting.records import plain, without_folders
+from recipes.evaluate.identity import Identity
 from recipes.statistics.agreement import Array, rho
 
 _NUM_RESAMPLES = 500
 WIDE = Lanczos().tolerance
 """Width of an interval of λ, relative to its lower end, from which on it counts as wide."""
 FAILURE_PROBABILITY = Lanczos().failure_probability
-"""Of the intervals of λ."""
+"""With which the interval of λ is wrong at any of the images: that of each is asked for at this over their number."""
+CONFIDENCE = 0.95
+"""Of the intervals that come from the number of images."""
 BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
 
 
@@ -50,6 +53,11 @@ class Attacked:
         norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(attack.norm, attack.norm)
         return f"{norm} ≤ {attack.epsilon:.3g}"
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether no part of the attack can do without the gradient."""
+        return not isinstance(self.attack, AutoAttack)
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -73,10 +81,32 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What is known of λ at each image beside its value; ``(B,)``, in double precision.
+
+    Attributes:
+        lower: Lower ends of the intervals of λ.
+        upper: Upper ends. All intervals hold together, except with :data:`FAILURE_PROBABILITY`.
+        interval_width: Relative to the lower end.
+        effective_rank: The trace over λ.
+        kl_ratio: See :func:`fisher_reg.fisher_kl_ratio`.
+        single_step_ratio: See :func:`fisher_reg.single_step_ratio`.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    interval_width: Tensor
+    effective_rank: Tensor
+    kl_ratio: Tensor
+    single_step_ratio: Tensor
+
+
+@dataclass(frozen=True)
 class Audit:
     """Everything that was measured, on the CPU.
 
     Attributes:
+        identity: What tells this audit from every other one.
         network: What was audited, in words.
         data: On which images, in words.
         settings: As configured.
@@ -84,12 +114,12 @@ class Audit:
         labels: ``(B,)``.
         class_names: One per class, or none.
         measurement: Numbers per image.
-        effective_rank: ``(B,)``.
-        interval_width: Of λ at :data:`FAILURE_PROBABILITY`, relative to its lower end, ``(B,)``.
+        sensitivity: More about λ.
         attacks: By name.
         shown: The most sensitive images.
     """
 
+    identity: Identity
     network: str
     data: str
     settings: dict[str, Any]
@@ -97,8 +127,7 @@ class Audit:
     labels: Tensor
     class_names: tuple[str, ...]
     measurement: Measurement
-    effective_rank: Tensor
-    interval_width: Tensor
+    sensitivity: Sensitivity
     attacks: dict[str, Attacked]
     shown: Shown
 
@@ -123,10 +152,25 @@ class Audit:
 
 
 def share(hits: Tensor) -> dict[str, Any]:
-    """Return the share of true values with its 95 % interval (Wilson's)."""
+    """Return the share of true values with its 95 % interval (Wilson's); NaN, from 0 to 1, of none."""
+    if len(hits) == 0:
+        return {"value": math.nan, "low": 0.0, "high": 1.0, "count": 0}
     test = binomtest(int(hits.sum()), len(hits))
-    low, high = test.proportion_ci(method="wilson")
-    return {"value": test.statistic, "low": low, "high": high, "count": len(hits)}
+    low, high = test.proportion_ci(CONFIDENCE, method="wilson")
+    return {"value": float(test.statistic), "low": float(low), "high": float(high), "count": len(hits)}
+
+
+def median(values: Tensor) -> dict[str, Any]:
+    """Return the median of numbers that are not negative with its 95 % interval, 0 to infinity where there is none.
+
+    The interval is that of the sign test: it takes six numbers.
+    """
+    if len(values) == 0:
+        return {"value": math.nan, "low": 0.0, "high": math.inf, "count": 0}
+    found = quantile_test(values.numpy(), p=0.5).confidence_interval(CONFIDENCE)
+    ends = (0.0 if math.isnan(found.low) else found.low, math.inf if math.isnan(found.high) else found.high)
+    middle = float(np.median(values.numpy()))
+    return {"value": middle, "low": float(ends[0]), "high": float(ends[1]), "count": len(values)}
 
 
 def ranking(values: Tensor, misclassified: Tensor) -> dict[str, float] | None:
@@ -181,50 +225,23 @@ def outcome(audit: Audit, name: str) -> dict[str, Any]:
 
     Among them how λ orders the images that were right: those that an attack within a radius changed before those that
     it did not, as ROC-AUC; or, without a radius, by the distance to the adversarial example, as Spearman's correlation.
+    ``distance`` is of the adversarial examples that were found. ``distance_of_all`` is of all images that were right,
+    with an infinite one where the attack found nothing: a few successes do not make it small.
     """
     attacked, correct = audit.attacks[name], audit.correct
     result, values = attacked.result, audit.measurement.values["lambda"]
     broken = correct & result.misclassified
     distances = result.euclidean[broken]
+    of_all = torch.where(result.misclassified, result.euclidean.double(), math.inf)[correct]
     return {
         "accuracy": share(~result.misclassified),
         "num_correct": int(correct.sum()),
         "num_adversarial": int(broken.sum()),
+        "success": share(result.misclassified[correct]),
         "median_distance": float(distances.quantile(0.5)) if len(distances) else math.nan,
+        "distance": median(distances.double()),
+        "distance_of_all": median(of_all),
         "num_masked": int(attacked.result.masked.sum()),
         "auc_of_lambda": None if attacked.ball is None else ranking(values[correct], result.misclassified[correct]),
         "correlation_of_lambda": None if attacked.ball else correlation(values[broken], distances),
     }
-
-
-def record(audit: Audit, reading: list[str]) -> dict[str, Any]:
-    """Return everything but the pictures, ready for JSON: NaN is null, infinity a string."""
-    shown = audit.shown
-    result: dict[str, Any] = plain(
-        {
-            "network": audit.network,
-            "data": audit.data,
-            "settings": without_folders(audit.settings),
-            "reading": reading,
-            "accuracy": share(audit.correct),
-            "lambda": summarize(audit.measurement.values["lambda"]),
-            "num_saturated": int(audit.saturated.sum()),
-            "num_lambda_zero": int((audit.measurement.values["lambda"] == 0).sum()),
-            "attacks": {
-                name: {
-                    "attack": str(attacked.attack),
-                    "masked": attacked.result.masked,
-                    "warnings": attacked.warnings,
-                    "seconds": attacked.seconds,
-                }
-                | outcome(audit, name)
-                | {key: getattr(attacked.result, key) for key in ("misclassified", "euclidean")}
-                for name, attacked in audit.attacks.items()
-            },
-            "wide_interval_share": float((audit.interval_width > WIDE).double().mean()),
-            "images": audit.measurement.lists()
-            | {"label": audit.labels, "effective_rank": audit.effective_rank, "interval_width": audit.interval_width},
-            "most_sensitive": {key: getattr(shown, key) for key in ("index", "eigenvalues", "predicted", "confidence")},
-        }
-    )
-    return result

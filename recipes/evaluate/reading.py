@@ -57,7 +57,7 @@ def _lambda(audit: Audit) -> list[str]:
             f"units in the worst direction changes the prediction by ½ λ ε² = {nats:.2g} nats (Kullback-Leibler), and "
             f"one in any other direction by less.{doubt if nats > _SECOND_ORDER else ''}"
         )
-        rank, size = float(audit.effective_rank.quantile(0.5)), audit.images[0].numel()
+        rank, size = float(audit.sensitivity.effective_rank.quantile(0.5)), audit.images[0].numel()
         texts.append(
             f"The sensitivity is that of about {rank:.2g} directions out of {size} (trace over λ, median): a random "
             f"step of the same length does {size / rank:.0f} times less on average."
@@ -96,9 +96,9 @@ def _attacks(audit: Audit) -> list[str]:
             texts.append(f"Under {name} ({attacked.ball}) {of_all(found['accuracy'])} stay right.")
         elif found["num_adversarial"]:
             texts.append(
-                f"{name}, which goes as far as it must, succeeded on {found['num_adversarial']} of the "
-                f"{found['num_correct']} images that were right, half of them within {found['median_distance']:.2g} pixel units. Nearer "
-                "adversarial examples may exist."
+                f"{name}, which goes as far as it must, found adversarial examples for {found['num_adversarial']} of "
+                f"the {found['num_correct']} images that were right. The median distance of these is "
+                f"{found['median_distance']:.2g} pixel units; of the others nothing is said. Nearer ones may exist."
             )
         if found["num_masked"]:
             texts.append(

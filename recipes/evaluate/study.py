@@ -11,49 +11,55 @@ Any importable factory goes, with its own arguments (``~model`` drops those of t
         'normalize={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
 
 Leaves in Hydra's run folder ``audit.html`` (one page that needs nothing else), ``audit.json`` (every number of every
-image) and TensorBoard events.
+image, as ``audit.schema.json`` describes it), ``audit.sarif`` (the verdicts for CI), ``model_card.yaml`` (for the
+Hugging Face hub) and TensorBoard events.
+
+``'thresholds={accuracy: {min: 0.9}, lambda_p95: {max: 50}}'`` sets limits, for the names of
+:func:`recipes.evaluate.numbers.names`. A limit is compared with the worse end of the interval of a number that has one.
+If one fails the command ends with status 3, after all files were written; in a sweep it goes on.
 """
 
 from __future__ import annotations
 
-import json
-import time
-import warnings
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.utils import instantiate
+import pandas as pd
 from omegaconf import DictConfig
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from fisher_reg import Lanczos, fisher_eigenpairs, fisher_spectral_norm_and_trace, summarize
-from recipes.attacks import Attack, AttackResult, attack_all, check_pixels
-from recipes.competitors.measurement import Measurement, measure, predict
-from recipes.data.base import ImageData, labels_of
-from recipes.data.chosen import check_noise, chosen_examples, prepared_data
-from recipes.evaluate.audit import Attacked, Audit, Shown, outcome, record
-from recipes.evaluate.page import figures, page, summary
+from fisher_reg import summarize
+from recipes.data.chosen import prepared_data
+from recipes.evaluate.audit import Audit, outcome
+from recipes.evaluate.hub import check_hub, write_for_hub
+from recipes.evaluate.identity import check_people
+from recipes.evaluate.measuring import audited, audited_images
+from recipes.evaluate.numbers import numbers
+from recipes.evaluate.page import figures, page
 from recipes.evaluate.reading import reading
+from recipes.evaluate.record import record, write_json
+from recipes.evaluate.sarif import FAILED, sarif
+from recipes.evaluate.tables import summary, verdict_table
+from recipes.evaluate.thresholds import Threshold, failure, judged, parsed
 from recipes.models.checkpoints import built_network, check_network
 from recipes.models.runs import with_run
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device
 from recipes.runtime.jobs import quiet
-from recipes.runtime.progress import Progress
-from recipes.runtime.provenance import provenance
-from recipes.runtime.settings import resolved
+from recipes.runtime.mistakes import end_unless_swept
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
     quiet()
-    evaluate(config)
+    failed = failure(evaluate(config)["thresholds"])
+    if failed:
+        end_unless_swept(failed, FAILED)
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -64,110 +70,35 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If ``run`` is no folder of a training.
-        ValueError: Before any measurement, for data, a checkpoint or a network that do not fit one another.
+        ValueError: Before any measurement, for settings that mean nothing, and for data, a checkpoint or a network that
+            do not fit one another.
     """
     config = with_run(config)
+    thresholds = parsed(config.thresholds, list(config.attacks or {}))
+    check_people(config)
+    check_hub(config)
     data = prepared_data(config)
     device = chosen_device(config.device)
     network = built_network(config, data.spec).to(device)
-    images, labels = (part.to(device) for part in audited_images(config, data))
-    check_network(network, images[:1], data.spec.num_classes)
-    audit = measured(config, data, network, images, labels)
-    texts = reading(audit)
-    result = record(audit, texts) | {"provenance": provenance(config)}
-    folder = Path(config.output_dir)
+    examples = audited_images(config, data).to(device)
+    check_network(network, examples.images[:1], data.spec.num_classes)
+    return written(audited(config, data, network, examples), thresholds, Path(config.output_dir))
+
+
+def written(audit: Audit, thresholds: Sequence[Threshold], folder: Path) -> dict[str, Any]:
+    """Judge an audit, write its files, print its summary, and return what ``audit.json`` holds."""
+    measured, texts = numbers(audit), reading(audit)
+    verdicts = judged(thresholds, measured)
+    result = record(audit, measured, verdicts, texts)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audit.html").write_text(page(audit, texts), encoding="utf-8")
-    (folder / "audit.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "audit.html").write_text(page(audit, measured, verdicts, texts), encoding="utf-8")
+    write_json(folder / "audit.json", result)
+    write_json(folder / "audit.sarif", sarif(audit.identity, verdicts))
+    write_for_hub(audit, measured, folder)
     log(audit, texts, folder)
-    report(audit, texts, folder)
+    report(audit.title, summary(audit, measured), verdict_table(verdicts), texts)
+    Console().print(f"Files: {folder}", soft_wrap=True)
     return result
-
-
-def audited_images(config: DictConfig, data: ImageData) -> tuple[Tensor, Tensor]:
-    """Choose test images, and mix in the noise.
-
-    Returns:
-        Images ``(B, C, H, W)`` and labels ``(B,)``.
-
-    Raises:
-        ValueError: If there are not as many as asked for, or they are not pixels in [0, 1].
-    """
-    num_test = len(labels_of(data.splits["test"]))
-    if not 1 <= config.num_shown <= config.num_images <= num_test:
-        raise ValueError(
-            f"1 <= num_shown={config.num_shown} <= num_images={config.num_images} <= {num_test} (the test images of "
-            "the data) must hold; change the first two."
-        )
-    check_noise(config.noise)
-    generator = torch.Generator().manual_seed(config.seed)
-    images, labels = chosen_examples(data, config.num_images, generator, config.noise)
-    check_pixels(images)
-    return images, labels
-
-
-def measured(config: DictConfig, data: ImageData, network: nn.Module, images: Tensor, labels: Tensor) -> Audit:
-    """Measure and attack the network at the images."""
-    attacks: dict[str, Attack] = {name: instantiate(node) for name, node in (config.attacks or {}).items()}
-    effort = instantiate(config.effort)
-    with Progress("audit", len(attacks) + 2) as progress:
-        progress.describe("λ, bounds and baselines")
-        measurement = measure(network, images, labels, effort)
-        solver = Lanczos(num_steps=20, is_exact=True)
-        result, trace = fisher_spectral_norm_and_trace(network, images, solver=solver)
-        effective_rank = torch.where(result.eigenvalue > 0, trace / result.eigenvalue, 0.0)
-        progress.advance("λ, bounds and baselines")
-        shown = most_sensitive(config, network, images, measurement)
-        progress.advance("the most sensitive images")
-        attacked = {}
-        for name, attack in attacks.items():
-            progress.describe(name)
-            attacked[name] = attack_network(attack, network, images, labels)
-            progress.advance(name)
-    settings = resolved(config)
-    weights = "the weights of its factory" if config.checkpoint is None else Path(config.checkpoint).name
-    return Audit(
-        network=f"{config.model._target_} with {weights}",
-        data=f"{len(images)} test images of {config.data._target_}, noise {config.noise:g}.",
-        settings=settings,
-        images=images.cpu(),
-        labels=labels.cpu(),
-        class_names=tuple(data.class_names),
-        measurement=measurement,
-        effective_rank=effective_rank.double().cpu(),
-        interval_width=result.interval().relative_width.double().cpu(),
-        attacks=attacked,
-        shown=shown,
-    )
-
-
-def most_sensitive(config: DictConfig, network: nn.Module, images: Tensor, measurement: Measurement) -> Shown:
-    """Return the images of the largest λ, with their eigenvectors and what a visible step along them does."""
-    index = measurement.values["lambda"].argsort(descending=True, stable=True)[: config.num_shown]
-    chosen = images[index.to(images.device)]
-    num_classes = predict(network, chosen[:1]).shape[1]
-    pairs = fisher_eigenpairs(network, chosen, min(config.num_eigenvalues, num_classes))
-    vectors = pairs.eigenvector[:, 0]
-    largest = vectors.flatten(1).abs().amax(1).clamp_min(torch.finfo(vectors.dtype).tiny).view(-1, 1, 1, 1)
-    step = config.visible * vectors / largest
-    moved = torch.stack([chosen - step, chosen + step]).clamp(0, 1)
-    probabilities = torch.stack([predict(network, part).softmax(1) for part in (chosen, *moved)])
-    confidence, predicted = probabilities.max(2)
-    eigenvalues = pairs.eigenvalue.double()
-    return Shown(index, *(part.cpu() for part in (eigenvalues, vectors, moved, predicted, confidence.double())))
-
-
-def attack_network(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> Attacked:
-    """Attack the images, and keep the warnings of masked gradients besides giving them; everything on the CPU."""
-    begin = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = attack_all(attack, network, images, labels)
-    told = [str(one.message) for one in caught if Path(one.filename) == Path(__file__)]
-    for text in told:
-        warnings.warn(text, stacklevel=2)
-    parts = (getattr(found, field.name).detach().cpu() for field in fields(found))
-    return Attacked(attack, AttackResult(*parts), tuple(told), time.perf_counter() - begin)
 
 
 def log(audit: Audit, texts: list[str], folder: Path) -> None:
@@ -193,15 +124,14 @@ def log(audit: Audit, texts: list[str], folder: Path) -> None:
         writer.add_text("audit/reading", "\n\n".join(texts))
 
 
-def report(audit: Audit, texts: list[str], folder: Path) -> None:
-    """Print the summary, the reading and where the files are."""
-    table = Table(title=audit.title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for row in summary(audit).itertuples(index=False):
-        table.add_row(*row)
+def report(title: str, numbers: pd.DataFrame, verdicts: pd.DataFrame, texts: list[str]) -> None:
+    """Print the summary, the verdicts and the reading."""
     console = Console()
-    console.print(table)
+    for name, frame in ((title, numbers), ("Thresholds", verdicts.drop(columns="why", errors="ignore"))):
+        table = Table(*frame.columns, title=name, box=SIMPLE, padding=(0, 1, 0, 0))
+        for row in frame.itertuples(index=False):
+            table.add_row(*row)
+        if len(frame):
+            console.print(table)
     for text in texts:
         console.print(text, highlight=False, markup=False)
-    console.print(f"Files: {folder}", soft_wrap=True)

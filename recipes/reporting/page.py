@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from matplotlib.figure import Figure
 
 from recipes.reporting.files import DOTS_PER_INCH
 
+_PROSE = 36  # letters from which on a cell is prose
+
 
 @dataclass(frozen=True)
 class Section:
@@ -21,9 +24,11 @@ class Section:
     Attributes:
         title: Heading.
         paragraphs: Text before table and figure.
+        items: A list after the table.
         table: Shown without its index; text as it is, numbers with four digits.
         figure: Drawn into the page.
         caption: Below the figure.
+        signatures: Roles and names, with lines to sign on at the end; no name leaves a line for it, too.
     """
 
     title: str
@@ -31,6 +36,8 @@ class Section:
     table: pd.DataFrame | None = None
     figure: Figure | None = None
     caption: str = ""
+    items: Sequence[str] = ()
+    signatures: Sequence[tuple[str, str | None]] = ()
 
 
 def render(title: str, paragraphs: Sequence[str], sections: Sequence[Section]) -> str:
@@ -43,8 +50,25 @@ def render(title: str, paragraphs: Sequence[str], sections: Sequence[Section]) -
     return environment.get_template("page.html").render(title=title, paragraphs=paragraphs, sections=sections)
 
 
-def _table(frame: pd.DataFrame) -> str:
-    return str(frame.to_html(index=False, border=0, float_format="{:.4g}".format, na_rep="–"))  # which escapes
+@dataclass(frozen=True)
+class _Table:
+    """The cells of a table as texts; a column with a long text is prose, which is broken into lines."""
+
+    columns: list[str]
+    rows: list[list[str]]
+    is_prose: list[bool]
+
+
+def _table(frame: pd.DataFrame) -> _Table:
+    rows = [[_text(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
+    is_prose = [any(len(row[place]) > _PROSE for row in rows) for place in range(len(frame.columns))]
+    return _Table([str(name) for name in frame.columns], rows, is_prose)
+
+
+def _text(cell: object) -> str:
+    if cell is None or cell is pd.NA or (isinstance(cell, float) and math.isnan(cell)):
+        return "–"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def _image(figure: Figure) -> str:

@@ -60,14 +60,22 @@ def told(task: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def end(text: str) -> None:
+def end(text: str, status: int = 1) -> None:
     """Print a line and end.
 
     Raises:
-        SystemExit: With status 1.
+        SystemExit: With the status.
     """
     print(text, file=sys.stderr)
-    raise SystemExit(1)
+    raise SystemExit(status)
+
+
+def end_unless_swept(text: str, status: int) -> None:
+    """Print a line and end with a status that tells of a result; in a sweep print alone, so that other jobs go on."""
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        print(text, file=sys.stderr)
+    else:
+        end(text, status)
 
 
 def _module(error: BaseException) -> str:

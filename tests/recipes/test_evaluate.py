@@ -88,7 +88,7 @@ def _check_files(folder, attacks=("pgd", "auto_attack", "carlini_wagner", "minim
     num_wide = sum(width > 0.05 for width in widths)
     assert record["wide_interval_share"] == pytest.approx(num_wide / 9)
     assert re.search(
-        rf"intervals of λ wider than 5%, at a failure probability of 2%.*?{num_wide} of 9", page, re.DOTALL
+        rf"intervals of λ wider than 5%, which hold together with 98%.*?{num_wide / 9:.1%}.*?9 of 9", page, re.DOTALL
     )
     events = EventAccumulator(str(folder), {"images": 0, "scalars": 0, "tensors": 0}).Reload().Tags()
     assert TAGS - {"fisher/log10_bound_global"} <= set(events["scalars"])
@@ -189,7 +189,7 @@ def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
 def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
     arrays = _npz(tmp_path / "grey.npz", num_channels=1)
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
-    monkeypatch.setattr("recipes.evaluate.study.measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("recipes.evaluate.measuring.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="K=10 outputs, the data 3 classes"):
         _audit(tmp_path, *data, "~model", "model._target_=tests.recipes.test_evaluate.Ten")
     with pytest.raises(ValueError, match=r"num_shown=2 <= num_images=13 <= 12 \(the test images"):
@@ -221,7 +221,7 @@ class Ten(Brightness):
 def test_pixels_that_slip_past_the_data_are_refused(tmp_path, monkeypatch):
     _npz(tmp_path / "grey.npz", num_channels=1)
     monkeypatch.setattr(
-        "recipes.evaluate.study.chosen_examples", lambda *_: (2 * torch.ones(9, 1, 8, 8), torch.zeros(9))
+        "recipes.evaluate.measuring.examples_at", lambda *_: (2 * torch.ones(9, 1, 8, 8), torch.zeros(9))
     )
     with pytest.raises(ValueError, match=r"must be pixels in \[0, 1\].*they are in \[2, 2\]"):
         _audit(tmp_path, "data=npz", f"data.path={tmp_path / 'grey.npz'}")

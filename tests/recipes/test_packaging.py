@@ -34,7 +34,9 @@ def test_the_wheel_has_the_recipes_with_all_configurations_and_neither_results_n
     for folder, inside in (("conf", "recipes/conf"), ("recipes", "recipes"), ("fisher_reg", "fisher_reg")):
         wanted = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*") if path.is_file()}
         wanted = {
-            path for path in wanted if path.suffix in (".html", ".py", ".yaml", ".typed") and path.parts[0] != "results"
+            path
+            for path in wanted
+            if path.suffix in (".html", ".json", ".py", ".yaml", ".typed") and path.parts[0] != "results"
         }
         found = {path.relative_to(unpacked / inside) for path in (unpacked / inside).rglob("*") if path.is_file()}
         assert wanted - found == set()
