@@ -10,6 +10,7 @@ from torch import Tensor
 from fisher_reg import MarginTempered
 from recipes.competitors.measurement import SATURATED
 from recipes.evaluate.audit import BOUNDS, Audit, outcome, share
+from recipes.evaluate.reference import comparison
 
 _STEP = 0.1  # of which the reading tells the divergence, in pixel units
 _SECOND_ORDER = 0.5  # nats, above which the second order is taken for a sign of danger and not for a value
@@ -19,7 +20,7 @@ _ROUND_OFF = 1e-5  # decades by which an estimate may lie above a bound
 
 def reading(audit: Audit) -> list[str]:
     """Return the paragraphs, in the order in which one would ask."""
-    parts = (_accuracy, _lambda, _saturation, _attacks, _rankings, _bounds, _black_box)
+    parts = (_accuracy, _lambda, _saturation, comparison, _attacks, _rankings, _bounds, _black_box)
     return [text for part in parts for text in part(audit)]
 
 

@@ -1,8 +1,8 @@
 """What a value of λ means: ``python -m recipes.reference folder=FOLDER``.
 
-Reads the images and networks of ``recipes.compare`` and relates λ, and λ at equal margins, to the distance to the nearest
-adversarial example and to the accuracy under AutoAttack (:mod:`recipes.statistics.law`). The error is that of networks of a
-family (or on a data set) from which nothing was fitted. The audit of ``recipes.evaluate`` compares a network with the result.
+Reads the images of ``recipes.compare`` and relates λ, and λ at equal margins, to the distance to the nearest
+adversarial example and to the accuracy under AutoAttack (:mod:`recipes.statistics.law`). The errors are those for
+networks of a family, or on a data set, that was not used in the fit. Audits of ``recipes.evaluate`` use the result.
 
 Leaves in Hydra's run folder ``reference.csv`` (predicted and observed accuracy, a row per network and attack),
 ``reference.json`` (the law, its errors, and the undefended networks), ``reference.md`` and ``reference.png``. Takes a
@@ -112,7 +112,7 @@ def undefended(examples: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
 
 
 def networks_table(examples: pd.DataFrame, metric: str, radii: Mapping[str, float]) -> pd.DataFrame:
-    """Return, by the median of a metric, what became of the networks: a row per range, 90 % of the networks in brackets."""
+    """Return distances and accuracies by the median of a metric: a row per range, 90 % of its networks in brackets."""
     right = examples[examples.correct]
     groups = right.groupby(NETWORK, sort=False)
     columns = {metric: groups[metric].median(), "distance": groups.distance_minimal.median()}
@@ -142,11 +142,11 @@ def page(examples: pd.DataFrame, predicted: pd.DataFrame, radii: Mapping[str, fl
     parts = [
         "# What a value of λ means",
         f"{num_networks} networks of recipes.compare; only images that the network classifies correctly. λ in nats per "
-        "squared pixel value, distances Euclidean in pixel values. Median over the networks of a row; in brackets the range "
-        "that holds 90 % of them.",
+        "squared pixel value, distances Euclidean in pixel values. Median over the networks of a row; in brackets the "
+        "range that holds 90 % of them.",
         *(markdown_table(networks_table(examples, metric, radii)) for metric in LAWS),
-        "Error of the predicted accuracy under AutoAttack, in points, for networks of a family or on a data set from which "
-        "nothing was fitted: mean (90th percentile).",
+        "Error of the predicted accuracy under AutoAttack, in points, for networks of a family or on a data set from "
+        "which nothing was fitted: mean (90th percentile).",
         markdown_table(errors_table(predicted)),
     ]
     return "\n\n".join(parts) + "\n"
