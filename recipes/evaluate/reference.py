@@ -42,9 +42,9 @@ def _expectation(audit: Audit, found: dict[str, Any]) -> str:
     expected = {radius: float((correct * law.survival(values, radius)).mean()) for radius in _FITTED}
     texts = [f"{value:.0%} at a radius of {radius:g}" for radius, value in expected.items()]
     return (
-        f"From λ at equal margins the expected accuracy under AutoAttack (ℓ₂) is {' and '.join(texts)}. For networks of "
-        f"a family that was not used in the fit, such a prediction is wrong by {error['mean']:.0f} points on average, and "
-        f"by {error['p90']:.0f} or more in one case of ten. It holds for images of up to 32 x 32 pixels only."
+        f"From λ at equal margins the expected accuracy under AutoAttack (ℓ₂) is {' and '.join(texts)}. For networks "
+        f"of a family that was not used in the fit, such a prediction is wrong by {error['mean']:.0f} points on "
+        f"average, and by {error['p90']:.0f} or more in one case of ten. It holds for images of up to 32 x 32 pixels."
     )
 
 
