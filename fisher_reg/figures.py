@@ -1,4 +1,4 @@
-"""Figures from numbers: what was logged goes in, a matplotlib figure comes out."""
+"""Matplotlib figures from logged numbers."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _CURVES = {"max": (_BLACK, "^-"), "p95": (_SKY, "v--"), "mean": (_BLUE, "o-"), "
 
 
 def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: str = "fisher") -> Figure:
-    r"""Draw the estimate and the bounds above it over the training, on a logarithmic axis.
+    r"""Draw the estimate and its upper bounds during the training, on a logarithmic axis.
 
-    The horizontal axis has the epochs; the optimiser steps where an epoch has several measurements.
+    The horizontal axis shows epochs, or optimiser steps if an epoch has several measurements.
 
     Args:
         history: One mapping per measurement, with ``epoch``, ``step`` and the keys that
             :class:`fisher_reg.FisherMonitor` logs. Values that are not finite are left out.
-        prefix: First part of these keys.
+        prefix: The first part of these keys.
 
     Returns:
-        A figure that belongs to no pyplot state.
+        A figure outside pyplot's state.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -51,8 +51,8 @@ def bound_versus_empirical(history: Sequence[Mapping[str, float]], *, prefix: st
         unit, times = _times(history)
         _draw_bounds(axes, times, history, prefix)
         for name, (colour, line) in _CURVES.items():
-            decades = [_log10(entry.get(f"{prefix}/lambda_max_{name}", math.nan)) for entry in history]
-            axes.plot(times, decades, line, color=colour, label=rf"$\lambda_{{\max}}(F)$, {name}")
+            logs = [_log10(entry.get(f"{prefix}/lambda_max_{name}", math.nan)) for entry in history]
+            axes.plot(times, logs, line, color=colour, label=rf"$\lambda_{{\max}}(F)$, {name}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if len(set(times)) == 1:
             axes.set_xlim(times[0] - 1, times[0] + 1)
@@ -79,7 +79,7 @@ def _draw_bounds(axes: Axes, times: list[float], history: Sequence[Mapping[str, 
 
 
 def _times(history: Sequence[Mapping[str, float]]) -> tuple[str, list[float]]:
-    """Return the unit of the horizontal axis and where the measurements are on it."""
+    """Return the unit of the horizontal axis and the positions of the measurements."""
     epochs = [entry["epoch"] for entry in history]
     if len(set(epochs)) < len(epochs) and all("step" in entry for entry in history):
         return "optimiser step", [entry["step"] for entry in history]
@@ -89,20 +89,21 @@ def _times(history: Sequence[Mapping[str, float]]) -> tuple[str, list[float]]:
 def sensitive_examples(
     images: Sequence[Tensor], eigenvectors: Sequence[Tensor], eigenvalues: Sequence[float]
 ) -> Figure:
-    r"""Draw images with their top eigenvectors beside them: where, and how, the prediction is moved most.
+    r"""Draw images next to their top eigenvectors, which change the prediction most.
 
     Args:
-        images: Each ``(C, H, W)`` with one or three channels, on any scale; each is stretched to its own range.
-        eigenvectors: Of the same shapes. Drawn as the sum over the channels, on a scale that is symmetric about zero:
-            blue below it and red above, paler the nearer to zero; the largest 0.5 % of the entries are drawn as equal.
-        eigenvalues: :math:`\lambda` of each, for the titles.
+        images: Each ``(C, H, W)`` with one or three channels, on any scale; each is scaled to its own range.
+        eigenvectors: Of the same shapes. The sum over the channels is drawn, on a colour scale that is symmetric about
+            zero: negative entries are blue, positive entries red, and zero is white. The scale ends at the 99.5 %
+            quantile of the absolute values.
+        eigenvalues: :math:`\lambda` of each image, for the titles.
 
     Returns:
-        A figure that belongs to no pyplot state: one grid of pairs, up to four in a row, fewer of wide images.
+        A figure outside pyplot's state: a grid of pairs, up to four in a row, and fewer for wide images.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
-        ValueError: Without images.
+        ValueError: If there are no images.
     """
     from matplotlib.figure import Figure
 
@@ -111,7 +112,7 @@ def sensitive_examples(
     grid = _Grid.of(images)
     figure = Figure(figsize=(grid.width, grid.height))
     figure.text(0.5, 1 - _MARGIN / grid.height, "input and top eigenvector", ha="center", va="top", fontsize=9)
-    axes = figure.add_axes((0, 0, 1, 1))  # one for all images, in inches: sixteen take three times as long
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all images, in inches: sixteen axes take three times as long
     for i, (image, vector, value) in enumerate(zip(images, eigenvectors, eigenvalues, strict=True)):
         signed = vector.double().sum(0)
         limit = max(float(signed.abs().flatten().kthvalue(math.ceil(_SHOWN_IN_FULL * signed.numel())).values), 1e-30)
@@ -128,18 +129,18 @@ def sensitive_examples(
 
 _PAIRS_PER_ROW = 4
 _AREA = 1.3
-"""Of an image, in square inches: with the lengths below four pairs of square images are ten inches wide."""
+"""Area of an image in square inches: four pairs of square images are then ten inches wide."""
 _GAP, _MARGIN, _TITLE = 0.05, 0.18, 0.22
 _MIN_WIDTH, _MAX_WIDTH = 2.4, 10.0
 _LONGEST = 4.0
-"""Largest ratio of the sides of an image that is kept; longer ones, such as signals of one row, are stretched."""
+"""Largest aspect ratio that is kept; longer images, such as signals of one row, are stretched."""
 _SHOWN_IN_FULL = 0.995
-"""Share of the entries of an eigenvector that the colours resolve: one large entry would leave the others white."""
+"""Quantile at which the colour scale ends: otherwise one large entry would make all others white."""
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where pairs of images lie on a figure; in inches."""
+    """Positions of pairs of images in a figure, in inches."""
 
     image: tuple[float, float]
     num_rows: int
@@ -147,7 +148,7 @@ class _Grid:
 
     @classmethod
     def of(cls, images: Sequence[Tensor]) -> _Grid:
-        """Fit images of the shape of the first one."""
+        """Return the grid for images of the shape of the first one."""
         ratio = min(max(images[0].shape[-1] / images[0].shape[-2], 1 / _LONGEST), _LONGEST)
         image = math.sqrt(_AREA * ratio), math.sqrt(_AREA / ratio)
         num_columns = min(len(images), _PAIRS_PER_ROW, max(1, int(_MAX_WIDTH / (2 * image[0]))))
@@ -177,7 +178,7 @@ class _Grid:
         return x, x + self.image[0], bottom, bottom + self.image[1]
 
     def title(self, i: int) -> tuple[float, float]:
-        """Return where the title of a pair is centred, above it."""
+        """Return the centre of the title, above the pair."""
         left, bottom = self._corner(i)
         return left + self.pair / 2, bottom + self.image[1] + _GAP
 

@@ -1,6 +1,6 @@
-"""How figures look: one palette that colour-blind readers can tell apart, one size of text, legends outside the data.
+"""The style of the figures: a palette for colour-blind readers, one text size, legends outside the data.
 
-Public: figures of other numbers in the same style.
+The functions are public, so that figures of other numbers can have the same style.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ __all__ = [
 ]
 
 WIDTH = 8.0
-"""Of a figure, in inches: its text is readable on a page of 800 pixels."""
+"""Width of a figure in inches; its text is readable on a page of 800 pixels."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Of Okabe and Ito (2008), "Color Universal Design": told apart under every common colour vision deficiency.
+"""Colours of Okabe and Ito (2008), "Color Universal Design": distinct under every common colour vision deficiency.
 
-Their yellow is left out: thin lines of it cannot be seen on white.
+Their yellow is left out, because thin yellow lines are hard to see on white.
 """
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 LINES = ("-", "--", "-.", ":")
 FILLS = ("full", "none", "left", "top")
-"""Of markers: a second distinction, which is left in grey."""
+"""Fill styles of markers: a second distinction, which is also visible in grey."""
 
 HIGHLIGHT: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 1.6, "markersize": 9, "zorder": 5}
-"""Of a marker: the method that a reader should look at first."""
+"""Style of a marker for the method that a reader should look at first."""
 
 _TEXT = 9  # points: 12 pixels on a page of 800
 _SETTINGS: Any = {
@@ -67,7 +67,7 @@ _SETTINGS: Any = {
 
 @contextmanager
 def style() -> Generator[None, None, None]:
-    """Let matplotlib draw in this style while the context is open; also a decorator of a function that draws.
+    """Context manager, or decorator of a function, in which matplotlib draws in this style.
 
     Raises:
         ModuleNotFoundError: Without matplotlib.
@@ -82,14 +82,14 @@ def style() -> Generator[None, None, None]:
 def panels(
     num_rows: int = 1, num_columns: int = 1, *, height: float, width: float = WIDTH, **options: Any
 ) -> tuple[Figure, np.ndarray[Any, Any]]:
-    """Return a figure that belongs to no pyplot state, and its panels with a pale grid.
+    """Return a figure outside pyplot's state, and its panels with a pale grid.
 
     Args:
-        num_rows: Of panels.
-        num_columns: Of panels.
-        height: Of the figure, in inches.
-        width: Of the figure, in inches.
-        options: Of :meth:`matplotlib.figure.Figure.subplots`: ``sharex``, ``width_ratios``, ….
+        num_rows: Number of rows of panels.
+        num_columns: Number of columns of panels.
+        height: Height of the figure in inches.
+        width: Width of the figure in inches.
+        options: Options of :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex`` and ``width_ratios``.
 
     Returns:
         The figure, and the axes ``(num_rows, num_columns)``.
@@ -98,7 +98,7 @@ def panels(
 
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False, **options)
-    for axes in grid.flat:  # ticks are made when a figure is drawn, which may be outside the style
+    for axes in grid.flat:  # ticks are created when the figure is drawn, possibly outside the style
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=_TEXT)
     return figure, grid
@@ -107,7 +107,7 @@ def panels(
 def look(number: int) -> dict[str, Any]:
     """Return colour, marker and line of the n-th series of a figure, from 0: the first 70 differ in colour or marker.
 
-    The marker and the line are what is left of a series in grey.
+    Marker and line distinguish the series in grey.
 
     Example:
         >>> look(1)
@@ -121,10 +121,10 @@ def look(number: int) -> dict[str, Any]:
 
 
 def legend_below(figure: Figure, handles: Iterable[Any] | None = None, *, ncols: int = 4) -> Legend:
-    """Put a legend below all panels, outside the data; for figures of the layout ``constrained``.
+    """Put a legend below all panels, outside the data, in a figure with the layout ``constrained``.
 
     Args:
-        figure: It gets the legend.
+        figure: The figure.
         handles: Artists with labels; by default those of all panels, each label once.
         ncols: Entries in a line.
 
@@ -168,7 +168,7 @@ def legend_beside(axes: Axes, handles: Iterable[Any] | None = None) -> Legend:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Label a logarithmic axis of at most three decades with plain numbers: 0.1, 0.2, 0.5, 1.
+    """Label a logarithmic axis over at most three powers of ten with plain numbers: 0.1, 0.2, 0.5, 1.
 
     Args:
         axis: ``xaxis`` or ``yaxis`` of a panel.
@@ -181,4 +181,4 @@ def plain_ticks(axis: Axis) -> None:
 
 
 _BELOW_LABELS = -0.2
-"""In heights of a panel: where the labels of its horizontal axis end."""
+"""Lower end of the labels of the horizontal axis, in heights of a panel."""

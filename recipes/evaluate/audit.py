@@ -1,8 +1,9 @@
-"""What an audit has measured, and what its attacks did. No network is run here."""
+"""The results of an audit: measured numbers and attacks. No network runs here."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,27 +17,29 @@ from fisher_reg import Lanczos
 from recipes.attacks import Attack, AttackResult, AutoAttack
 from recipes.competitors.measurement import SATURATED, Measurement
 from recipes.evaluate.identity import Identity
+from recipes.reporting.tables import radius_text
 from recipes.statistics.agreement import Array, rho
 
 _NUM_RESAMPLES = 500
 WIDE = Lanczos().tolerance
-"""Width of an interval of λ, relative to its lower end, from which on it counts as wide."""
+"""An interval of λ is called wide if its width, relative to its lower end, is above this value."""
 FAILURE_PROBABILITY = Lanczos().failure_probability
-"""With which the interval of λ is wrong at any of the images: that of each is asked for at this over their number."""
+"""Probability that any interval of λ is wrong; the interval at each image uses this over the number of images."""
 CONFIDENCE = 0.95
-"""Of the intervals that come from the number of images."""
+"""Level of the intervals that come from the number of images."""
 BOUNDS = {"log10_global": "global", "log10_local": "local", "log10_blockwise": "blockwise"}
+_LENGTH = re.compile(r"\b(epsilon|step_size)=([0-9.e-]+)")
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What became of the images under an attack.
+    """The images after an attack.
 
     Attributes:
-        attack: With its settings.
-        result: Fields with leading axis ``B``.
-        warnings: Of masked gradients.
-        seconds: Wall clock.
+        attack: The attack with its settings.
+        result: The result, whose fields have a leading axis ``B``.
+        warnings: Warnings of masked gradients.
+        seconds: Wall-clock time.
     """
 
     attack: Attack
@@ -46,16 +49,21 @@ class Attacked:
 
     @property
     def ball(self) -> str | None:
-        """In which the attack stays; none if it goes as far as it must."""
+        """The ball that contains the attacked images, as ``ℓ∞ ≤ 8/255``; ``None`` for an attack without a radius."""
         attack: Any = self.attack
         if not hasattr(attack, "epsilon"):
             return None
         norm = {2: "ℓ₂", math.inf: "ℓ∞"}.get(attack.norm, attack.norm)
-        return f"{norm} ≤ {attack.epsilon:.3g}"
+        return f"{norm} ≤ {radius_text(attack.epsilon)}"
+
+    @property
+    def text(self) -> str:
+        """The attack with its settings; radius and step are written as ``8/255`` where they are such a fraction."""
+        return str(self.attack) if self.ball is None else _LENGTH.sub(_length_text, str(self.attack))
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether no part of the attack can do without the gradient."""
+        """Whether every part of the attack needs the gradient."""
         return not isinstance(self.attack, AutoAttack)
 
 
@@ -64,12 +72,12 @@ class Shown:
     """The most sensitive images, the most sensitive one first.
 
     Attributes:
-        index: ``(S,)``, into the images of the audit.
-        eigenvalues: The largest ones ``(S, k)``, descending.
-        eigenvectors: The first of each, ``(S, C, H, W)``, of unit length.
-        moved: The images against and along it, clamped to [0, 1], ``(2, S, C, H, W)``.
-        predicted: Classes of the images and of both moved ones, ``(3, S)``.
-        confidence: Their probabilities, ``(3, S)``.
+        index: Indices ``(S,)`` into the images of the audit.
+        eigenvalues: The largest eigenvalues ``(S, k)``, descending.
+        eigenvectors: The top eigenvectors ``(S, C, H, W)``, of unit length.
+        moved: The images after a step against and along the eigenvector, clamped to [0, 1], ``(2, S, C, H, W)``.
+        predicted: Predicted classes of the images and of both moved images, ``(3, S)``.
+        confidence: Probabilities of these classes, ``(3, S)``.
     """
 
     index: Tensor
@@ -82,12 +90,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What is known of λ at each image beside its value; ``(B,)``, in double precision.
+    """Further numbers about λ at each image; ``(B,)``, in double precision.
 
     Attributes:
         lower: Lower ends of the intervals of λ.
-        upper: Upper ends. All intervals hold together, except with :data:`FAILURE_PROBABILITY`.
-        interval_width: Relative to the lower end.
+        upper: Upper ends. All intervals hold together, except with probability :data:`FAILURE_PROBABILITY`.
+        interval_width: Widths of the intervals, relative to the lower end.
         effective_rank: The trace over λ.
         kl_ratio: See :func:`fisher_reg.fisher_kl_ratio`.
         single_step_ratio: See :func:`fisher_reg.single_step_ratio`.
@@ -106,16 +114,16 @@ class Audit:
     """Everything that was measured, on the CPU.
 
     Attributes:
-        identity: What tells this audit from every other one.
-        network: What was audited, in words.
-        data: On which images, in words.
-        settings: As configured.
+        identity: Identifies this audit: who, what, when and how.
+        network: The audited network, as a text.
+        data: The images, as a text.
+        settings: The configuration.
         images: ``(B, C, H, W)`` in [0, 1].
         labels: ``(B,)``.
-        class_names: One per class, or none.
+        class_names: One name per class, or empty.
         measurement: Numbers per image.
-        sensitivity: More about λ.
-        attacks: By name.
+        sensitivity: Further numbers about λ.
+        attacks: The attacked images by the name of the attack.
         shown: The most sensitive images.
     """
 
@@ -133,26 +141,31 @@ class Audit:
 
     @property
     def title(self) -> str:
-        """Of the page."""
+        """The title of the page."""
         return f"Audit of {self.network}"
 
     @property
     def correct(self) -> Tensor:
-        """Whether the network is right, ``(B,)``."""
+        """Whether the network classifies each image correctly, ``(B,)``."""
         return self.measurement.extra["correct"]
 
     @property
     def saturated(self) -> Tensor:
-        """Whether the confidence leaves λ little room, ``(B,)``."""
+        """Whether the softmax is saturated, so that λ is small, ``(B,)``."""
         return self.measurement.extra["confidence"] > SATURATED
 
     def name_of(self, label: int) -> str:
-        """Return the name of a class, or its number."""
+        """Return the name of a class, or its number if there are no names."""
         return str(self.class_names[label]) if self.class_names else str(label)
 
 
+def _length_text(found: re.Match[str]) -> str:
+    shown = radius_text(float(found[2]))
+    return f"{found[1]}={shown}" if "/" in shown else found[0]
+
+
 def share(hits: Tensor) -> dict[str, Any]:
-    """Return the share of true values with its 95 % interval (Wilson's); NaN, from 0 to 1, of none."""
+    """Return the share of true values with its 95 % interval (Wilson's); NaN with the interval 0 to 1 for no values."""
     if len(hits) == 0:
         return {"value": math.nan, "low": 0.0, "high": 1.0, "count": 0}
     test = binomtest(int(hits.sum()), len(hits))
@@ -161,9 +174,9 @@ def share(hits: Tensor) -> dict[str, Any]:
 
 
 def median(values: Tensor) -> dict[str, Any]:
-    """Return the median of numbers that are not negative with its 95 % interval, 0 to infinity where there is none.
+    """Return the median of non-negative numbers with its 95 % interval.
 
-    The interval is that of the sign test: it takes six numbers.
+    The interval is that of the sign test, which needs six numbers. For fewer it is 0 to infinity.
     """
     if len(values) == 0:
         return {"value": math.nan, "low": 0.0, "high": math.inf, "count": 0}
@@ -174,11 +187,11 @@ def median(values: Tensor) -> dict[str, Any]:
 
 
 def ranking(values: Tensor, misclassified: Tensor) -> dict[str, float] | None:
-    """Return the ROC-AUC of ``values`` for telling the misclassified images, with a 95 % bootstrap interval.
+    """Return the ROC-AUC of ``values`` as a score for misclassification, with a 95 % bootstrap interval.
 
     Returns:
-        Nothing if all images are misclassified, or none. ``p`` is that of Mann and Whitney's test: unlike the interval,
-        it knows that two images can be in order by chance.
+        ``None`` if all images are misclassified, or no image is. ``p`` is the p-value of Mann and Whitney's test.
+        Unlike the bootstrap, it allows for a correct order by chance among few images.
     """
     if bool(misclassified.all()) or not bool(misclassified.any()):
         return None
@@ -190,7 +203,7 @@ def correlation(values: Tensor, distances: Tensor) -> dict[str, float] | None:
     """Return Spearman's correlation, with a 95 % bootstrap interval.
 
     Returns:
-        Nothing for fewer than ten pairs, or if one side is constant.
+        ``None`` for fewer than ten pairs, or if one side is constant.
     """
     sides = values.numpy(), distances.numpy()
     if len(values) < 10 or min(map(np.ptp, sides)) == 0:
@@ -201,14 +214,16 @@ def correlation(values: Tensor, distances: Tensor) -> dict[str, float] | None:
 
 
 def _area(one: Array, other: Array, axis: int = -1) -> Array:
-    """Return the area under the ROC curve: the share of pairs that Mann and Whitney's U counts."""
+    """Return the area under the ROC curve: Mann and Whitney's U over the number of pairs."""
     wins = mannwhitneyu(one, other, axis=axis, method="asymptotic").statistic
     return np.asarray(wins / (one.shape[axis] * other.shape[axis]))
 
 
 def _interval(sides: tuple[Array, Array], statistic: Callable[..., Array], *, paired: bool = False) -> dict[str, float]:
     drawn = bootstrap(
-        [side.repeat(2) if len(side) == 1 else side for side in sides],  # scipy needs two; equal ones change nothing
+        [
+            side.repeat(2) if len(side) == 1 else side for side in sides
+        ],  # scipy needs two values; two equal ones give the same result
         statistic,
         n_resamples=_NUM_RESAMPLES,
         vectorized=True,
@@ -221,12 +236,13 @@ def _interval(sides: tuple[Array, Array], statistic: Callable[..., Array], *, pa
 
 
 def outcome(audit: Audit, name: str) -> dict[str, Any]:
-    """Return what an attack did, as plain numbers.
+    """Return the results of an attack as plain numbers.
 
-    Among them how λ orders the images that were right: those that an attack within a radius changed before those that
-    it did not, as ROC-AUC; or, without a radius, by the distance to the adversarial example, as Spearman's correlation.
-    ``distance`` is of the adversarial examples that were found. ``distance_of_all`` is of all images that were right,
-    with an infinite one where the attack found nothing: a few successes do not make it small.
+    Two of them show how λ ranks the correctly classified images. For an attack within a radius, ``auc_of_lambda`` is
+    the ROC-AUC of λ for the images that become misclassified. For an attack without a radius, ``correlation_of_lambda``
+    is Spearman's correlation of λ with the distance to the adversarial example. ``distance`` is the median distance of
+    the adversarial examples that were found. ``distance_of_all`` is the median over all correctly classified images,
+    with an infinite distance where the attack found nothing, so that a few successes do not make it small.
     """
     attacked, correct = audit.attacks[name], audit.correct
     result, values = attacked.result, audit.measurement.values["lambda"]

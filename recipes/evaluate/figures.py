@@ -1,4 +1,4 @@
-"""The figures of an audit, from arrays of one number per image."""
+"""The figures of an audit, from arrays with one number per image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LEVELS = {
 
 @style()
 def distribution(values: Array, margins: Array, is_saturated: Array) -> Figure:
-    """Draw the histogram of log10 λ, and λ over the margin of the logits; λ = 0 is counted, not drawn."""
+    """Draw the histogram of log10 λ, and λ against the margin of the logits; λ = 0 is counted, not drawn."""
     figure, ((left, right),) = panels(1, 2, height=3.8)
     positive = values > 0
     logs = np.log10(values, where=positive, out=np.full_like(values, np.nan))
@@ -47,7 +47,7 @@ def distribution(values: Array, margins: Array, is_saturated: Array) -> Figure:
 
 @style()
 def bounds(values: Array, levels: Mapping[str, Array]) -> Figure:
-    """Draw λ and the decimal logarithms of the bounds over the images, in the order of λ."""
+    """Draw log10 of λ and of its bounds for each image, sorted by λ."""
     figure, ((axes,),) = panels(height=4.4)
     order = np.argsort(values, kind="stable")
     place = np.arange(1, len(order) + 1)
@@ -56,14 +56,14 @@ def bounds(values: Array, levels: Mapping[str, Array]) -> Figure:
             axes.plot(place, levels[name][order], label=label, **(look(number) | {"linestyle": "none"}))
     logs = np.log10(values[order], where=values[order] > 0, out=np.full(len(order), np.nan))
     axes.plot(place, logs, label="λ", **look(0))
-    axes.set(xlabel="images, in the order of λ", ylabel=f"log₁₀ of λ and its bounds, {_UNIT}")
+    axes.set(xlabel="images, sorted by λ", ylabel=f"log₁₀ of λ and its bounds, {_UNIT}")
     legend_below(figure, ncols=2)
     return figure
 
 
 @style()
 def black_box(values: Array, estimates: Array, errors: Array) -> Figure:
-    """Draw the estimate from queries, with two standard errors, over that from derivatives; where both are positive."""
+    """Draw λ from queries, with two standard errors, against λ from derivatives, where both are positive."""
     figure, ((axes,),) = panels(height=5.0, width=5.4)
     drawn = (values > 0) & (estimates > 0)
     if drawn.any():
@@ -89,9 +89,9 @@ def examples(images: Tensor, eigenvectors: Tensor, moved: Tensor, titles: Sequen
 
     Args:
         images: ``(S, C, H, W)`` in [0, 1].
-        eigenvectors: ``(S, C, H, W)``; their signs show, red above and blue below zero, or colours around grey.
+        eigenvectors: ``(S, C, H, W)``; red is positive and blue is negative, or, in colours, grey is zero.
         moved: ``(2, S, C, H, W)`` in [0, 1].
-        titles: Four for each example.
+        titles: Four texts for each example.
 
     Returns:
         The figure.

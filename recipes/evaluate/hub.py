@@ -1,8 +1,8 @@
 """The numbers in the formats of the Hugging Face hub.
 
-``model-index`` goes into the head of a model card (https://github.com/huggingface/hub-docs, ``modelcard.md``).
-``.eval_results/`` goes into the repository of the model (https://huggingface.co/docs/hub/eval-results): one file per
-number, since the hub wants one per variant, and only for a data set that is a benchmark there.
+``model-index`` belongs in the header of a model card (https://github.com/huggingface/hub-docs, ``modelcard.md``).
+``.eval_results/`` belongs in the repository of the model (https://huggingface.co/docs/hub/eval-results). It has one
+file per number, because the hub expects one per variant, and only for a data set that is a benchmark on the hub.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipes.reporting.records import plain
 
 
 def model_index(audit: Audit, measured: Mapping[str, Number]) -> dict[str, Any]:
-    """Return the part of a model card that holds every number that was measured."""
+    """Return the part of a model card that contains every number that was measured."""
     target = str(audit.settings["data"]["_target_"]).rpartition(".")[2]
     metrics = [
         {
@@ -76,10 +76,10 @@ def write_for_hub(audit: Audit, measured: Mapping[str, Number], folder: Path) ->
 
 
 def check_hub(config: DictConfig) -> None:
-    """Refuse a data set of the hub that has no owner.
+    """Check the name of the data set of the hub.
 
     Raises:
-        ValueError: If ``hub_dataset`` is not like ``owner/name``.
+        ValueError: If ``hub_dataset`` does not have the form ``owner/name``.
     """
     dataset = config.hub_dataset
     if dataset is not None and str(dataset).strip("/").count("/") != 1:

@@ -1,4 +1,4 @@
-"""Which network was audited, on which images, by whom and by which command: what makes an audit one of its own."""
+"""The identity of an audit: which network, on which images, by whom and by which command."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from torch import Tensor, nn
 from recipes.runtime.provenance import provenance
 
 SCHEMA = "fisher-reg/audit/1"
-"""Name and version of the layout of ``audit.json``, which ``audit.schema.json`` describes."""
+"""Name and version of the layout of ``audit.json``; see ``audit.schema.json``."""
 _PEOPLE = ("author", "reviewer")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a reviewer compares before the numbers.
+    """What a reviewer checks before the numbers.
 
     Attributes:
-        date: Of the measurement, ISO 8601, UTC.
-        author: Who answers for the audit; nobody yet if there is none.
-        reviewer: Who has checked it.
-        weights_sha256: Of the network as it was audited, see :func:`digest_of_tensors`.
-        checkpoint_sha256: Of the file of the weights, if there was one.
-        images_sha256: Of the images and labels as they were measured, noise included.
-        image_indices: Where in the test split the images are.
+        date: The date of the measurement, ISO 8601, UTC.
+        author: The person who is responsible for the audit; ``None`` if there is none yet.
+        reviewer: The person who has checked the audit; ``None`` if there is none yet.
+        weights_sha256: The digest of the audited weights, see :func:`digest_of_tensors`.
+        checkpoint_sha256: The digest of the file of the weights, if there was a file.
+        images_sha256: The digest of the images and labels as measured, with noise.
+        image_indices: The indices of the images in the test split.
         provenance: See :func:`recipes.runtime.provenance.provenance`.
     """
 
@@ -62,10 +62,10 @@ def identity(
 
 
 def check_people(config: DictConfig) -> None:
-    """Refuse an author or a reviewer who is no name.
+    """Check the names of author and reviewer.
 
     Raises:
-        ValueError: If one is given that is not text, or is empty.
+        ValueError: If a name is given that is not a text, or is empty.
     """
     for role in _PEOPLE:
         name = config[role]
@@ -74,11 +74,11 @@ def check_people(config: DictConfig) -> None:
 
 
 def digest_of_tensors(tensors: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of named tensors, which does not depend on device, order, strides or the format of a file.
+    """Return the SHA-256 of named tensors. It does not depend on device, order, strides or file format.
 
     For each name in sorted order the digest takes: the name, the dtype (``torch.float32``) and the shape
-    (``(10, 64)``) as UTF-8 with a zero byte after each, then the values as bytes in row-major order. What is no tensor
-    counts by its ``repr``.
+    (``(10, 64)``) as UTF-8 with a zero byte after each, then the values as bytes in row-major order. A value that is
+    not a tensor is replaced by its ``repr``.
 
     Example:
         >>> one = digest_of_tensors({"a": torch.ones(2), "b": torch.zeros(1)})

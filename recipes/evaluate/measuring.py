@@ -1,4 +1,4 @@
-"""Measure a network at the images of an audit, and attack it there."""
+"""Measure a network at the images of an audit, and attack these images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from recipes.runtime.progress import Progress
 from recipes.runtime.settings import resolved
 
 SINGLE_STEP = 8 / 255
-"""Radius, in the largest norm, of the ball in which one step is compared with several."""
+"""Radius of the ℓ∞ ball in which one gradient step is compared with several."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Examples:
     Attributes:
         images: ``(B, C, H, W)`` in [0, 1].
         labels: ``(B,)``.
-        indices: Where in the test split they are.
+        indices: The indices of the images in the test split.
     """
 
     images: Tensor
@@ -49,7 +49,7 @@ class Examples:
     indices: Sequence[int]
 
     def to(self, device: torch.device) -> Examples:
-        """Return them on a device."""
+        """Return a copy on a device."""
         return Examples(self.images.to(device), self.labels.to(device), self.indices)
 
 
@@ -57,10 +57,10 @@ def audited_images(config: DictConfig, data: ImageData) -> Examples:
     """Choose test images, and mix in the noise.
 
     Returns:
-        On the CPU.
+        The images, on the CPU.
 
     Raises:
-        ValueError: If there are not as many as asked for, or they are not pixels in [0, 1].
+        ValueError: If there are fewer images than requested, or if they are not pixels in [0, 1].
     """
     num_test = len(labels_of(data.splits["test"]))
     if not 1 <= config.num_shown <= config.num_images <= num_test:
@@ -111,7 +111,7 @@ def audited(config: DictConfig, data: ImageData, network: nn.Module, examples: E
 
 
 def more_of_lambda(network: nn.Module, images: Tensor) -> Sensitivity:
-    """Enclose λ at all images together, and compare it with divergences at a distance."""
+    """Return intervals of λ that hold at all images together, and compare λ with divergences after a step."""
     solver = Lanczos(num_steps=20, is_exact=True, failure_probability=FAILURE_PROBABILITY / len(images))
     result, trace = fisher_spectral_norm_and_trace(network, images, solver=solver)
     interval = result.interval()
@@ -127,7 +127,7 @@ def more_of_lambda(network: nn.Module, images: Tensor) -> Sensitivity:
 
 
 def most_sensitive(config: DictConfig, network: nn.Module, images: Tensor, measurement: Measurement) -> Shown:
-    """Return the images of the largest λ, with their eigenvectors and what a visible step along them does."""
+    """Return the images with the largest λ, their eigenvectors, and the predictions after a visible step along them."""
     index = measurement.values["lambda"].argsort(descending=True, stable=True)[: config.num_shown]
     chosen = images[index.to(images.device)]
     num_classes = predict(network, chosen[:1]).shape[1]
@@ -143,7 +143,7 @@ def most_sensitive(config: DictConfig, network: nn.Module, images: Tensor, measu
 
 
 def attack_network(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> Attacked:
-    """Attack the images, and keep the warnings of masked gradients besides giving them; everything on the CPU."""
+    """Attack the images; warnings of masked gradients are issued and also kept. The result is on the CPU."""
     begin = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""The numbers of an audit by name, each with its kind of guarantee, its interval and how many images it is from."""
+"""The numbers of an audit by name, each with its kind of guarantee, its interval and its number of images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from recipes.evaluate.audit import CONFIDENCE, FAILURE_PROBABILITY, WIDE, Audit,
 
 Guarantee = Literal["certified", "probabilistic", "estimate", "attack"]
 GUARANTEES: dict[Guarantee, str] = {
-    "certified": "A bound by a rule for each layer of the traced network, without sampling: it holds in exact "
+    "certified": "A bound from one rule per layer of the traced network, without sampling. It holds in exact "
     "arithmetic, and is computed in float64.",
-    "probabilistic": f"Holds except with a stated probability: the intervals of λ with {FAILURE_PROBABILITY:.0%} for "
-    f"all images together, those from the number of images with {1 - CONFIDENCE:.0%} each.",
-    "estimate": "Computed at these images, without a bound of its error. λ itself is never above the true value beyond "
-    "round-off.",
-    "attack": "What an attack found. A better attack can find more: accuracy under an attack is an upper bound of the "
-    "true robust accuracy, and a distance an upper bound of the true distance.",
+    "probabilistic": f"Holds except with a stated failure probability: {FAILURE_PROBABILITY:.0%} for the intervals of "
+    f"λ of all images together, and {1 - CONFIDENCE:.0%} for each interval that comes from the number of images.",
+    "estimate": "Computed at these images, without a bound on its error. The estimate of λ exceeds the true value "
+    "at most by round-off.",
+    "attack": "The result of an attack. A stronger attack can find more: the accuracy under an attack is an upper "
+    "bound on the true robust accuracy, and a distance is an upper bound on the true distance.",
 }
-"""What each kind of guarantee means."""
+"""The meaning of each kind of guarantee."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Interval:
         low: Lower end.
         high: Upper end, which may be infinite.
         level: The probability.
-        guarantee: Of the interval.
+        guarantee: The guarantee of the interval.
     """
 
     low: float
@@ -49,12 +49,12 @@ class Number:
     """A number of the audit.
 
     Attributes:
-        title: For tables.
-        value: NaN if it was not measured.
-        unit: Of it; ``"share"`` for a part of one.
-        guarantee: Of the value.
-        count: Images from which it was computed.
-        interval: Around the value, if one is known.
+        title: The name that tables show.
+        value: The value; NaN if it was not measured.
+        unit: The unit of the value; ``"share"`` for a fraction between 0 and 1.
+        guarantee: The guarantee of the value.
+        count: The number of images from which the value was computed.
+        interval: The interval around the value, if one is known.
     """
 
     title: str
@@ -78,7 +78,7 @@ def numbers(audit: Audit) -> dict[str, Number]:
 
 
 def names(attacks: Iterable[str]) -> list[str]:
-    """Return the names of the numbers of an audit with these attacks: those that a threshold can have."""
+    """Return the names of the numbers of an audit with these attacks; a threshold can have each of them."""
     return [*_NUMBERS, *(f"attacks.{attack}.{name}" for attack in attacks for name in _OF_ATTACK)]
 
 
@@ -88,12 +88,12 @@ def _share(title: str, found: dict[str, Any], guarantee: Guarantee = "estimate")
 
 
 def _lambda(statistic: str, title: str) -> Callable[[Audit], Number]:
-    """Return a statistic of λ: it grows with each value, so that the ends of the intervals enclose it."""
+    """Return a statistic of λ; it increases with each value, so that the ends of the intervals enclose it."""
 
     def compute(audit: Audit) -> Number:
         values, known = audit.measurement.values["lambda"], audit.sensitivity
         value, low, high = (float(summarize(part)[statistic]) for part in (values, known.lower, known.upper))
-        ends = (min(low, value), math.inf if math.isnan(high) else max(high, value))  # which may differ by round-off
+        ends = (min(low, value), math.inf if math.isnan(high) else max(high, value))  # the two can differ by round-off
         interval = Interval(*ends, 1 - FAILURE_PROBABILITY)
         return Number(f"λ, {title}", value, _NATS, "estimate", len(values), interval)
 
@@ -120,7 +120,7 @@ def _blackbox_ratio(audit: Audit) -> Tensor:
 
 
 def _part(title: str, hits: Tensor, guarantee: Guarantee) -> Number:
-    """Return the share of the images themselves, which stands for no other images."""
+    """Return the share among these images, without an interval for other images."""
     value = float(hits.double().mean()) if len(hits) else math.nan
     return Number(title, value, "share", guarantee, len(hits))
 
@@ -136,7 +136,9 @@ def _distance(title: str, found: dict[str, Any]) -> Number:
     return Number(title, found["value"], "pixel units", "attack", found["count"], interval)
 
 
-_WIDE_TITLE = f"intervals of λ wider than {WIDE:.0%}, which hold together with {1 - FAILURE_PROBABILITY:.0%}"
+_WIDE_TITLE = (
+    f"intervals of λ wider than {WIDE:.0%}, which hold together with probability {1 - FAILURE_PROBABILITY:.0%}"
+)
 _NUMBERS: dict[str, Callable[[Audit], Number]] = {
     "accuracy": lambda audit: _share("accuracy", share(audit.correct)),
     "lambda_median": _lambda("median", "median"),
@@ -144,20 +146,20 @@ _NUMBERS: dict[str, Callable[[Audit], Number]] = {
     "lambda_p95": _lambda("p95", "95 % quantile"),
     "lambda_max": _lambda("max", "largest"),
     "wide_interval_share": lambda audit: _part(_WIDE_TITLE, audit.sensitivity.interval_width > WIDE, "probabilistic"),
-    "saturated_share": lambda audit: _part("predictions that saturate", audit.saturated, "estimate"),
+    "saturated_share": lambda audit: _part("saturated predictions", audit.saturated, "estimate"),
     "trace_median": _median("trace of F, median", _NATS, _metric("trace")),
     "effective_rank_median": _median("effective rank, median", "", lambda audit: audit.sensitivity.effective_rank),
     "lambda_tempered_median": _median("λ at equal margins, median", _NATS, _metric("lambda_tempered")),
     "lambda_blackbox_median": _median("λ by queries, median", _NATS, _metric("lambda_blackbox")),
     "clever_median": _median("CLEVER, median", "pixel units", _metric("clever")),
     "log10_bound_global": _median(
-        "log₁₀ of the global bound of λ, for every input", "decades", _metric("log10_global"), "certified"
+        "log₁₀ of the global bound on λ in nats / pixel², for every input", "", _metric("log10_global"), "certified"
     ),
     "log10_bound_local_median": _median(
-        "log₁₀ of the local bound of λ, at the images, median", "decades", _metric("log10_local"), "certified"
+        "log₁₀ of the local bound on λ in nats / pixel², at the images, median", "", _metric("log10_local"), "certified"
     ),
     "log10_bound_blockwise_median": _median(
-        "log₁₀ of the blockwise bound of λ, median", "decades", _metric("log10_blockwise")
+        "log₁₀ of the blockwise bound on λ in nats / pixel², median", "", _metric("log10_blockwise")
     ),
     "kl_ratio_median": _median("divergence over ½ λ ε², median", "", lambda audit: audit.sensitivity.kl_ratio),
     "single_step_ratio_median": _median(
@@ -168,12 +170,14 @@ _NUMBERS: dict[str, Callable[[Audit], Number]] = {
 }
 _OF_ATTACK: dict[str, Callable[[str, dict[str, Any]], Number]] = {
     "accuracy": lambda name, found: _share(f"accuracy under {name}", found["accuracy"], "attack"),
-    "success": lambda name, found: _share(f"adversarial example found by {name}", found["success"], "attack"),
+    "success": lambda name, found: _share(
+        f"correctly classified images with an adversarial example found by {name}", found["success"], "attack"
+    ),
     "median_distance": lambda name, found: _distance(
         f"distance of the adversarial examples of {name}, median", found["distance"]
     ),
     "median_distance_of_all": lambda name, found: _distance(
-        f"distance of {name} at all images that were right, infinite where none was found, median",
+        f"distance of {name} at all correctly classified images, infinite where none was found, median",
         found["distance_of_all"],
     ),
 }

@@ -26,7 +26,7 @@ from recipes.reporting.page import Section, render
 
 
 def page(audit: Audit, measured: Mapping[str, Number], verdicts: Sequence[Verdict], reading: Sequence[str]) -> str:
-    """Return the page as HTML; it needs no other file and no network."""
+    """Return the page as HTML, which needs no other file and no network."""
     sections = [*_first(audit, measured, verdicts, reading), *_details(audit), *_last(audit, measured)]
     return render(audit.title, [audit.data, _verdict_line(verdicts)], sections)
 
@@ -44,8 +44,8 @@ def _first(
     )
     if verdicts:
         about = (
-            "Of a number with an interval the worse end is compared: what passes is supported by the whole interval. "
-            "What was not measured fails."
+            "If a number has an interval, the less favourable end of the interval is compared with the limit. A number "
+            "therefore passes only if the whole interval passes. A number that was not measured fails."
         )
         yield Section("Thresholds", [about], table=verdict_table(verdicts))
 
@@ -55,42 +55,45 @@ def _details(audit: Audit) -> Iterator[Section]:
     yield Section(
         "Sensitivity",
         figure=drawn["distribution"],
-        caption="λ is the largest eigenvalue of the input-space Fisher matrix; ½ λ ε² is the largest divergence "
-        "that a step of length ε can cause, to second order.",
+        caption="λ is the largest eigenvalue of the input-space Fisher matrix. To second order, ½ λ ε² is the largest "
+        "divergence that a step of length ε can cause.",
     )
     yield Section("Attacks", [*_about_attacks(audit)], table=attack_table(audit))
     yield Section(
         "The most sensitive images",
         table=shown_table(audit),
         figure=drawn["most_sensitive"],
-        caption="From the left: the image; its top eigenvector, red above and blue below zero, or as colours "
-        "around grey; the image moved against and along it, with what is predicted then.",
+        caption="From left to right: the image; its top eigenvector, with red for positive and blue for negative "
+        "entries, or in colours where grey is zero; the image after a step against and along the eigenvector, with the "
+        "new prediction.",
     )
     yield Section(
         "Bounds",
         [f"No {level} bound: {missing[name]}" for name, level in BOUNDS.items() if name in missing],
         figure=drawn["bounds"],
-        caption="A certified bound is never exceeded. The blockwise one was computed at the first images only.",
+        caption="λ cannot exceed a certified bound. The blockwise bound was computed at the first images only.",
     )
     yield Section(
         "Without derivatives",
         figure=drawn["black_box"],
-        caption="λ from 200 queries of the probabilities per image, against λ from derivatives.",
+        caption="Vertical: λ from 200 queries of the probabilities per image. Horizontal: λ from derivatives.",
     )
 
 
 def _last(audit: Audit, measured: Mapping[str, Number]) -> Iterator[Section]:
-    about = "A sign is a reason to look. No sign is no proof: each check can miss what it looks for."
+    about = (
+        "A sign is a reason to look closer. The absence of a sign proves nothing: each check can miss masked gradients."
+    )
     checks = pd.DataFrame(
         [(check.name, check.value, check.sign, check.text) for check in masking(audit.attacks, measured)],
-        columns=["check", "seen", "verdict", "meaning"],
+        columns=["check", "observed", "verdict", "meaning"],
     )
     yield Section("Checks for masked gradients", [about], table=checks)
     yield Section("Scope: what was tested", items=covered(audit))
     yield Section("What was not tested", items=not_tested(audit))
-    yield Section("Which documents ask for it", [NO_CONFORMITY], table=crosswalk(audit, measured))
+    yield Section("Documents that ask for these numbers", [NO_CONFORMITY], table=crosswalk(audit, measured))
     yield Section("All measures", table=metric_table(audit))
-    about = "The names are those of thresholds."
+    about = "Thresholds use these names."
     yield Section("All numbers", [about], table=number_table(measured, measured, len(audit.images), with_names=True))
 
 
@@ -123,7 +126,7 @@ def figures(audit: Audit) -> dict[str, Figure]:
 
 def _verdict_line(verdicts: Sequence[Verdict]) -> str:
     if not verdicts:
-        return "No thresholds were set: nothing here passes or fails."
+        return "No thresholds were set. The audit has no verdict."
     failed = [str(verdict.threshold) for verdict in verdicts if not verdict.passed]
     if not failed:
         return f"All {len(verdicts)} thresholds pass."
@@ -132,20 +135,21 @@ def _verdict_line(verdicts: Sequence[Verdict]) -> str:
 
 def _about_attacks(audit: Audit) -> Iterator[str]:
     if not audit.attacks:
-        yield "None was run."
+        yield "No attack was run."
         return
     for name, attacked in audit.attacks.items():
-        yield f"{name} is {attacked.attack}."
+        yield f"{name} is {attacked.text}."
         yield from (f"Warning: {text}" for text in attacked.warnings)
     yield (
-        "An adversarial example was found: the image was right, and the attacked image is misclassified. Distances are "
-        "Euclidean, in pixel units. The median distance of those found is about the successes alone, so that an attack "
-        "with few of them can have a small one. That of all images that were right counts an image as infinitely far "
-        "where none was found; it is not reached if the attack succeeds on fewer than half. Compare attacks by that, "
-        "and by how often an example was found."
+        "An adversarial example is found if the image is classified correctly and the attacked image is not. Distances "
+        "are Euclidean, in pixel units. The median distance of those found is over the successes alone: an attack with "
+        "few successes can have a small one. The median over all correctly classified images takes the distance as "
+        "infinite where no example was found. It is not reached if the attack succeeds on fewer than half of them. To "
+        "compare attacks, use this median and the number of adversarial examples."
     )
     yield (
-        "How λ orders the images that were right: ROC-AUC for those misclassified within a radius, Spearman's "
-        "correlation for how far an attack without one had to go. In brackets 95 % intervals, Wilson's or by the "
-        "bootstrap over these images."
+        "Two numbers show how λ ranks the correctly classified images. For an attack within a radius, it is the "
+        "ROC-AUC of λ for the images that become misclassified. For an attack without a radius, it is Spearman's "
+        "correlation of λ with the distance. Brackets contain 95 % intervals: Wilson's for shares, the bootstrap over "
+        "these images for the others."
     )

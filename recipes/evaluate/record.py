@@ -1,4 +1,4 @@
-"""``audit.json``: everything but the pictures, as ``audit.schema.json`` describes it."""
+"""``audit.json``: everything except the pictures, as ``audit.schema.json`` describes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA_FILE = Path(__file__).with_name("audit.schema.json")
 def record(
     audit: Audit, measured: Mapping[str, Number], verdicts: Sequence[Verdict], reading: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the record, ready for JSON: NaN is null, infinity a string."""
+    """Return the record, ready for JSON: NaN becomes null, and infinity a string."""
     shown = audit.shown
     who = asdict(audit.identity)
     result: dict[str, Any] = plain(
@@ -55,7 +55,7 @@ def record(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON; NaN and infinity are refused."""
+    """Write JSON; NaN and infinity raise an error."""
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -71,7 +71,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 def _attack(audit: Audit, name: str) -> dict[str, Any]:
     attacked = audit.attacks[name]
     found = {
-        "attack": str(attacked.attack),
+        "attack": attacked.text,
         "masked": attacked.result.masked,
         "warnings": attacked.warnings,
         "seconds": attacked.seconds,

@@ -1,4 +1,4 @@
-"""How a network compares with those of ``recipes.compare``, by the file that ``recipes.reference`` has written."""
+"""Compare a network with those of ``recipes.compare``; the numbers are in the file that ``recipes.reference`` wrote."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from recipes.evaluate.audit import Audit
 from recipes.statistics.law import Law
 
 FILE = Path(__file__).parents[1] / "results" / "reference.json"
-"""Also in a wheel."""
-_NETWORKS = "VGG, ResNet, DenseNet, ViT, trained without defence; recipes.compare"
+"""The file is also in the wheel."""
+_NETWORKS = "VGG, ResNet, DenseNet, ViT, trained without defence, from recipes.compare"
 _FITTED = (0.25, 0.5)  # radii of the attacks that the law was fitted to
 
 
@@ -27,13 +27,13 @@ def _rank(audit: Audit, undefended: dict[str, dict[str, list[float]]]) -> list[s
     name = _data_set(audit.settings["data"])
     if name not in undefended:
         known = ", ".join(undefended)
-        return [f"There is no reference for these data: undefended networks are known for {known}."]
+        return [f"There is no reference for these data. Reference networks exist for {known}."]
     parts = []
     for metric, title in {"lambda": "median λ", "lambda_tempered": "median λ at equal margins"}.items():
         others, value = undefended[name][metric], _median(audit, metric)
         smaller = sum(other > value for other in others)
         parts.append(f"{title} ({value:.3g}) is smaller than that of {smaller} of the {len(others)}")
-    return [f"Of the undefended networks on {name} ({_NETWORKS}): the {' and the '.join(parts)}."]
+    return [f"Comparison with undefended networks on {name} ({_NETWORKS}): the {' and the '.join(parts)}."]
 
 
 def _expectation(audit: Audit, found: dict[str, Any]) -> str:
@@ -42,9 +42,10 @@ def _expectation(audit: Audit, found: dict[str, Any]) -> str:
     expected = {radius: float((correct * law.survival(values, radius)).mean()) for radius in _FITTED}
     texts = [f"{value:.0%} at a radius of {radius:g}" for radius, value in expected.items()]
     return (
-        f"From λ at equal margins the expected accuracy under AutoAttack (ℓ₂) is {' and '.join(texts)}. For networks "
-        f"of a family that was not used in the fit, such a prediction is wrong by {error['mean']:.0f} points on "
-        f"average, and by {error['p90']:.0f} or more in one case of ten. It holds for images of up to 32 x 32 pixels."
+        f"The accuracy under AutoAttack (ℓ₂) that λ at equal margins predicts is {' and '.join(texts)}. For families "
+        f"of networks that were not used in the fit, the mean error of this prediction is {error['mean']:.0f} "
+        f"percentage points, and one error in ten is {error['p90']:.0f} or more. The prediction is valid for "
+        "images of up to 32 x 32 pixels."
     )
 
 

@@ -1,6 +1,6 @@
-"""The verdicts as SARIF 2.1.0, which code scanning of CI services reads: a rule per threshold, a result per verdict.
+"""The verdicts as SARIF 2.1.0, a format that CI services read: a rule per threshold, a result per verdict.
 
-The fields are those of https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html.
+The fields are defined in https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAILED = 3
 
 
 def sarif(identity: Identity, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return the log: one run, whose results are about ``audit.json``."""
+    """Return the log: one run, whose results refer to ``audit.json``."""
     driver = {
         "name": "fisher-reg audit",
         "version": str(identity.provenance["environment"]["fisher-reg"]),
@@ -28,7 +28,7 @@ def sarif(identity: Identity, verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "tool": {"driver": driver},
         "invocations": [
             {
-                "executionSuccessful": True,  # the audit itself: whether thresholds fail is in the results
+                "executionSuccessful": True,  # of the audit itself; the results say whether thresholds fail
                 "exitCode": 0 if all(verdict.passed for verdict in verdicts) else FAILED,
                 "commandLine": identity.provenance["command"],
                 "endTimeUtc": identity.date.replace("+00:00", "Z"),

@@ -1,4 +1,4 @@
-"""What an audit covers, what it leaves out, and which documents ask for its numbers."""
+"""What an audit tested, what it did not test, and which documents ask for its numbers."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from recipes.evaluate.audit import Audit
 from recipes.evaluate.numbers import Number
 
 NO_CONFORMITY = (
-    "This table helps to find a number. It is no statement of conformity, and it quotes no requirement: read the "
-    "documents. ISO/IEC DIS 24029-3 is a draft (December 2025) whose text can change."
+    "This table helps to find a number. It is not a statement of conformity, and it does not quote requirements: read "
+    "the documents. ISO/IEC DIS 24029-3 is a draft (December 2025) whose text can change."
 )
 
 
 def covered(audit: Audit) -> list[str]:
-    """Return what was tested, from what was run."""
+    """Return what was tested, in sentences."""
     count, shape = len(audit.images), " x ".join(map(str, audit.images.shape[1:]))
     noise = audit.settings["noise"]
     lines = [
         f"{count} images of the test split of {audit.settings['data']['_target_']}, chosen at random with seed "
-        f"{audit.settings['seed']}; their indices are in the record.",
-        f"Inputs of shape {shape} (channels, height, width), in pixels from 0 to 1: every radius, distance, λ and "
+        f"{audit.settings['seed']}. Their indices are in the record.",
+        f"Inputs of shape {shape} (channels, height, width), with pixels from 0 to 1. Every radius, distance, λ and "
         "bound is in this unit. A normalisation is part of the network.",
         f"Uniform noise with a share of {noise:g} in each pixel."
         if noise
         else "The images as they are, without noise.",
-        "The network as it is deployed: evaluation mode, running statistics, no dropout.",
-        "λ, trace and bounds are about perturbations that are small in the Euclidean norm.",
+        "The network in evaluation mode: with running statistics, without dropout.",
+        "λ, trace and bounds describe perturbations that are small in the Euclidean norm.",
     ]
     for name, attacked in audit.attacks.items():
         reach = f"in the ball {attacked.ball}" if attacked.ball else "without a radius, Euclidean distance"
-        lines.append(f"Attack {name}, {reach}: {attacked.attack}.")
+        lines.append(f"Attack {name}, {reach}: {attacked.text}.")
     return lines
 
 
 def not_tested(audit: Audit) -> list[str]:
-    """Return what was not tested, from what was run."""
+    """Return what was not tested, in sentences."""
     lines = [
-        "Other data: other images of the split, other distributions, other classes, inputs of no class.",
-        "Other corruptions: blur, weather, compression, rotation, translation, and noise beside that above.",
-        "Poisoned training data and hidden triggers.",
-        "Other trainings of the same network: this is one set of weights, with one seed.",
+        "Other data: other images of the split, other distributions, other classes, inputs that belong to no class.",
+        "Other corruptions: blur, weather, compression, rotation, translation, and other noise than listed above.",
+        "Poisoned training data and backdoors.",
+        "Other training runs of the same network: the audit is about one set of weights.",
         "Extraction of the model, membership inference, and other attacks on confidentiality.",
-        "The system around the network: preparation of images, use of the outputs, hardware.",
+        "The system around the network: preprocessing of images, use of the outputs, hardware.",
     ]
     if not audit.attacks:
-        return ["Attacks of any kind: none was configured.", *lines]
+        return ["Attacks of any kind: no attack was configured.", *lines]
     balls = sorted({attacked.ball for attacked in audit.attacks.values() if attacked.ball})
     norms = {ball.split(" ")[0] for ball in balls}
     missing = [norm for norm in ("ℓ₂", "ℓ∞", "ℓ₁", "ℓ₀") if norm not in norms]
@@ -55,20 +55,23 @@ def not_tested(audit: Audit) -> list[str]:
         f"Larger radii than {', '.join(balls)}." if balls else "Attacks within a radius.",
         f"Attacks in the norms {', '.join(missing)}, within a radius." if missing else "",
         "Larger budgets of the attacks: more steps, restarts and queries than those above.",
-        "Attacks made for this network (adaptive attacks), transferred ones, and attacks with a target class.",
+        "Attacks designed for this network (adaptive attacks), transfer attacks, and attacks with a target class.",
         "Physical attacks: patches, printed images, cameras.",
     ]
     return [line for line in attacks if line] + lines
 
 
 def crosswalk(audit: Audit, measured: Mapping[str, Number]) -> pd.DataFrame:
-    """Return which document asks for what, and where it is in this audit."""
-    attacks = ", ".join(f"accuracy under {name}" for name in audit.attacks) or "none: no attack was run"
+    """Return a row per document and topic, with the place in this audit."""
+    attacks = ", ".join(f"accuracy under {name}" for name in audit.attacks) or "nothing: no attack was run"
     bounds = [level for level in ("global", "local") if f"log10_{level}" not in audit.measurement.missing]
-    certified = f"{' and '.join(bounds)} bound of λ (certified)" if bounds else "none: no certified bound was found"
+    certified = f"{' and '.join(bounds)} bound of λ (certified)" if bounds else "nothing: no certified bound was found"
     rows = [
         ("ISO/IEC 24029-2:2023, 5.4 sensitivity (formal methods)", certified),
-        ("ISO/IEC 24029-2:2023, 5.3 stability (formal methods)", "none: no radius of unchanged decisions is certified"),
+        (
+            "ISO/IEC 24029-2:2023, 5.3 stability (formal methods)",
+            "nothing: no radius with unchanged decisions is certified",
+        ),
         (
             "ISO/IEC DIS 24029-3, robustness assessment through curvature analysis",
             "λ with its interval: the largest curvature of the Kullback-Leibler divergence at the image",
@@ -85,7 +88,7 @@ def crosswalk(audit: Audit, measured: Mapping[str, Number]) -> pd.DataFrame:
         ),
         (
             "Regulation (EU) 2024/1689 (AI Act), Article 15(5): data and model poisoning, confidentiality",
-            "none: not tested",
+            "nothing: not tested",
         ),
         ("Hugging Face hub, model-index of a model card", "model_card.yaml"),
         ("Hugging Face hub, .eval_results/", "written if hub_dataset names the benchmark"),

@@ -1,22 +1,22 @@
-"""Audit a classifier: ``python -m recipes.evaluate run=FOLDER`` for one that ``recipes.train`` has trained there.
+"""Audit a classifier: ``python -m recipes.evaluate run=FOLDER`` for one that ``recipes.train`` trained in this folder.
 
-Data, network and checkpoint are then those of the training. Others are named one by one::
+Data, network and checkpoint are then those of the training. For another classifier, name each of them::
 
     python -m recipes.evaluate checkpoint=model.ckpt data=cifar10 model=resnet
 
-Any importable factory goes, with its own arguments (``~model`` drops those of the group)::
+The network can come from any importable factory, with its own arguments (``~model`` drops those of the group)::
 
     python -m recipes.evaluate checkpoint=weights.pt data=npz data.path=images.npz \
         ~model model._target_=torchvision.models.resnet18 model.num_classes=10 \
         'normalize={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
 
-Leaves in Hydra's run folder ``audit.html`` (one page that needs nothing else), ``audit.json`` (every number of every
-image, as ``audit.schema.json`` describes it), ``audit.sarif`` (the verdicts for CI), ``model_card.yaml`` (for the
+The command writes into Hydra's run folder: ``audit.html`` (one self-contained page), ``audit.json`` (every number of
+every image, as ``audit.schema.json`` describes it), ``audit.sarif`` (the verdicts for CI), ``model_card.yaml`` (for the
 Hugging Face hub) and TensorBoard events.
 
 ``'thresholds={accuracy: {min: 0.9}, lambda_p95: {max: 50}}'`` sets limits, for the names of
-:func:`recipes.evaluate.numbers.names`. A limit is compared with the worse end of the interval of a number that has one.
-If one fails the command ends with status 3, after all files were written; in a sweep it goes on.
+:func:`recipes.evaluate.numbers.names`. If a number has an interval, its less favourable end is compared with the limit.
+If a threshold fails, the command ends with status 3 after all files are written; a sweep continues.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     """Audit the network and write the files.
 
     Returns:
-        What ``audit.json`` holds.
+        The content of ``audit.json``.
 
     Raises:
-        FileNotFoundError: If ``run`` is no folder of a training.
-        ValueError: Before any measurement, for settings that mean nothing, and for data, a checkpoint or a network that
-            do not fit one another.
+        FileNotFoundError: If ``run`` is not the folder of a training.
+        ValueError: Before any measurement, for invalid settings, and for data, a checkpoint or a network that do not
+            fit together.
     """
     config = with_run(config)
     thresholds = parsed(config.thresholds, list(config.attacks or {}))
@@ -86,7 +86,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
 
 
 def written(audit: Audit, thresholds: Sequence[Threshold], folder: Path) -> dict[str, Any]:
-    """Judge an audit, write its files, print its summary, and return what ``audit.json`` holds."""
+    """Compare an audit with its thresholds, write and print the results, and return the content of ``audit.json``."""
     measured, texts = numbers(audit), reading(audit)
     verdicts = judged(thresholds, measured)
     result = record(audit, measured, verdicts, texts)
@@ -102,7 +102,7 @@ def written(audit: Audit, thresholds: Sequence[Threshold], folder: Path) -> dict
 
 
 def log(audit: Audit, texts: list[str], folder: Path) -> None:
-    """Write scalars, the histogram of log10 λ, the figures and the reading for TensorBoard into the run's folder."""
+    """Write scalars, the histogram of log10 λ, the figures and the sentences for TensorBoard."""
     values = audit.measurement.values["lambda"]
     with SummaryWriter(str(folder)) as writer:
         writer.add_scalar("audit/accuracy", audit.correct.double().mean())
@@ -125,7 +125,7 @@ def log(audit: Audit, texts: list[str], folder: Path) -> None:
 
 
 def report(title: str, numbers: pd.DataFrame, verdicts: pd.DataFrame, texts: list[str]) -> None:
-    """Print the summary, the verdicts and the reading."""
+    """Print the summary, the verdicts and the sentences."""
     console = Console()
     for name, frame in ((title, numbers), ("Thresholds", verdicts.drop(columns="why", errors="ignore"))):
         table = Table(*frame.columns, title=name, box=SIMPLE, padding=(0, 1, 0, 0))

@@ -27,11 +27,11 @@ _SUMMARY = (
     "log10_bound_local_median",
     "log10_bound_blockwise_median",
 )
-_NUM_INDICES = 200  # as many as the page lists
+_NUM_INDICES = 200  # the page lists at most this many
 
 
 def identity_table(identity: Identity) -> pd.DataFrame:
-    """Return what identifies the audit, a row each."""
+    """Return one row per item that identifies the audit."""
     made, shown = identity.provenance, identity.image_indices[:_NUM_INDICES]
     more = len(identity.image_indices) - len(shown)
     indices = ", ".join(map(str, shown)) + (f" and {more} more in audit.json" if more else "")
@@ -55,7 +55,7 @@ def identity_table(identity: Identity) -> pd.DataFrame:
 
 
 def summary(audit: Audit, measured: Mapping[str, Number]) -> pd.DataFrame:
-    """Return the few numbers that come first."""
+    """Return the most important numbers."""
     names = [*_SUMMARY]
     for name, attacked in audit.attacks.items():
         names.append(f"attacks.{name}.{'success' if attacked.ball is None else 'accuracy'}")
@@ -71,7 +71,7 @@ def number_table(
     *,
     with_names: bool = False,
 ) -> pd.DataFrame:
-    """Return a row per number: value, interval, kind of guarantee, and how many images it is from."""
+    """Return a row per number: value, interval, kind of guarantee and number of images."""
     rows = []
     for name in names:
         number = measured[name]
@@ -83,14 +83,14 @@ def number_table(
 
 
 def value_of(number: Number) -> str:
-    """Return the value with its unit; an infinite distance is one that was not reached."""
+    """Return the value with its unit; an infinite distance is shown as not reached."""
     if number.value == math.inf:
         return "not reached"
     return _formatted(number.value, number.unit) if not math.isnan(number.value) else "none"
 
 
 def interval_of(number: Number) -> str:
-    """Return the interval with its level."""
+    """Return the interval with its level of confidence."""
     if number.interval is None or math.isnan(number.value):
         return "–"
     low, high = (_formatted(end, number.unit, bare=True) for end in (number.interval.low, number.interval.high))
@@ -121,7 +121,10 @@ def attack_table(audit: Audit) -> pd.DataFrame | None:
         success = f"{found['num_adversarial']} of {found['num_correct']}: {percent(found['success'])}"
         row: dict[str, Any] = {"attack": name, "ball": attacked.ball or "none", "adversarial example found": success}
         row |= {"accuracy under it": percent(found["accuracy"])}
-        row |= {"median distance of those found": _distance(found), "of all that were right": _distance_of_all(found)}
+        row |= {
+            "median distance of those found": _distance(found),
+            "of all correctly classified": _distance_of_all(found),
+        }
         row |= {"masked": found["num_masked"], "ROC-AUC of λ": "–" if area is None else brackets(area)}
         row |= {"correlation with distance": "–" if link is None else brackets(link), "seconds": attacked.seconds}
         rows.append(row)
@@ -129,7 +132,7 @@ def attack_table(audit: Audit) -> pd.DataFrame | None:
 
 
 def shown_table(audit: Audit) -> pd.DataFrame:
-    """Return a row per image that is shown: its largest eigenvalues."""
+    """Return a row per image that is shown, with its largest eigenvalues."""
     shown = audit.shown
     numbers = {f"λ{place + 1}": column.tolist() for place, column in enumerate(shown.eigenvalues.unbind(1))}
     return pd.DataFrame(

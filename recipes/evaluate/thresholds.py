@@ -1,7 +1,7 @@
 """Thresholds that an audit must meet, and a verdict for each: ``thresholds={accuracy: {min: 0.9}}``.
 
-A verdict is conservative: of a number with an interval it compares the end that is worse. What passes is supported by
-the whole interval, and what was not measured does not pass.
+A verdict is conservative. If a number has an interval, the less favourable end of the interval is compared with the
+limit, so that a number passes only if the whole interval passes. A number that was not measured fails.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _EXAMPLE = "thresholds={accuracy: {min: 0.9}, lambda_p95: {max: 50}}"
 
 @dataclass(frozen=True)
 class Threshold:
-    """What one number must not fall below, or not exceed.
+    """A smallest or a largest value that one number may have.
 
     Attributes:
-        name: Of the number, see :func:`recipes.evaluate.numbers.names`.
+        name: The name of the number, see :func:`recipes.evaluate.numbers.names`.
         side: Whether the limit is the smallest or the largest value that passes.
-        limit: In the unit of the number.
+        limit: The limit, in the unit of the number.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Threshold:
         return f"{self.name}.{self.side}"
 
     def holds(self, value: float) -> bool:
-        """Whether a value is on the right side; NaN is on neither."""
+        """Whether a value meets the limit; NaN never does."""
         return value >= self.limit if self.side == "min" else value <= self.limit
 
 
@@ -55,7 +55,7 @@ class Verdict:
     Attributes:
         threshold: The condition.
         number: What was measured.
-        compared: The value that was compared: the worse end of the interval if there is one.
+        compared: The value that was compared: the less favourable end of the interval, if there is one.
         passed: Whether it meets the threshold.
     """
 
@@ -66,20 +66,22 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """For tables."""
+        """The verdict as tables show it."""
         return "pass" if self.passed else "FAIL"
 
     @property
     def reason(self) -> str:
-        """Why, in one sentence."""
+        """The reason, in one sentence."""
         if math.isnan(self.compared):
-            return f"{self.threshold}: fails, since this was not measured."
+            return f"{self.threshold}: fails, because this number was not measured."
         if self.number.interval is None:
             return f"{self.threshold}: {'passes' if self.passed else 'fails'} with {self.compared:.4g}."
         end = "lower" if self.threshold.side == "min" else "upper"
         said = f"{self.threshold}: {'passes' if self.passed else 'fails'} with the {end} end {self.compared:.4g} of the"
         if not self.passed and self.threshold.holds(self.number.value):
-            return f"{said} interval; the value {self.number.value:.4g} alone would pass, more images may settle it."
+            return (
+                f"{said} interval; the value {self.number.value:.4g} alone would pass, and more images may decide it."
+            )
         return f"{said} interval around {self.number.value:.4g}."
 
 
@@ -87,11 +89,11 @@ def parsed(config: DictConfig | Mapping[str, Any] | None, attacks: Sequence[str]
     """Return the thresholds of a configuration.
 
     Args:
-        config: From the names of numbers to ``{min: x}``, ``{max: x}`` or both. The parts of a name may also be nested.
-        attacks: The names of those that will be run.
+        config: Maps names of numbers to ``{min: x}``, ``{max: x}`` or both. The parts of a name may also be nested.
+        attacks: The names of the attacks that will be run.
 
     Raises:
-        ValueError: For a name of no number, an empty condition, or a limit that is no number.
+        ValueError: For an unknown name, an empty condition, or a limit that is not a number.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     found = list(_flat(plain or {}, ""))
@@ -101,7 +103,8 @@ def parsed(config: DictConfig | Mapping[str, Any] | None, attacks: Sequence[str]
             close = difflib.get_close_matches(threshold.name, known, 1)
             meant = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"thresholds has {threshold.name}, which is no number of this audit.{meant} It has {', '.join(known)}."
+                f"thresholds has {threshold.name}, which is not a number of this audit.{meant} Use one of "
+                f"{', '.join(known)}."
             )
     limits = {threshold.key: threshold.limit for threshold in found}
     for name in {threshold.name for threshold in found}:
@@ -117,7 +120,7 @@ def judged(thresholds: Sequence[Threshold], measured: Mapping[str, Number]) -> t
 
 
 def failure(judgements: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return one line about the thresholds of a record that are not met; nothing if all are."""
+    """Return one line about the thresholds of a record that fail; ``None`` if all pass."""
     failed = [one["reason"] for one in judgements if one["verdict"] == "fail"]
     return f"{len(failed)} of {len(judgements)} thresholds failed. {' '.join(failed)}" if failed else None
 
@@ -137,7 +140,7 @@ def _flat(node: Any, name: str) -> Iterator[Threshold]:
             yield from _flat(part, f"{name}.{key}" if name else str(key))
         return
     if not name or set(node) - set(_SIDES):
-        raise ValueError(f"thresholds.{name} takes min and max alone; got {', '.join(map(str, node))}. {_EXAMPLE}")
+        raise ValueError(f"thresholds.{name} takes only min and max; got {', '.join(map(str, node))}. {_EXAMPLE}")
     for side in _SIDES:
         if side in node:
             yield Threshold(name, side, _limit(node[side], f"thresholds.{name}.{side}"))

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a training besides its curves: the configuration, and a row of the page HPARAMS."""
+"""What TensorBoard shows of a training in addition to curves: the configuration, and a row of the page HPARAMS."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def begin(loggers: Iterable[Logger], settings: Mapping[str, Any], config: str, s
     """Write the resolved configuration as a text card, once per training.
 
     Args:
-        loggers: Of the trainer; others than TensorBoard's are left alone.
+        loggers: The loggers of the trainer; only those of TensorBoard are used.
         settings: The hyperparameters of the run.
         config: The configuration as YAML.
-        stopped: Where the training goes on.
+        stopped: The point from which the training continues.
     """
     for logger in _boards(loggers):
-        logger.log_hyperparams(dict(settings))  # into hparams.yaml; without final numbers HPARAMS has no row
+        logger.log_hyperparams(dict(settings))  # written to hparams.yaml; without final numbers HPARAMS has no row
         if not stopped.step:
             logger.experiment.add_text("configuration", f"```yaml\n{config}```", 0)
 
@@ -32,7 +32,7 @@ def end(loggers: Iterable[Logger], settings: Mapping[str, Any], summary: Mapping
     Args:
         loggers: As in :func:`begin`.
         settings: The hyperparameters of the run.
-        summary: With ``test_accuracy``, ``lambda_max_mean`` and ``log10_bound``.
+        summary: Contains ``test_accuracy``, ``lambda_max_mean`` and ``log10_bound``.
     """
     mean = float(summary["lambda_max_mean"])
     numbers = {

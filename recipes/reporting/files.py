@@ -1,4 +1,4 @@
-"""The files that a study leaves in its folder."""
+"""Write the result files of a study."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def write(
     figure: Figure | None = None,
     digits: int = 4,
 ) -> None:
-    """Write ``stem.csv``, ``stem.json``, ``stem.md`` and ``stem.png``: those that are given.
+    """Write those of ``stem.csv``, ``stem.json``, ``stem.md`` and ``stem.png`` whose content is given.
 
     Args:
-        folder: Is made if it is not there.
-        stem: Of the files.
-        config: Of the recipe; its :func:`~recipes.runtime.provenance.provenance` is added to the record.
-        rows: Of the table, whose index is left out.
-        record: As JSON knows it; its own ``provenance`` stays, if it has one.
-        page: Markdown.
-        figure: Of matplotlib.
-        digits: Of the numbers in the table.
+        folder: The folder; it is created if it does not exist.
+        stem: The name of the files without the extension.
+        config: The configuration; its :func:`~recipes.runtime.provenance.provenance` is added to the record.
+        rows: The table, written without its index.
+        record: Values that JSON can represent; a ``provenance`` of its own is kept.
+        page: The text in Markdown.
+        figure: The figure.
+        digits: The number of significant digits in the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if rows is not None:
@@ -56,10 +56,10 @@ def write(
 
 
 def settings_of(config: DictConfig) -> Any:
-    """Return a configuration as JSON knows it, with file names instead of paths."""
+    """Return a configuration that JSON can represent, with file names instead of paths."""
     return without_folders(resolved(config))
 
 
 def show(text: str, folder: Path) -> None:
-    """Print a text as it is, and where the files are."""
+    """Print a text without markup, and the folder of the files."""
     Console().print(f"{text}\nFiles: {folder}", soft_wrap=True, highlight=False, markup=False)

@@ -14,21 +14,21 @@ from matplotlib.figure import Figure
 
 from recipes.reporting.files import DOTS_PER_INCH
 
-_PROSE = 36  # letters from which on a cell is prose
+_PROSE = 36  # a cell with more characters is prose
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: any of its fields may be left out.
+    """A section of the page; all fields except the title are optional.
 
     Attributes:
-        title: Heading.
-        paragraphs: Text before table and figure.
+        title: The heading.
+        paragraphs: The text before table and figure.
         items: A list after the table.
-        table: Shown without its index; text as it is, numbers with four digits.
-        figure: Drawn into the page.
-        caption: Below the figure.
-        signatures: Roles and names, with lines to sign on at the end; no name leaves a line for it, too.
+        table: A table, shown without its index and with four digits.
+        figure: A figure, embedded in the page.
+        caption: The text below the figure.
+        signatures: Roles and names, with lines for date and signature. Without a name there is also a line for it.
     """
 
     title: str
@@ -41,7 +41,7 @@ class Section:
 
 
 def render(title: str, paragraphs: Sequence[str], sections: Sequence[Section]) -> str:
-    """Return the page; it needs no other file and no network."""
+    """Return the page as HTML, which needs no other file and no network."""
     environment = Environment(
         loader=PackageLoader("recipes.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -52,7 +52,7 @@ def render(title: str, paragraphs: Sequence[str], sections: Sequence[Section]) -
 
 @dataclass(frozen=True)
 class _Table:
-    """The cells of a table as texts; a column with a long text is prose, which is broken into lines."""
+    """The cells of a table as texts; a column with a long text is prose, whose lines are wrapped."""
 
     columns: list[str]
     rows: list[list[str]]

@@ -1,4 +1,4 @@
-"""Results as JSON that can be shown to others."""
+"""Convert results to JSON without paths of a machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PATHS = {"checkpoint", "data_dir", "output_dir", "path", "root"}
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON knows it."""
+    """Return a value that JSON can represent: tensors become lists, NaN ``None``, and infinity a string."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):
@@ -25,7 +25,7 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(value: Any, key: str = "") -> Any:
-    """Return settings with the file name alone where a setting is a path: folders are those of one machine."""
+    """Return settings with file names instead of paths, because folders differ between machines."""
     if isinstance(value, dict):
         return {name: without_folders(part, str(name)) for name, part in value.items()}
     if isinstance(value, list):

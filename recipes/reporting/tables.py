@@ -14,7 +14,7 @@ def markdown_table(frame: pd.DataFrame, *, is_right: bool = False) -> str:
     """Return the rows of a frame as a Markdown table, without its index.
 
     Args:
-        frame: Text is shown as it is, numbers with three digits, and what is missing as a dash.
+        frame: The table. Numbers are shown with three digits, and missing values as a dash.
         is_right: Whether the columns after the first are aligned to the right.
     """
     rules = ["---", *["---:" if is_right else "---"] * (len(frame.columns) - 1)]
@@ -35,7 +35,7 @@ def print_table(console: Console, title: str, frame: pd.DataFrame, *, num_left: 
 
 
 def text_of(value: object) -> str:
-    """Return what a cell shows."""
+    """Return the text of a cell."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -44,8 +44,8 @@ def text_of(value: object) -> str:
 def with_error(mean: float, error: float) -> str:
     """Return ``mean ± error``: the error with one significant digit, and the mean rounded to the same place.
 
-    An error of 0.01 or more whose first digit is 1 has two: half of it would be lost. Without an error (NaN, as of a
-    single value) the mean stands alone with three digits.
+    An error of 0.01 or more whose first digit is 1 has two digits, because rounding to one digit could change it
+    by up to half. Without an error (NaN, for example for a single value) the result is the mean with three digits.
 
     Example:
         >>> [with_error(78.12, 12.4), with_error(0.5663, 0.0049), with_error(9.51, math.nan), with_error(24.0, 0.0)]
@@ -62,7 +62,7 @@ def with_error(mean: float, error: float) -> str:
 
 
 def radius_text(radius: float) -> str:
-    """Return a length in pixels as papers write it: ``8/255`` for a small multiple of a grey level.
+    """Return a length in pixel units as papers write it: ``8/255`` for a small multiple of 1/255.
 
     Example:
         >>> [radius_text(8 / 255), radius_text(0.0156863), radius_text(0.25)]
@@ -74,7 +74,7 @@ def radius_text(radius: float) -> str:
 
 
 def baseline_first(frame: pd.DataFrame, baseline: str, keys: list[str], column: str = "method") -> pd.DataFrame:
-    """Return the rows sorted by ``keys``, of which the last is ``column``, with the baseline before other methods."""
+    """Return the rows sorted by ``keys``, with the baseline before other methods; ``column`` is one of the keys."""
     order = frame.assign(_is_other=frame[column] != baseline)
     before = keys[: keys.index(column)]
     ordered = order.sort_values([*before, "_is_other", *keys[len(before) :]], kind="stable", ignore_index=True)
@@ -83,7 +83,7 @@ def baseline_first(frame: pd.DataFrame, baseline: str, keys: list[str], column: 
 
 _ROUND_OFF = 1e-9
 _MOST_LEVELS = 32
-"""Grey levels up to which a length is written as a fraction; 0.2, a weight rather, is 51 of them."""
+"""Largest numerator of a fraction; 0.2, which is often a weight, would be 51/255."""
 
 
 def _significant(value: float) -> str:

@@ -217,10 +217,13 @@ def test_the_attack_table_tells_how_many_of_how_many(folder, record):
 
 def test_the_scope_is_what_was_run(record, tmp_path):
     scope = record["scope"]
-    assert any("Attack pgd, in the ball ℓ∞ ≤ 0.0314" in line for line in scope["covered"])
+    text = "ProjectedGradient(norm=inf, epsilon=8/255, num_steps=3, step_size=2/255)"
+    assert f"Attack pgd, in the ball ℓ∞ ≤ 8/255: {text}." in scope["covered"]
+    assert record["attacks"]["pgd"]["attack"] == text
+    assert "epsilon=0.5," in record["attacks"]["auto_attack"]["attack"]
     assert any("ℓ₁, ℓ₀" in line for line in scope["not_tested"])
     none = _audit(tmp_path, "~attacks.pgd", *PGD, "noise=0.1")
-    assert "Attacks of any kind: none was configured." in none["scope"]["not_tested"]
+    assert "Attacks of any kind: no attack was configured." in none["scope"]["not_tested"]
     assert any("share of 0.1" in line for line in none["scope"]["covered"])
     assert none["numbers"]["masked_share"]["value"] is None
     validator = Draft202012Validator(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))

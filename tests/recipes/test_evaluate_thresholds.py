@@ -64,17 +64,17 @@ def test_thresholds_are_read_from_flat_and_nested_names_in_the_order_of_the_numb
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"acuracy": {"min": 0.9}}, "acuracy, which is no number of this audit. Did you mean accuracy.* lambda_p95"),
-        ({"attacks.cw.accuracy": {"min": 0.9}}, "attacks.cw.accuracy, which is no number.*attacks.pgd.accuracy"),
+        ({"acuracy": {"min": 0.9}}, "acuracy, which is not a number of this audit. Did you mean accuracy.* lambda_p95"),
+        ({"attacks.cw.accuracy": {"min": 0.9}}, "attacks.cw.accuracy, which is not a number.*attacks.pgd.accuracy"),
         ({"accuracy": {}}, r"thresholds.accuracy needs min, max or both; got \{\}"),
         ({"accuracy": 0.9}, "thresholds.accuracy needs min, max or both; got 0.9"),
         ({"accuracy": None}, "thresholds.accuracy needs min, max or both; got None"),
-        ({"accuracy": {"min": 0.9, "mean": 1}}, "thresholds.accuracy takes min and max alone; got min, mean"),
+        ({"accuracy": {"min": 0.9, "mean": 1}}, "thresholds.accuracy takes only min and max; got min, mean"),
         ({"accuracy": {"min": "much"}}, "thresholds.accuracy.min must be a finite number; got 'much'"),
         ({"accuracy": {"min": math.nan}}, "thresholds.accuracy.min must be a finite number"),
         ({"accuracy": {"min": True}}, "thresholds.accuracy.min must be a finite number"),
         ({"accuracy": {"min": 0.9, "max": 0.8}}, "can never be met: min=0.9 is above max=0.8"),
-        ({"min": 0.9}, "takes min and max alone"),
+        ({"min": 0.9}, "takes only min and max"),
     ],
 )
 def test_thresholds_that_mean_nothing_are_refused(given, message):
@@ -150,7 +150,7 @@ def test_a_sweep_goes_on_after_a_threshold_that_fails(tmp_path):
 def test_a_threshold_of_no_number_is_told_before_any_work(tmp_path):
     done = _run(tmp_path, "thresholds={lambda_maximum: {max: 1}}", f"hydra.run.dir={tmp_path / 'audit'}")
     assert done.returncode == 1
-    assert "lambda_maximum, which is no number of this audit. Did you mean lambda_max?" in done.stderr
+    assert "lambda_maximum, which is not a number of this audit. Did you mean lambda_max?" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "audit" / "audit.json").exists()
 
@@ -180,9 +180,11 @@ def test_attacks_that_disagree_are_signs_of_masked_gradients():
     far = _attacked(MinimalPerturbation(), [True, True, True, True], [0.1, 0.2, 0.3, 2.0])
     checks = _checks(led=led, free=free, far=far)
     assert checks["free where led failed"].sign == "sign"
-    assert checks["free where led failed"].value == "1 of 3 survivors"
-    assert checks["missed by free"].value == "1 of 2 survivors"  # the third image; the fourth is outside the ball
-    assert checks["missed by led"].value == "2 of 3 survivors"
+    assert checks["free where led failed"].value == "1 of 3 images still correct"
+    assert (
+        checks["missed by free"].value == "1 of 2 images still correct"
+    )  # the third image; the fourth is outside the ball
+    assert checks["missed by led"].value == "2 of 3 images still correct"
     assert "a search without gradients" not in checks
     other_ball = _attacked(AutoProjectedGradient(2, 0.25), [True, False, False, False], [0.25] * 4)
     checks = _checks(led=other_ball, free=free)
