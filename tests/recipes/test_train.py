@@ -127,9 +127,9 @@ def test_a_finished_run_is_not_trained_again(run, capsys):
 
 
 def test_a_folder_without_a_run_or_with_another_one_is_refused(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no training.*Give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"has no training.*Pass the folder"):
         _resumed(tmp_path)
-    with pytest.raises(ValueError, match=r"has a training already.*resume="):
+    with pytest.raises(ValueError, match=r"already has a training.*resume="):
         train(composed("train", [f"output_dir={run[0]}"]))
 
 
