@@ -63,8 +63,8 @@ class InputGradientPenalty(PointPenalty):
 class TradesPenalty(PointPenalty):
     r"""The regulariser of TRADES, Zhang et al. (arXiv 1901.08573, github.com/yaodongyu/TRADES), in the linf norm.
 
-    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with gradients to both predictions. :math:`\tilde x` starts at a normal step
-    of size 0.001 and takes ``num_steps`` sign steps that increase the divergence, within ``epsilon`` and [0, 1].
+    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with gradients to both predictions. :math:`\tilde x` starts at a normal
+    step of size 0.001 and takes ``num_steps`` sign steps that increase the divergence, within ``epsilon`` and [0, 1].
     The default weight is their :math:`\beta = 6`; their code rounds 8/255 to 0.031 and 2/255 to 0.007.
 
     Their code attacks the network in evaluation mode, and the attacked batch has its own batch statistics; here both
