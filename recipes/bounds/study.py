@@ -1,17 +1,17 @@
-"""Ask how tight the upper bounds are, and how fast: ``python -m recipes.bounds``.
+"""Measure tightness and run time of the upper bounds: ``python -m recipes.bounds``.
 
 Two parts, each with a switch in ``conf/bounds.yaml``:
 
 * ``tightness`` trains a network of each family and compares its bounds with lambda, the largest eigenvalue of the
   Fisher matrix at test images (:mod:`recipes.bounds.tightness`): the global and the local bound step by step, as
   improvements are added, and the blockwise one by the number of segments.
-* ``speed`` times the bounds of torchvision's large networks, and the norms of single convolutions beside other people's
-  (:mod:`recipes.bounds.speed`).
+* ``speed`` times the bounds of torchvision's large networks, and the norms of single convolutions, compared with other
+  packages (:mod:`recipes.bounds.speed`).
 
-Leaves in Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``balls.csv`` (per network and
+Writes to Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``balls.csv`` (per network and
 radius, :mod:`recipes.bounds.balls`), ``segments.csv`` (per network and number of segments), ``networks.csv`` and
-``convolutions.csv``, and of them ``bounds.json`` (with versions, settings and the shares of the layers), ``bounds.md``
-and ``bounds.png``.
+``convolutions.csv``, and from these ``bounds.json`` (with versions, settings and the shares of the layers),
+``bounds.md`` and ``bounds.png``.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     """Run the parts that are switched on and write the files; the CSV files grow with every network and convolution.
 
     Returns:
-        What the CSV files hold, by their stem; the networks with the shares of their layers.
+        The content of the CSV files, by their stem; the networks with the shares of their layers.
 
     Raises:
-        ValueError: For settings that :func:`recipes.bounds.tightness.check` refuses; before any work.
+        ValueError: For settings that :func:`recipes.bounds.tightness.check` rejects; before any work.
     """
     workers = Workers.of(config)
     workers.warn_of_timings()
@@ -94,7 +94,7 @@ def _described(settings: Settings) -> str:
 
 
 def _written(tables: list[dict[str, pd.DataFrame]], folder: Path) -> dict[str, pd.DataFrame]:
-    """Put the tables of all pieces together, write them, and return them."""
+    """Join the tables of all pieces, write them, and return them."""
     frames = {name: pd.concat([table[name] for table in tables], ignore_index=True) for name in tables[0]}
     for name, frame in frames.items():
         rows = frame.drop(columns="layers", errors="ignore")
@@ -103,7 +103,7 @@ def _written(tables: list[dict[str, pd.DataFrame]], folder: Path) -> dict[str, p
 
 
 def markdown(frames: dict[str, pd.DataFrame]) -> str:
-    """Return the tables, each under what it says, and the shares of the first network's layers."""
+    """Return the tables with their titles, and the shares of the first network's layers."""
     parts = []
     for title, table in tables(frames).items():
         parts.append(f"{title}\n\n" + markdown_table(table, is_right=True))

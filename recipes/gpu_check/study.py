@@ -1,14 +1,14 @@
 """Check numbers and measure times on a GPU: ``python -m recipes.gpu_check``.
 
-1. ``numbers``: everything that we compute, on four families of networks and an LSTM, against the CPU's.
-2. ``trainer``: what the monitor logs in a short training on the device, against the CPU's.
-3. ``estimates``, ``large``, ``paper``: estimates in forwards of the same images; the paper's algorithm beside ours.
-4. ``steps``: penalised training steps in plain ones, in each precision and compiled.
+1. ``numbers``: all numbers of this package, on four families of networks and an LSTM, compared with the CPU.
+2. ``trainer``: the logged numbers of the monitor in a short training on the device, compared with the CPU.
+3. ``estimates``, ``large``, ``paper``: times of estimates and of the paper's algorithm in forwards of the same images.
+4. ``steps``: times of penalised training steps in plain steps, in each precision and compiled.
 
-Sections run by themselves: the error of one is recorded, and the others go on. No round of timing begins after the
-``max_seconds`` of its section. Leaves ``gpu_check.json``, ``gpu_check.csv`` and ``gpu_check.md`` in Hydra's run folder,
-written anew after each section, and exits with 1 if a number is wrong or could not be compared.
-``python -m recipes.gpu_check --config-name gpu_check_small device=cpu`` is the small one.
+Sections are independent: the error of one is recorded, and the others continue. No round of timing starts after the
+``max_seconds`` of its section. Writes ``gpu_check.json``, ``gpu_check.csv`` and ``gpu_check.md`` to Hydra's run folder
+after each section, and exits with status 1 if a number is wrong or could not be compared.
+``python -m recipes.gpu_check --config-name gpu_check_small device=cpu`` is a smaller version.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def gpu_check(config: DictConfig) -> dict[str, dict[str, Any]]:
         rows: Rows = []
         try:
             SECTIONS[name](config, device, rows)
-        except Exception as raised:  # whatever a device makes of it: the other sections go on
+        except Exception as raised:  # a device may raise any error: continue with the other sections
             error = "".join(traceback.format_exception_only(raised)).strip()
         sections[name] = {"rows": rows, "seconds": time.perf_counter() - begin, "error": error}
         _write(config, device, folder, sections)
@@ -120,7 +120,7 @@ def time_large(config: DictConfig, device: torch.device, rows: Rows) -> None:
 
 
 def time_paper(config: DictConfig, device: torch.device, rows: Rows) -> None:
-    """Add rows of the paper's algorithm and ours."""
+    """Add rows of the paper's algorithm and of this package."""
     network, images = _large(config, device)
     some = timings.of_the_paper(network, images, config.large.num_paper_images)
     _add(rows, config, "paper", config.large.name, some, network, images, device)

@@ -1,12 +1,12 @@
 """Attach both callbacks to public LightningModules, unchanged: ``python -m recipes.public_modules``.
 
 Each of ``modules`` in ``conf/public_modules.yaml`` is built with random weights, in a small configuration, and trained
-for two steps on batches of random numbers with the structure that its own data have. First the callbacks get no
-argument that depends on the module. Where that is refused or measures nothing, they get the arguments in ``needs``. The
-logged lambda is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's
-network. A package that is not installed is a row that says so.
+for two steps on batches of random numbers with the structure of its data. First the callbacks get no argument that
+depends on the module. If that raises an error or measures nothing, they get the arguments in ``needs``. The logged
+lambda is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's network. A
+package that is not installed has a row with this status.
 
-Leaves in Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
+Writes to Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
 settings) and ``public_modules.md``.
 """
 
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
 
 
 def public_modules(config: DictConfig) -> pd.DataFrame:
-    """Try every module, write the files, and return the rows of ``public_modules.csv``, which grows row by row."""
+    """Test every module, write the files, and return the rows of ``public_modules.csv``, which grows row by row."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("pytorch_lightning", "lightning"):
@@ -115,15 +115,15 @@ def _built(entry: DictConfig, config: DictConfig) -> Public:
 
 @dataclass(frozen=True)
 class Attached:
-    """What became of a training with both callbacks.
+    """The result of a training with both callbacks.
 
     Attributes:
-        message: Why there is no eigenvalue; empty where there is one.
+        message: Why there is no eigenvalue; empty if there is one.
         is_refused: Whether the message is a named error of fisher_reg.
         eigenvalue: ``fisher/lambda_max_mean`` after the last step.
-        by_hand: The same from an explicit Jacobian.
+        by_hand: The eigenvalue from an explicit Jacobian.
         bound: The logged ``fisher/log10_bound_global``, or why there is none.
-        warning: The first warning of a callback that is about neither.
+        warning: The first warning of a callback about anything else.
     """
 
     message: str = ""
@@ -135,9 +135,9 @@ class Attached:
 
 
 def attached(public: Public, needs: Mapping[str, str], config: DictConfig) -> Attached:
-    """Train with both callbacks, and compare what is logged with the explicit Jacobian."""
+    """Train with both callbacks, and compare the logged values with the explicit Jacobian."""
     names = vars(fisher_reg) | {"torch": torch, "module": public.module, "batch": public.batch} | public.names
-    options = {name: eval(text, names) for name, text in needs.items()}  # the table shows what was run
+    options = {name: eval(text, names) for name, text in needs.items()}  # the same text is in the table
     monitor = FisherMonitor(num_samples=config.num_samples, **options)
     options.pop("probe", None)
     likelihood = {"likelihood": options.pop("likelihood")} if "likelihood" in options else {}
@@ -146,7 +146,7 @@ def attached(public: Public, needs: Mapping[str, str], config: DictConfig) -> At
         warnings.simplefilter("always")
         try:
             trained(public, config, callbacks=[monitor, regularizer])
-        except Exception as error:  # whatever the user's module raises through the callbacks
+        except Exception as error:  # the module may raise any error in the callbacks
             return Attached(message=_line(error), is_refused=isinstance(error, _NAMED))
     said = [str(one.message) for one in caught if str(one.message).startswith(("FisherMonitor", "FisherRegularizer"))]
     eigenvalue = monitor.history[-1]["fisher/lambda_max_mean"]
@@ -167,7 +167,7 @@ _BOUND = "fisher/log10_bound_global"
 
 
 def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) -> None:
-    """Fit a module on its one batch, which is also that of the validation."""
+    """Fit a module on its batch, which is also the validation batch."""
     loader: DataLoader[Any] = DataLoader(
         cast("Dataset[Any]", [public.batch] * config.num_steps), batch_size=None, collate_fn=_as_it_is
     )
@@ -188,7 +188,7 @@ def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) ->
 
 
 def _namespace(module: Any) -> Any:
-    """Return the package of Lightning that a module comes from: a Trainer takes those of its own alone."""
+    """Return the Lightning package of a module, since a Trainer accepts only modules of its own package."""
     return pl if isinstance(module, pl.LightningModule) else import_module("lightning.pytorch")
 
 

@@ -1,4 +1,4 @@
-"""How far the bounds' orders of networks agree with lambda's: numbers, sentences, tables and the figure.
+"""Agreement of the rankings of networks by bounds and by lambda: numbers, sentences, tables and the figure.
 
 Rows are those of ``rank.csv``: one per network, with columns ``model, family, seed``, the summaries of lambda and the
 log10 of the bounds. Every model has the same seeds.
@@ -36,10 +36,10 @@ from recipes.statistics.agreement import (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A bound and what it should rank networks by.
+    """A bound and the quantity by which it should rank networks.
 
     Attributes:
-        level: Where the bound looks.
+        level: Level of the bound.
         bound: Column of its log10.
         target: Column of a summary of lambda over the images.
     """
@@ -60,7 +60,7 @@ COMPARISONS = (
 
 
 def correlations(rows: pd.DataFrame, num_resamples: int) -> pd.DataFrame:
-    """Compare every bound's order with lambda's.
+    """Compare the ranking by every bound with that by lambda.
 
     Returns:
         One row per group of networks (``over``) and comparison, with ``tau, tau_low, tau_high, tau_p``, the same of
@@ -90,11 +90,11 @@ def compare(rows: pd.DataFrame, comparison: Comparison, over: str, num_resamples
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say what a row of :func:`correlations` allows to say of tau, and no more.
+    """Return the conclusion about tau from a row of :func:`correlations`.
 
     Returns:
-        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05; for ``num_models`` whose
-        smallest possible p, ``2 / num_models!``, is larger it says that they are too few.
+        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05. If the smallest possible
+        p, ``2 / num_models!``, is larger, it states that there are too few models.
     """
     tau, low, high, p = (result[key] for key in ("tau", "tau_low", "tau_high", "tau_p"))
     bound, things = f"the {result['level']} bound", result["over"]
@@ -118,13 +118,13 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def reproducibility(rows: pd.DataFrame, target: str) -> float:
-    """Return the mean tau between the orders of the models by ``target`` in two seeds: about what a bound can reach."""
+    """Return the mean tau between the rankings of models by ``target`` in two seeds: about the largest possible tau."""
     pairs = combinations(grid(rows, target).T, 2)
     return float(np.mean([tau(*pair) for pair in pairs])) if rows.seed.nunique() > 1 else math.nan
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
-    """Return what a reader of the numbers must know."""
+    """Return notes for readers of the numbers."""
     found = [
         "lambda_median_few and lambda_max_few: over the images of the blockwise bound alone.",
         "Intervals: bootstrap over models, and seeds within them. p: permutations of models. Neither is corrected for "

@@ -1,8 +1,8 @@
-"""Overrides on the command line: what Hydra would refuse for a YAML's sake, and what it would accept in vain.
+"""Overrides on the command line, checked against the signatures of their targets.
 
-A YAML of this project names what deviates from a default. Hydra would therefore want ``+data.num_train=300`` where
-``data.num_train=300`` is meant, and take ``+data.num_trian=300`` as well. :func:`completed` looks at the signature of
-the class or function that the node names by ``_target_`` instead.
+A YAML of this project contains only deviations from defaults. Hydra alone would therefore require
+``+data.num_train=300`` instead of ``data.num_train=300``, and also accept ``+data.num_trian=300``. :func:`completed`
+checks the signature of the class or function in ``_target_`` instead.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _OTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "-cn", "--config-name", 
 
 
 def composed(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does, :func:`completed` included."""
+    """Compose a configuration like the command line, including :func:`completed`."""
     with initialize_config_dir(str(conf), version_base="1.3"):
         return compose(config_name, _completed(conf, config_name, overrides))
 
 
 def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line as Hydra takes them.
+    """Return the arguments of a command line in the form that Hydra accepts.
 
     - ``node.name=value`` becomes ``++node.name=value`` if the node's ``_target_`` has that parameter and the YAML does
       not name it.
     - ``experiment=name`` becomes ``experiment=recipe/name``.
-    - In a sweep, what is the same in all jobs is left out of the names of their folders.
-    - What Hydra cannot compose is left for it to refuse.
+    - In a sweep, overrides that are equal in all jobs are left out of the names of their folders.
+    - For arguments that Hydra cannot compose, Hydra itself raises the error.
 
     Args:
         conf: The folder of configurations.
@@ -47,8 +47,7 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
         arguments: Flags and overrides.
 
     Raises:
-        ValueError: For a parameter that the target does not have, a top-level key that the recipe does not know, or
-            another recipe's experiment.
+        ValueError: For an unknown parameter of a target, an unknown top-level key, or an experiment of another recipe.
     """
     if any(argument.split("=")[0] in _OTHER_CONFIGURATION for argument in arguments):
         return list(arguments)
@@ -92,7 +91,7 @@ OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def _without_constants(texts: Sequence[str]) -> list[str]:
-    """Return the setting by which Hydra leaves what is not swept out of the names of folders."""
+    """Return the setting that excludes overrides without a sweep from the names of folders."""
     option = "hydra.job.config.override_dirname.exclude_keys"
     try:
         parsed = OverridesParser.create().parse_overrides(list(texts))
@@ -108,7 +107,7 @@ def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
     texts = [_experiment(conf, config_name, text) for text in texts]
     try:
         parsed = OverridesParser.create().parse_overrides(texts)
-        # An experiment of the recipe's own may declare keys, as the recipe's YAML does.
+        # an experiment of the recipe may declare keys, like the YAML of the recipe
         known = set(compose(config_name, [text for text in texts if text.lstrip("+").startswith("experiment=")]))
         _check_names(conf, config_name, parsed, {str(name) for name in known})
         config = compose(config_name, [text for override in parsed if _is_choice(override) for text in _one(override)])
@@ -126,7 +125,7 @@ def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
 
 
 def _check_names(conf: Path, recipe: str, overrides: Iterable[Override], known: set[str]) -> None:
-    """Refuse a first name that is neither a key of the recipe nor a group of configurations."""
+    """Raise an error for a first name that is neither a key of the recipe nor a group of configurations."""
     for override in overrides:
         name = re.split(r"[./@]", str(override.key_or_group))[0]
         if not (override.is_hydra_override() or override.is_delete() or name in known or (conf / name).is_dir()):
@@ -151,7 +150,7 @@ def _is_choice(override: Override) -> bool:
 
 
 def _one(override: Override) -> list[str]:
-    """Return the override; of a sweep's, that of its first value, if it lists them; none for Hydra itself."""
+    """Return the override; for a sweep that of its first value, if they are listed; none for Hydra itself."""
     text = str(override.input_line)
     if override.is_hydra_override():
         return []
@@ -163,7 +162,7 @@ def _one(override: Override) -> list[str]:
 
 
 def _knows_all(overrides: Iterable[Override]) -> bool:
-    """Whether :func:`_one` has composed all that the command line chooses."""
+    """Whether :func:`_one` has composed all choices of the command line."""
     chosen = [override for override in overrides if _is_choice(override)]
     return all(override.key_or_group != "hydra.searchpath" for override in chosen) and all(
         override.is_hydra_override() or override.is_delete() or bool(_one(override)) for override in chosen
@@ -171,7 +170,7 @@ def _knows_all(overrides: Iterable[Override]) -> bool:
 
 
 def _check_place(config: DictConfig, override: Override) -> None:
-    """Refuse a value below a node that is not there, and a new name in a node that has no ``_target_``."""
+    """Raise an error for a value below a missing node, and for a new name in a node without ``_target_``."""
     path, _, name = override.key_or_group.rpartition(".")
     node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
     if override.type in _ADDED or name == "_target_" or _has_target(node):
@@ -179,18 +178,18 @@ def _check_place(config: DictConfig, override: Override) -> None:
     if not isinstance(node, DictConfig):
         raise ValueError(
             f"{path}.{name} cannot be set: the configuration has no settings below {path}. To build an object there, "
-            f"give {path}._target_=… first."
+            f"set {path}._target_=… first."
         )
     if name not in node.keys():  # noqa: SIM118 (`in` resolves the value)
         close = difflib.get_close_matches(name, map(str, node), 1)
         meant = f" Did you mean {path}.{close[0]}?" if close else ""
         raise ValueError(
-            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one by +{path}.{name}=…."
+            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one with +{path}.{name}=…."
         )
 
 
 def _setting(config: DictConfig, override: Override) -> str:
-    """Check one override of a value and apply it; return it as Hydra takes it."""
+    """Check one override of a value and apply it; return it in the form that Hydra accepts."""
     key, text = override.key_or_group, str(override.input_line)
     path, _, name = key.rpartition(".")
     node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
@@ -211,18 +210,18 @@ def _has_target(node: Any) -> bool:
 
 
 def _parameters(node: Any) -> list[str] | None:
-    """Return what a node's target takes, ``None`` where that is not known."""
+    """Return the parameters of a node's target; ``None`` if they are not known."""
     if not _has_target(node):
         return None
     try:
         names = _names(get_object(node["_target_"]))
-    except Exception:  # of an import: Hydra tells it where the target is built
+    except Exception:  # an import failed: Hydra raises the error when it builds the target
         return None
     return None if names is None else [*names, *_OF_HYDRA]
 
 
 def _names(target: Callable[..., Any]) -> list[str] | None:
-    """Return the parameters' names, those of base classes included that ``**kwargs`` passes on."""
+    """Return the names of the parameters, including those of base classes if there is ``**kwargs``."""
     owners: Iterable[Any] = target.__mro__ if isinstance(target, type) else [target]
     names: dict[str, None] = {}
     for owner in owners:
@@ -245,7 +244,7 @@ def _refusal(path: str, name: str, target: str, names: Sequence[str]) -> str:
 
 
 def _experiment(conf: Path, config_name: str, text: str) -> str:
-    """Give the names of experiments their folder, which is that of the recipe; a ``+`` is not needed."""
+    """Add the folder of the recipe to the names of experiments; a ``+`` is not needed."""
     key, _, value = text.partition("=")
     if key.lstrip("+") != "experiment":
         return text

@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: command, commit, versions, processor, device, data."""
+"""The environment of a result: versions, processor, device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def installed(distribution: str) -> str | None:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the named device, or the GPU where there is one."""
+    """Return the named device, by default the GPU if there is one."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, device."""
+    """Return versions, processor and device, on which the numbers depend."""
     versions = {name: installed(name) for name in PACKAGES}
     return {
         **versions,

@@ -1,4 +1,4 @@
-"""A user's mistakes end with one line and no traceback."""
+"""Errors caused by the user end a command with one line and no traceback."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _TOLD = (ValueError, FileNotFoundError, ModuleNotFoundError, MisconfigurationExc
 
 
 def message(error: BaseException) -> str | None:
-    """Return what to tell a user, if this is for him: what the code of this project refuses, or Hydra cannot build.
+    """Return the message for the user if the error is a mistake of the user: raised by this project or by Hydra.
 
-    The same types of errors from elsewhere are unexpected.
+    The same types of errors from other code are unexpected, and the result is None.
     """
     owner = _module(error).split(".")[0]
     if isinstance(error, InstantiationException):
@@ -33,9 +33,9 @@ def message(error: BaseException) -> str | None:
 
 
 def _of_construction(text: str, cause: BaseException) -> str | None:
-    """Return what to tell of an object that could not be built: also of arguments that it does not take."""
+    """Return the message for an object that could not be built, also for unknown arguments."""
     owner = _module(cause).split(".")[0]
-    is_argument = isinstance(cause, TypeError) and owner in (*_OURS, "hydra")  # of a call from there
+    is_argument = isinstance(cause, TypeError) and owner in (*_OURS, "hydra")  # raised by a call from these packages
     if not (is_argument or isinstance(cause, MisconfigurationException)):
         return message(cause)
     place = re.search(r"full_key: (\S+)", text)
@@ -43,7 +43,7 @@ def _of_construction(text: str, cause: BaseException) -> str | None:
 
 
 def told(task: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a user's mistake in a task end it with its message alone; ``HYDRA_FULL_ERROR=1`` shows the traceback."""
+    """End a task with only the message after a mistake of the user; ``HYDRA_FULL_ERROR=1`` shows the traceback."""
 
     @functools.wraps(task)
     def run(config: Any) -> Any:
@@ -53,7 +53,7 @@ def told(task: Callable[..., Any]) -> Callable[..., Any]:
             text = message(error)
             if text is None or os.environ.get("HYDRA_FULL_ERROR"):
                 raise
-            if HydraConfig.get().mode is RunMode.MULTIRUN:  # a sweeper may go on with the other jobs
+            if HydraConfig.get().mode is RunMode.MULTIRUN:  # a sweeper may continue with the other jobs
                 raise CompactHydraException(text) from None
             end(text)
 
@@ -61,7 +61,7 @@ def told(task: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def end(text: str, status: int = 1) -> None:
-    """Print a line and end.
+    """Print a line and exit.
 
     Raises:
         SystemExit: With the status.

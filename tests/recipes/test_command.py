@@ -137,7 +137,7 @@ def test_a_printed_command_means_the_same_after_the_shell_and_hydra():
 
 
 def test_the_folder_of_a_resumed_run_is_hydras_own(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no run.*Give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run.*Pass the folder"):
         in_folder("resume")([f"resume={tmp_path}"])
     (tmp_path / "config.yaml").touch()
     assert in_folder("resume")([f"resume={tmp_path}"])[1:] == [f"hydra.run.dir={tmp_path}", "hydra.output_subdir=null"]
@@ -154,7 +154,7 @@ def test_the_command_that_goes_on_with_a_training_is_quoted(tmp_path):
 
 def test_what_our_code_refuses_is_told_and_the_same_error_of_others_is_not(tmp_path):
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match="has a training already") as caught:
+    with pytest.raises(ValueError, match="already has a training") as caught:
         check_unused(tmp_path)
     assert message(caught.value) == str(caught.value)
     with pytest.raises(ValueError, match="could not convert") as caught:

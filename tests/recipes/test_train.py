@@ -166,15 +166,15 @@ def test_a_finished_run_is_not_trained_again(run, capsys):
 
 
 def test_a_folder_without_a_run_or_with_another_one_is_refused(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no training.*Give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"has no training.*Pass the folder"):
         _resumed(tmp_path)
-    with pytest.raises(ValueError, match=r"has a training already.*resume="):
+    with pytest.raises(ValueError, match=r"already has a training.*resume="):
         train(composed("train", [f"output_dir={run[0]}"]))
 
 
 def test_a_resumed_run_keeps_its_settings_and_an_audited_one_its_network(run, monkeypatch):
     monkeypatch.setattr("recipes.train.overrides", lambda: ["resume=x", "seed=3"])
-    with pytest.raises(ValueError, match=r"settings that it was begun with.*leave out seed=3, or"):
+    with pytest.raises(ValueError, match=r"original settings.*leave out seed=3, or"):
         _resumed(run[0])
     monkeypatch.setattr("recipes.models.runs.overrides", lambda: ["run=x", "model=vit", "num_images=3"])
     with pytest.raises(ValueError, match=r"takes data and network from its own config.yaml; leave out model=vit, or"):
