@@ -1,12 +1,13 @@
-"""Ask of how many image classifiers a certified bound is known: ``python -m recipes.bounds_coverage``.
+"""Count the image classifiers that have a certified bound: ``python -m recipes.bounds_coverage``.
 
-Each of ``models`` in ``conf/bounds_coverage.yaml``, with random weights and reduced sizes, is bounded over all inputs,
-where that is refused over pixels in ``domain``, and at a few images. At these the bounds are compared with lambda, the
-largest eigenvalue of the Fisher matrix. timm and transformers are optional: a model of a library that is not installed
-is listed as such.
+Each of ``models`` in ``conf/bounds_coverage.yaml`` has random weights and a reduced size. It is bounded over all inputs
+(where that is refused, over pixels in ``domain``) and at a few images. At these images the bounds are compared with
+lambda, the largest eigenvalue of the Fisher matrix. timm and transformers are optional: a model of a library that is
+not installed is listed as such.
 
-What begins as a constant is drawn at random, and batch norms take their statistics from random images; otherwise
-residual branches that begin as zero would hide what the bound says of them. Everything is in float64.
+Parameters that are initialised to a constant are drawn at random instead, and batch norms take their statistics from
+random images; otherwise a residual branch that is zero at the start would not contribute to the bound. Everything is
+computed in float64.
 
 Leaves in Hydra's run folder ``coverage.csv`` (a row per model), ``coverage.json`` (with versions, settings, shares and
 refusals) and ``coverage.md``. A refusal names the first operation without a rule; there may be more behind it.
@@ -41,7 +42,7 @@ from recipes.runtime.environment import chosen_device, environment, installed
 from recipes.runtime.progress import track
 
 LEVELS = ("global", "domain", "local")
-_ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
+_ROUND_OFF = 1e-6  # log10 by which a bound may lie below lambda
 
 
 @command("bounds_coverage")
@@ -74,7 +75,7 @@ def coverage(config: DictConfig) -> pd.DataFrame:
 
 
 def measure(entry: DictConfig, config: DictConfig, device: torch.device) -> dict[str, Any]:
-    """Return the row of one model: per level the bound or why there is none, lambda, and what exceeds its bound."""
+    """Return the row of one model: per level the bound or why there is none, lambda, and the violations."""
     row: dict[str, Any] = {"library": entry.library, "model": entry.name, "image_size": entry.size}
     row |= dict.fromkeys(["num_parameters", "status", "lambda_log10", "lambda_refusal", "num_violations"])
     row |= {f"{name}_{field}": None for name in LEVELS for field in ("log10", "seconds", "refusal")}
@@ -87,7 +88,7 @@ def measure(entry: DictConfig, config: DictConfig, device: torch.device) -> dict
     try:
         network = instantiate(entry.network, _convert_="all", num_classes=config.num_classes).double()
         network = varied(network, images).to(device)
-    except Exception as error:  # another version of the library may know other names and arguments
+    except Exception as error:  # another version of the library may have other names and arguments
         return row | {"status": f"not built: {_described(error)}", "seconds": time.perf_counter() - begin}
     row["num_parameters"] = sum(parameter.numel() for parameter in network.parameters())
     images = images[: config.num_images].to(device)
@@ -118,7 +119,7 @@ def _eigenvalues(network: nn.Module, images: Tensor) -> tuple[Tensor, str | None
 
 
 def bounds(network: nn.Module, images: Tensor, domain: tuple[float, float]) -> dict[str, Callable[[], UpperBound]]:
-    """Return the ways to a bound, by level; no ``"domain"`` where the library does not know it."""
+    """Return the functions that compute a bound, by level; no ``"domain"`` where the package does not have it."""
     found = {
         "global": lambda: fisher_bound(network, images),
         "domain": lambda: fisher_bound(network, images, domain=domain),
@@ -133,7 +134,7 @@ def _bound_or_refusal(bound: Callable[[], UpperBound]) -> tuple[UpperBound | str
     begin = time.perf_counter()
     try:
         found: UpperBound | str = bound()
-    except Exception as error:  # what is no NoBoundError is a defect, which the table shows
+    except Exception as error:  # any other error than NoBoundError is a defect; the table shows it
         found = _described(error)
     return found, time.perf_counter() - begin
 
@@ -170,7 +171,7 @@ def _logits(module: nn.Module, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def varied(network: nn.Module, images: Tensor) -> nn.Module:
-    """Draw the parameters that are constant, and let batch norms see the images once; return it in evaluation mode."""
+    """Draw the constant parameters at random, set the statistics of batch norms, and switch to evaluation mode."""
     for parameter in network.parameters():
         if bool((parameter == parameter.flatten()[0]).all()):
             size = 0.5 + torch.rand_like(parameter)
@@ -180,7 +181,7 @@ def varied(network: nn.Module, images: Tensor) -> nn.Module:
     network.eval()
     for norm in norms:
         norm.train()
-        norm.momentum = 1.0  # the statistics of these images alone
+        norm.momentum = 1.0  # the statistics of these images only
     network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -188,7 +189,7 @@ def varied(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def operation(refusal: str) -> str:
-    """Return what a refusal is about, without the place in this model.
+    """Return the operation that a refusal names, without its place in this model.
 
     Example:
         >>> operation("No bound rule for the function einsum at 'blocks.0' (or it has hooks, …")
@@ -207,7 +208,7 @@ def operation(refusal: str) -> str:
 
 
 def missing(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return what the refusals are about: ``level``, ``operation``, ``count`` and ``models``, the most common first."""
+    """Return the operations without a rule: ``level``, ``operation``, ``count``, ``models``; most common first."""
     rows = [
         {"level": name, "operation": operation(refusal), "model": f"{row.library} {row.model}"}
         for name in LEVELS
@@ -223,7 +224,7 @@ def missing(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares(frame: pd.DataFrame) -> dict[str, int]:
-    """Return how many models there are and have a bound (``domain``: that or a global one), and the violations."""
+    """Return the numbers of models and of bounds (``domain``: that or a global one), and the violations."""
     has = {name: frame[f"{name}_log10"].notna() for name in LEVELS}
     return {
         "models": len(frame),
@@ -248,7 +249,7 @@ def summary(frame: pd.DataFrame) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """Return the shares, what the refusals are about, and a line per model."""
+    """Return the shares, the operations without a rule, and a line per model."""
     cells = pd.DataFrame({"model": frame.library + " " + frame.model, "size": frame.image_size.astype(str)})
     for title, column in (("log10 λ", "lambda"), *((name, name) for name in LEVELS)):
         cells[title] = frame[f"{column}_log10"].map(lambda value: "" if pd.isna(value) else f"{value:.2f}")

@@ -1,8 +1,8 @@
-"""Does a penalty mean the same on other images: ``python -m recipes.penalty_scale``.
+"""Compare the default scale of the penalty with that of ``from_batch``: ``python -m recipes.penalty_scale``.
 
 Trains each network on each data set without a penalty, with the default step and weight of ``KLPenalty``, and with
-those of ``KLPenalty.from_batch``, and attacks each with the length that ``from_batch`` chose for the data set. The
-images are of several data sets at two resolutions each, so that half a unit is little on some and much on others.
+those of ``KLPenalty.from_batch``. Each is attacked with the length that ``from_batch`` chose for the data set. Several
+data sets are used at two resolutions each, so that the default step of 0.5 is small on some and large on others.
 
 Leaves ``penalty_scale.csv`` (a row per network), ``penalty_scale.md`` and ``penalty_scale.json`` in Hydra's run folder.
 """
@@ -51,7 +51,7 @@ def penalty_scale(config: DictConfig) -> pd.DataFrame:
 
 
 def chosen_penalty(config: DictConfig, data: DictConfig) -> KLPenalty:
-    """Return the penalty that one training batch of a data set suggests."""
+    """Return the penalty that ``from_batch`` chooses for one training batch of a data set."""
     prepared = prepared_data(merged({"seed": config.seed, "data": resolved(data)}))
     images, labels = next(iter(prepared.train_dataloader()))
     return KLPenalty.from_batch(images, labels, share=config.share)
@@ -77,7 +77,7 @@ def plan(config: DictConfig, penalties: dict[str, KLPenalty]) -> list[tuple[str,
 
 
 def methods(own: KLPenalty) -> dict[str, Settings | None]:
-    """Return what is compared: the callback of each method."""
+    """Return the callback of each method that is compared."""
     return {"none": None} | {
         name: {
             "_target_": "fisher_reg.FisherRegularizer",

@@ -1,6 +1,6 @@
-"""Put a benchmark's numbers into a document: ``python -m recipes.performance_table benchmark.csv README.md``.
+"""Write the numbers of a benchmark into a document: ``python -m recipes.performance_table benchmark.csv README.md``.
 
-Replaces what stands between the lines ``<!-- performance -->`` and ``<!-- /performance -->``.
+Replaces the text between the lines ``<!-- performance -->`` and ``<!-- /performance -->``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def inserted(text: str, rows: pd.DataFrame) -> str:
     """Return ``text`` with the table in its place.
 
     Raises:
-        ValueError: If the text has not exactly one place for it.
+        ValueError: If the text does not have exactly one place for it.
     """
     result, count = _PLACE.subn(lambda _: as_markdown(rows) + "\n", text)
     if count != 1:
@@ -41,7 +41,7 @@ def inserted(text: str, rows: pd.DataFrame) -> str:
 
 
 def as_markdown(rows: pd.DataFrame) -> str:
-    """Return one line per case: our default, and how many times more images per second it does than each peer."""
+    """Return one line per case: the default estimate, and its speed relative to each other implementation."""
     peers = [name for name in PEERS if name in set(rows.method)]
     head = ["network", "K", "images/s", "forwards", "median, p95 error", "memory", *(f"× {name}" for name in peers)]
     lines = []

@@ -1,4 +1,4 @@
-"""Put the runs of a sweep into one table: ``python -m recipes.summarize multirun/train/… results.csv``.
+"""Collect the runs of a sweep in one table: ``python -m recipes.summarize multirun/train/… results.csv``.
 
 Reads every ``summary.json`` below the folder, writes one row per run to the CSV file, and prints means and standard
 errors over seeds as a Markdown table.

@@ -1,17 +1,17 @@
 """Check the mathematics on a trained network: ``python -m recipes.theory model=vgg``.
 
-Three statements, each with the rate at which its error must fall:
+Three statements, each with the rate at which its error must decrease or grow:
 
-1. F is the variance of the input gradients of the logits over the labels that the network draws: the error of n sampled
-   labels falls as n^(-1/2).
-2. KL(p_x || p_{x+d}) = d'Fd / 2 + O(|d|^3), along the top eigenvector and along random directions: KL grows with slope
-   2, its relative deviation from the quadratic form with slope 1, and ``breaks_at`` is the length at which the median
-   deviation passes 10 %.
-3. The trace estimators have the variances that their formulas say.
+1. F is the covariance of the input gradient of the logit z_y over labels y drawn from the network's own distribution:
+   with n sampled labels the error decreases as n^(-1/2).
+2. KL(p_x || p_{x+d}) = d'Fd / 2 + O(|d|^3), along the top eigenvector and along random directions. On logarithmic axes
+   KL grows with slope 2, and its relative deviation from the quadratic form with slope 1. ``breaks_at`` is the length
+   at which the median deviation exceeds 10 %.
+3. The trace estimators have the variances that their formulas give.
 
 Leaves ``theory.csv`` (the curves), ``theory.png`` and ``theory.json`` (the slopes) in Hydra's run folder. Everything is
-computed in float64 on test images with a little noise: flat backgrounds lie exactly on the kinks of max pooling, where
-no expansion holds.
+computed in float64 on test images with a little noise: on flat backgrounds max pooling is not differentiable, and the
+expansion does not hold.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from recipes.runtime.command import command
 from recipes.runtime.progress import track
 
 BREAKS = 0.1
-"""Relative deviation of the divergence from the quadratic form at which the expansion counts as broken."""
+"""Relative deviation of the divergence from the quadratic form above which the expansion counts as invalid."""
 
 
 @command("theory")
@@ -94,7 +94,7 @@ def label_variance(
 
 
 def divergence(network: nn.Module, images: Tensor, pairs: EigenResult, lengths: np.ndarray[Any, Any]) -> pd.DataFrame:
-    """Return the divergence over the quadratic form, by length of the step, along two kinds of direction."""
+    """Return the ratio of the divergence and the quadratic form, by step length, along two kinds of direction."""
     top = pairs.eigenvector[:, 0]
     random = torch.nn.functional.normalize(torch.randn_like(images).flatten(1)).view_as(images)
     rows = []
@@ -116,7 +116,7 @@ def divergence(network: nn.Module, images: Tensor, pairs: EigenResult, lengths: 
 def trace_variance(
     network: nn.Module, images: Tensor, pairs: EigenResult, num_probes: list[int], num_repeats: int
 ) -> pd.DataFrame:
-    """Return the root mean square error of the trace estimators over what their formula says."""
+    """Return the root mean square error of the trace estimators over the value of their formula."""
     left = pairs.left_singular_vector
     gram = left.mT @ (pairs.eigenvalue[:, :, None] * left)
     trace = pairs.eigenvalue.sum(1)
@@ -138,7 +138,7 @@ def trace_variance(
 
 
 def summarize(curves: pd.DataFrame) -> dict[str, float]:
-    """Fit the slopes in the logarithms of the medians over images, below the length at which the expansion breaks."""
+    """Fit the slopes in the logarithms of the medians over images, below the length where the expansion is invalid."""
     medians = _medians(curves)
     summary = {"label_variance_slope": _slope(medians["label variance", "labels"])}
     for name in ("top eigenvector", "random direction"):
@@ -195,7 +195,7 @@ def report(summary: dict[str, float], folder: Path) -> None:
         rows.append((key.replace("_", " "), "1" if "over_formula" in key else expected, value))
     console = Console()
     shown = pd.DataFrame(rows, columns=["quantity", "theory", "measured"])
-    print_table(console, "what theory says, and what the network does", shown)
+    print_table(console, "theory and measurement", shown)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 

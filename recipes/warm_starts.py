@@ -1,12 +1,12 @@
-"""Do the singular vectors of the last epoch make the next measurement cheaper? ``python -m recipes.warm_starts``.
+"""Test whether start vectors from the last epoch make a measurement cheaper: ``python -m recipes.warm_starts``.
 
-A network is trained, and after each epoch the same validation images are measured by several searches:
+A network is trained, and after each epoch the same validation images are measured by several variants of the solver:
 
-- ``cold``: the default solver, whose guess is the contrast of the two likeliest classes
-- ``warm``: the same with the left singular vector of the epoch before as its guess, made orthogonal to ``sqrt(p)``, the
-  direction that the outputs cannot move in
-- ``perfect``: the same with the left singular vector of this very network, which no warm start can better
-- ``cold, 1 step`` and ``warm, 1 step``: ended after one step, so that most intervals stay wide
+- ``cold``: the default solver, whose start vector is the contrast of the two likeliest classes
+- ``warm``: the start vector is the left singular vector of the previous epoch, made orthogonal to ``sqrt(p)``, which
+  the adjoint of A maps to zero
+- ``perfect``: the start vector is the left singular vector of the current network; no warm start can be better
+- ``cold, 1 step`` and ``warm, 1 step``: stopped after one step, so that most intervals stay wide
 
 ``passes`` is the cost per image in forwards: one for the graph, one for each backward pass and for each difference
 quotient, three for each exact forward-mode pass. ``error_p95`` and ``error_max`` are relative to the exact eigenvalue.
@@ -70,7 +70,7 @@ def _of_a_network(name: str, config: DictConfig) -> list[dict[str, Any]]:
 
 
 class _Searches(pl.Callback):
-    """Measures the same images after each epoch, in each way."""
+    """Measures the same images after each epoch with each variant of the solver."""
 
     def __init__(self, name: str, images: Tensor) -> None:
         self.name = name

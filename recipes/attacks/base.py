@@ -24,7 +24,7 @@ class Attack(Protocol):
 
 
 def check_ball(norm: float, epsilon: float) -> None:
-    """Refuse a ball that means nothing.
+    """Check the norm and the radius of a ball.
 
     Raises:
         ValueError: If the norm is not 2 or infinity, or the radius not positive.
@@ -36,7 +36,7 @@ def check_ball(norm: float, epsilon: float) -> None:
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuse images that are not pixels.
+    """Check that images are pixels in [0, 1].
 
     Raises:
         ValueError: If a value is outside [0, 1] or not a number.
@@ -44,7 +44,7 @@ def check_pixels(images: Tensor) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= -_ROUND_OFF and high <= 1 + _ROUND_OFF):
         raise ValueError(
-            f"Images must be pixels in [0, 1], so that a radius means what it says; they are in [{low:g}, {high:g}]. "
+            f"Images must be pixels in [0, 1], so that a radius is in pixel units; they are in [{low:g}, {high:g}]. "
             "Divide by 255, and put the normalisation inside the network: "
             "torch.nn.Sequential(recipes.models.Normalize(mean, std), network)."
         )
@@ -56,7 +56,11 @@ def attackable(network: nn.Module) -> Generator[nn.Module, None, None]:
     modes = [module.training for module in network.modules()]
     weights = [(weight, weight.requires_grad, weight.grad) for weight in network.parameters()]
     try:
-        for weight, _, _ in weights:  # the libraries call backward(), which would add to their gradients, at a cost
+        for (
+            weight,
+            _,
+            _,
+        ) in weights:  # the libraries call backward(), which would also compute and accumulate gradients of the weights
             weight.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             yield network.eval()

@@ -1,4 +1,4 @@
-"""Auto-PGD, Square, and their ensemble: those of the adversarial-robustness-toolbox, which foolbox lacks."""
+"""Auto-PGD, Square, and their ensemble, from the adversarial-robustness-toolbox (foolbox has none of them)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class AutoProjectedGradient:
-    """Auto-PGD (arXiv 2003.01690), whose steps adapt: nothing to tune; by the adversarial-robustness-toolbox.
+    """Auto-PGD (arXiv 2003.01690) with an adaptive step size, from the adversarial-robustness-toolbox.
 
-    First the cross-entropy, then, on what that left and for three classes or more, the ratio of differences of logits,
-    which no scale of the logits masks.
+    It first ascends the cross-entropy. For three classes or more it then attacks the images that are still classified
+    correctly with the difference-of-logits-ratio (DLR) loss, which does not depend on the scale of the logits.
 
     Attributes:
         norm: 2 or infinity.
@@ -53,13 +53,13 @@ class AutoProjectedGradient:
 class AutoAttack:
     """A short AutoAttack (arXiv 2003.01690): the losses of :class:`AutoProjectedGradient`, then Square.
 
-    Square needs no gradient and so sees through masked ones.
+    Square needs no gradient, so gradient masking does not stop it.
 
     Attributes:
         norm: 2 or infinity.
         epsilon: Radius, in pixel units.
         num_steps: Ascent steps of each loss.
-        num_queries: Of Square.
+        num_queries: Queries of Square.
     """
 
     norm: float
@@ -119,7 +119,7 @@ def _on_survivors(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> np.ndarray:
-    """Attack anew, from the given images, those that are still classified correctly; keep what is misclassified."""
+    """Attack the images that are still classified correctly, from the given images; keep the misclassified ones."""
     left = np.flatnonzero(classifier.predict(attacked).argmax(1) == labels)
     if len(left) == 0:
         return attacked

@@ -1,4 +1,4 @@
-"""What an attack did to each image."""
+"""The result of an attack, per image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack did to a batch, by its examples.
+    """The result of an attack on a batch, per example.
 
     Attributes:
         images: Attacked images ``(B, C, H, W)``.
         misclassified: Whether the network misclassifies them, ``(B,)``.
         euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
-        masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero, so that no attack that
-            follows it could do anything. Most attacks give back what they do not change: that alone is no sign.
+        masked: Images ``(B,)`` that are still classified correctly and where the gradient of the cross-entropy is
+            exactly zero, so that no gradient-based attack can change them. An unchanged image alone is no sign of this:
+            most attacks return the given image where they fail.
     """
 
     images: Tensor
@@ -38,13 +39,13 @@ class AttackResult:
 
 
 def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> AttackResult:
-    """Attack images ``(B, C, H, W)`` in chunks, see what became of them, and warn where gradients seem masked.
+    """Attack images ``(B, C, H, W)`` in chunks, evaluate the result, and warn where gradients seem to be masked.
 
     Returns:
         Fields with leading axis ``B``.
 
     Raises:
-        ValueError: If the images are not pixels in [0, 1]: a radius would not mean what it says.
+        ValueError: If the images are not pixels in [0, 1]: the radius would not be in pixel units.
     """
     check_pixels(images)
     parts = []
@@ -63,9 +64,10 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
     if bool(result.masked.any()):
         advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, whose Square needs none"
         warnings.warn(
-            f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
-            f"{int((~result.misclassified).sum())} images that survived it: the gradient is exactly zero there. Masked "
-            f"gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
+            f"{type(attack).__name__} could not attack {int(result.masked.sum())} of the "
+            f"{int((~result.misclassified).sum())} images that are still classified correctly: the gradient is exactly "
+            "zero there. Gradient masking (by a saturated softmax, or rounding in the network) is not "
+            f"robustness{advice}.",
             stacklevel=2,
         )
     return result

@@ -1,1 +1,1 @@
-"""Us and our peers, measured side by side: ``python -m recipes.benchmark``."""
+"""Cost and error of this package and of other implementations: ``python -m recipes.benchmark``."""

@@ -1,14 +1,14 @@
-"""Measure us against our peers, side by side in one run: ``python -m recipes.benchmark``.
+"""Compare cost and error of this package and of other implementations in one run: ``python -m recipes.benchmark``.
 
-Every case is a network that is trained first. On its test images all methods take turns, each right after a forward
-pass without gradient of the whole batch: once to warm up, unless that takes longer than all rounds may, and then in
-timed rounds. ``forwards`` is the median of the quotients of the two times, per image. Errors are relative to the exact
-eigenvalue. Methods that know no batch run on ``num_peer_images``. ``memory_ratio`` is the peak of the memory that a
-call allocates over that of a training step (forward and backward) on the images that the method handles at once; on a
-CPU, where it takes a trace of every allocation, it is left out for calls that take more than ``max_seconds``.
+Every case is a network that is trained first. On its test images the methods take turns. Each call is timed right after
+a forward pass of the whole batch without gradient: once to warm up (unless that takes longer than all rounds may), and
+then in timed rounds. ``forwards`` is the median of the ratio of the two times, per image. Errors are relative to the
+exact eigenvalue. Methods that take one image at a time run on ``num_peer_images`` images. ``memory_ratio`` is the peak
+memory of a call over that of a training step (forward and backward) on the images that the method handles at once. On
+a CPU it needs a trace of every allocation, so it is left out for calls that take more than ``max_seconds``.
 
 Leaves ``benchmark.csv``, ``benchmark.json`` (with versions and settings) and ``benchmark.png`` in Hydra's run folder.
-``python -m recipes.benchmark --config-name benchmark_gpu`` is the large one.
+``python -m recipes.benchmark --config-name benchmark_gpu`` is the large run for a GPU.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ Estimate = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to the eigenvalues.
+    """A method that computes the eigenvalues.
 
     Attributes:
-        name: What tables call it.
-        source: Whose it is.
+        name: Its name in the tables.
+        source: The package or paper that it comes from.
         estimate: Maps a network and images ``(B, C, H, W)`` to eigenvalues ``(B,)``.
         batched: Whether it works on a batch at once.
     """
@@ -76,7 +76,7 @@ def _ours(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
 
 
 def _interval(model: nn.Module, images: Tensor, num_exact: int = 16) -> Tensor:
-    """Enclose the eigenvalues but for a probability of 1e-6, with certainty where that is cheaper: for few classes."""
+    """Enclose the eigenvalues with a failure probability of 1e-6; exactly where that is cheaper (few classes)."""
     with torch.no_grad():
         is_small = model(images[:1]).shape[1] <= num_exact
     solver = Exact() if is_small else Lanczos(num_steps=20, is_exact=True, failure_probability=1e-6)

@@ -1,9 +1,9 @@
-"""How far below the global bound the bounds in a ball lie, and how much larger the radii are.
+"""Compare the bounds in a ball with the global bound, and the certified radii of both.
 
-For the first ``num_ball_images`` images of each network: :func:`fisher_reg.local_fisher_bound` at each of ``radii``
-beside :func:`fisher_reg.fisher_bound`; and :func:`fisher_reg.certified_radius` beside the radius that the global
-constant gives. Every bound is attacked: ``num_attacks`` points per image and radius, half of them random, half found by
-steps uphill on the largest eigenvalue.
+For the first ``num_ball_images`` images of each network, :func:`fisher_reg.local_fisher_bound` at each of ``radii`` is
+compared with :func:`fisher_reg.fisher_bound`, and :func:`fisher_reg.certified_radius` with the radius that the global
+Lipschitz constant gives. Every bound is attacked: ``num_attacks`` points per image and radius, half of them random, the
+others found by ascent steps on the largest eigenvalue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fisher_reg import Exact, certified_radius, fisher_bound, fisher_spectral_no
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
-"""Decades by which a bound may seem to lie below what it bounds."""
+"""Round-off: log10 by which a bound may lie below the bounded value."""
 
 
 def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: int) -> pd.DataFrame:
@@ -70,13 +70,13 @@ def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: i
 
 
 def strongest(network: nn.Module, images: Tensor, radius: float, num_attacks: int) -> Tensor:
-    """Return the log10 of the largest eigenvalue that was met within the radius of each image, ``(B,)``."""
+    """Return the log10 of the largest eigenvalue that was found within the radius of each image, ``(B,)``."""
     generator = torch.Generator().manual_seed(0)
     best = torch.full((len(images),), -math.inf, dtype=torch.float64)
     point = images.clone()
     for number in range(num_attacks):
         noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
-        if number % 2:  # uphill from the last point, by a random direction that is kept if it raises the value
+        if number % 2:  # ascent: a random step from the last point, kept if it raises the value
             trial = _within(point + 0.3 * radius * _unit(noise), images, radius)
         else:
             trial = _within(images + radius * _unit(noise), images, radius)

@@ -1,6 +1,6 @@
-"""How long the bounds of large networks take, and the norms of single convolutions beside other people's.
+"""Time the bounds of large networks, and compare norms of single convolutions with those of other packages.
 
-All weights are random: the times are typical, the values are not those of trained networks.
+All weights are random: the times are typical, but the values are not those of trained networks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PEER = "orthogonium"
 
 @dataclass(frozen=True)
 class Norm:
-    """One way to the operator norm of a convolution.
+    """A method that computes the operator norm of a convolution.
 
     Attributes:
-        name: What tables call it.
-        source: The package it is from.
+        name: Its name in the tables.
+        source: The package that it comes from.
         compute: Maps the layer, the image size and the number of Gram iterations to the value.
     """
 
@@ -52,7 +52,7 @@ def _ours(conv: nn.Conv2d, size: int, num_iterations: int, dense: bool) -> float
 
 
 def _flattened(conv: nn.Conv2d, size: int, num_iterations: int) -> float:
-    """The norm of the kernel as a matrix, which torch's ``spectral_norm`` iterates to, and which is no bound."""
+    """The norm of the kernel as a matrix: the limit of torch's ``spectral_norm``. It is not a bound."""
     return float(torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2))
 
 
@@ -74,7 +74,7 @@ NORMS = (
 
 
 def available_norms() -> list[Norm]:
-    """Return the ways whose package is installed, and say which are missing."""
+    """Return the methods whose package is installed, and log which are missing."""
     missing = sorted({norm.source for norm in NORMS if installed(norm.source) is None})
     if missing:
         Console().print(f"Not installed, left out: {', '.join(missing)}")
@@ -82,7 +82,7 @@ def available_norms() -> list[Norm]:
 
 
 def time_convolution(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
-    """Measure the norm of ``settings["piece"]``, one of ``convolutions``, in every way, after a call that warms up.
+    """Measure the norm of ``settings["piece"]``, one of ``convolutions``, with every method, after a warm-up call.
 
     Returns:
         Rows of ``convolutions``, one per way; ``excess`` is relative to the reference, which is described by

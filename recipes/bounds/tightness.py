@@ -1,9 +1,9 @@
-"""How far the bounds of trained networks lie above lambda, the largest eigenvalue of the Fisher matrix at test images.
+"""Compare the bounds of trained networks with lambda, the largest eigenvalue of the Fisher matrix at test images.
 
-Gaps are in decades, and compare like with like: the largest bound with the largest lambda, the median with the median,
-and the mean over images of log10 with that of lambda. The global bound is the same at every image. The blockwise one is
-found by iteration from below, so that its gap may be slightly negative. All are computed in float64, on images with a
-little noise, which keeps them off the kinks of max pooling.
+A gap is log10 of the ratio of bound and lambda. The largest bound is compared with the largest lambda, the median with
+the median, and the mean over images of log10 with that of lambda. The global bound is the same at every image. The
+blockwise bound is computed by an iteration that converges from below, so its gap may be slightly negative. All values
+are computed in float64. A little noise on the images avoids the points where max pooling is not differentiable.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from recipes.runtime.settings import merged
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
-"""Decades by which a bound may seem to lie below what it bounds."""
+"""Round-off: log10 by which a bound may lie below lambda."""
 
 
 def check(config: DictConfig) -> None:
-    """Refuse what would fail after a training.
+    """Check the settings, so that no run fails after a training.
 
     Raises:
         ValueError: For settings that :func:`cumulative` or this part cannot use.
@@ -86,7 +86,7 @@ def _steps(config: DictConfig) -> dict[str, dict[str, Tightening]]:
 
 
 def cumulative(steps: Sequence[Mapping[str, Any]]) -> dict[str, Tightening]:
-    """Return the tightening at each step: what the steps so far set; before the first everything is off.
+    """Return the tightening at each step: the settings of all steps so far. Before the first step all are off.
 
     Args:
         steps: ``{"name": ..., "tightening": {field: value, ...}}`` each.
@@ -126,7 +126,7 @@ def ladder(
         lambdas: Their log10 lambda, ``(B,)``.
         steps: For each level, the tightening at each of its steps.
         baseline: Name of the step that gains are counted from.
-        num_rounds: Calls per step, of which the median time counts.
+        num_rounds: Calls per step; the median of their times is reported.
     """
     parts = []
     for level, bound in LEVELS.items():
@@ -195,7 +195,7 @@ def draw(rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     left.set(ylabel="decades above the largest lambda", title="certified bounds, as improvements are added")
     right.set(xlabel="segments", ylabel="decades above lambda, mean over images", title="blockwise bound")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_yscale("log")  # from a few decades of a small network to dozens of a transformer
+    left.set_yscale("log")  # log10 of the ratio: from 1 for a small network to 100 for a transformer
     left.yaxis.set_major_formatter(LogFormatter())
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     for axes in (left, right):

@@ -1,13 +1,14 @@
-"""Which networks fall by each metric, how far the nearest adversarial examples are, and where λ fails.
+"""Correlation of each metric with the success of attacks and with the distance to the nearest adversarial example.
 
 * Per image (:mod:`recipes.compare.powers`): how well a metric orders the images of a network.
-* Per model: Spearman's rho and Kendall's tau between the metric (the median over the images that are classified
-  correctly, which the attacks are judged on, too) and the success of an attack, within each data set, averaged over
-  data sets. Means over seeds are of decades where a metric is positive. The bootstrap draws models with their training
-  and seeds within them, the same for all data sets; p-values permute them. Both are for these architectures, trainings
-  and images.
-* The p-values of a table are corrected together by Benjamini and Yekutieli's procedure, which holds whatever the tests
-  have to do with one another. Positive always means: a larger sensitivity goes with an easier fall.
+* Per model: Spearman's rho and Kendall's tau between the metric and the success of an attack, within each data set,
+  averaged over data sets. Both are computed on the images that are classified correctly; the metric is their median.
+  Where a metric is positive, its logarithm is averaged over seeds. The bootstrap draws models with their training and
+  seeds within them, the same for all data sets; p-values permute them. Both hold for these architectures, trainings and
+  images.
+* The p-values of a table are corrected together by Benjamini and Yekutieli's procedure, which is valid under any
+  dependence between the tests. A positive value always means that the more sensitive images or networks are attacked
+  with more success.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _MIN_IMAGES = 5  # on either side of a comparison within a network
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the report shows.
+    """The tables of the report.
 
     Attributes:
         networks: A row per network: accuracy, seconds, ``success_<attack>``, ``distance``, and medians of the metrics.
@@ -49,7 +50,7 @@ class Analysis:
         per_model: A row per metric, target and statistic, over all data sets and for each.
         distances: A row per predictor of the distance to the nearest adversarial example.
         saturation: A row per range of confidence, over all networks.
-        confident: A row per network with confident images and others: what becomes of both.
+        confident: A row per network with confident images and others: how often each kind is misclassified.
     """
 
     networks: pd.DataFrame
@@ -62,7 +63,7 @@ class Analysis:
 
 
 def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[str], num_resamples: int) -> Analysis:
-    """Ask everything; ``attacks`` are names of columns ``misclassified_<attack>`` of the examples."""
+    """Compute all tables; ``attacks`` are names of columns ``misclassified_<attack>`` of the examples."""
     judged = [name for name in attacks if name != NEAREST]
     examples = examples.assign(
         distance=examples[f"distance_{NEAREST}"].where(examples[f"misclassified_{NEAREST}"], math.inf)
@@ -81,7 +82,7 @@ def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[st
 
 
 def network_summary(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return, per network, the success of the attacks on what it classifies correctly, and medians there."""
+    """Return, per network, the success of the attacks and the medians over the correctly classified images."""
     groups = right.groupby(NETWORK, sort=False)
     summary = {f"success_{name}": groups[f"misclassified_{name}"].mean() for name in attacks}
     summary |= {name: groups[name].median() for name in ("distance", *METRICS)}
@@ -89,7 +90,7 @@ def network_summary(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame
 
 
 def in_decades(networks: pd.DataFrame) -> pd.DataFrame:
-    """Return the networks with the logarithm of what is positive, so that means over seeds are of decades."""
+    """Return the networks with log10 of each positive column, so that means over seeds are geometric."""
     positive = ["distance", *(name for name in METRICS if not name.startswith("log10_"))]
     with np.errstate(divide="ignore"):
         return networks.assign(**{name: np.log10(networks[name]) for name in positive})
@@ -141,16 +142,16 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reached(right: pd.DataFrame) -> pd.DataFrame:
-    """Return the images with a known nearest adversarial example about which every predictor says something."""
+    """Return the images with a known nearest adversarial example and a finite, positive value of every predictor."""
     found = right[np.isfinite(right.distance) & (right.distance > 0)]
     return found[(np.isfinite(found[list(PREDICTORS)]) & (found[list(PREDICTORS)] > 0)).all(axis=1)]
 
 
 def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
-    r"""Return the distances of every other image of each network beside what a predictor says.
+    r"""Return the distance and its prediction for every other image of each network.
 
-    The linearised distance predicts by itself; an eigenvalue by :math:`\sqrt{2 c / \lambda}`, with the ``c`` of each
-    network that puts half of the *other* images nearer, so that no image is predicted by itself.
+    The linearised distance is itself the prediction. An eigenvalue predicts :math:`\sqrt{2 c / \lambda}`. The ``c`` of
+    each network is fitted on the *other* half of its images: half of them are nearer than their prediction.
     """
     number = found.groupby(NETWORK, sort=False).cumcount()
     fitted, judged = found[number % 2 == 0], found[number % 2 == 1]
@@ -162,11 +163,11 @@ def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def distance_table(right: pd.DataFrame) -> pd.DataFrame:
-    """Compare distances to the nearest adversarial example with what each predictor says.
+    """Compare distances to the nearest adversarial example with the prediction of each predictor.
 
     Returns:
-        A row per predictor: medians over networks of the median of distance over prediction, of its ``spread`` (the
-        decades between its 5 % and its 95 % quantile), and of ``c``; ``num_left_out`` images had no distance, or a
+        A row per predictor: medians over networks of the median of distance over prediction, of its ``spread`` (log10
+        of the ratio of its 95 % and its 5 % quantile), and of ``c``; ``num_left_out`` images had no distance, or a
         predictor that is zero or infinite.
     """
     found, rows = reached(right), []
@@ -184,7 +185,7 @@ def distance_table(right: pd.DataFrame) -> pd.DataFrame:
 
 
 def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return what becomes of correctly classified images by confidence, over all networks and data sets."""
+    """Return the success of the attacks on correctly classified images by confidence, over all networks."""
     bins = pd.cut(right.confidence, CONFIDENCE_BINS)
     groups = right.groupby(bins, observed=True)
     table = pd.DataFrame({"num_examples": groups.size()})
@@ -197,7 +198,7 @@ def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFram
 
 
 def confident_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return, for each network with at least five confident and five other images, what becomes of both."""
+    """Compare the confident and the other images of each network that has at least five of both."""
     rows = []
     columns = [*(f"misclassified_{name}" for name in attacks), "lambda", "lambda_tempered", "distance"]
     for key, part in right.groupby(NETWORK, sort=False):

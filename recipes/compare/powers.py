@@ -1,8 +1,8 @@
-"""How well each metric tells which images of a network fall, with an uncertainty that knows what is shared.
+"""How well each metric predicts which images of a network are misclassified under attack, with bootstrap intervals.
 
-All networks of a data set see the same images, and the same model and training occurs on every data set. So one draw of
-the bootstrap takes images (the same for all networks of a data set), models with their training (the same for all data
-sets), and seeds within them.
+All networks of a data set share the test images, and the same models and trainings occur on every data set. So one draw
+of the bootstrap takes images (the same for all networks of a data set), models with their training (the same for all
+data sets), and seeds within them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
     Args:
         examples: A row per network and image, in the same order of images for all networks of a data set, with
             ``correct``, ``misclassified_<attack>``, the metrics, and ``distance``, infinite where no attack succeeded.
-        attacks: Whose falls are to be told: by the area under the ROC curve (chance is 1/2), among the images that the
-            network classifies correctly. The target ``distance`` is Spearman's correlation with nearness.
+        attacks: Names of the attacks whose success is predicted. The statistic is the area under the ROC curve (chance
+            is 1/2) over the images that the network classifies correctly. The target ``distance`` is Spearman's
+            correlation with nearness.
         num_resamples: Draws.
 
     Returns:
-        Also ``num_networks``, where the value is defined (an attack that fells all or nothing tells nothing), of
-        ``num_all``. A metric that is defined for no network has no row.
+        Also ``num_networks`` of ``num_all``: the networks where the value is defined. It is undefined where an attack
+        succeeds on all images or on none. A metric that is defined for no network has no row.
     """
     networks = [part for _, part in examples.groupby(NETWORK, sort=False)]
     draws = _image_draws(networks, num_resamples)
@@ -69,13 +70,13 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """
     if not rows:
         raise ValueError(
-            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack fells all "
-            "of them or none. Train longer, take more images or other attacks; what has been done is kept."
+            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack succeeds "
+            "on all of them or on none. Train longer, or take more images or other attacks; finished stages are kept."
         )
     return pd.DataFrame(rows)
 
 
-# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, in 400 times the seconds: it takes one draw.
+# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, but takes one draw at a time: 400 times slower.
 def areas(score: Array, misclassified: Array, known: Array, draws: Array) -> Array:
     """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)

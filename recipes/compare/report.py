@@ -38,14 +38,14 @@ def write(found: Analysis, texts: Sequence[str], settings: dict[str, Any], folde
 
 
 def tables(found: Analysis) -> dict[str, pd.DataFrame]:
-    """Return what is shown: which metrics tell what falls, the networks, the distances, and saturation."""
+    """Return the tables of the report by title: metrics, networks, distances, and saturation."""
     return {
-        "What tells which examples and which networks fall": metric_table(
+        "How well each metric predicts the success of attacks": metric_table(
             found.per_example, found.per_model, found.networks
         ),
         "The networks: means over seeds": network_table(found),
         "Predicted distance to the nearest adversarial example": found.distances.drop(columns="predictor"),
-        "Confidence, and what falls all the same (over all networks and data sets)": found.saturation,
+        "Confidence and success of attacks (over all networks and data sets)": found.saturation,
     }
 
 
@@ -75,7 +75,7 @@ def _cell(row: pd.Series) -> str:
 
 
 def network_table(found: Analysis) -> pd.DataFrame:
-    """Return the means over the seeds of each cell, geometric ones of what is positive."""
+    """Return the means over the seeds of each cell; geometric means of positive columns."""
     shown = ["accuracy", *(name for name in found.networks if name.startswith("success_")), "distance"]
     shown += ["lambda", "lambda_blackbox", "lambda_tempered", "clever"]
     shown += ["log10_blockwise", "log10_local", "log10_global"]
@@ -102,12 +102,13 @@ def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, s
         for name, (figure, caption) in drawn.items()
     ]
     lead = [
-        "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
-        "attack, tell which images an attack changes, and how far a network's adversarial examples are? Positive "
-        "correlations and areas above one half: the more sensitive is easier to attack. Intervals are 95 % bootstrap intervals: over images, models and seeds "
-        "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
-        "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
-        "CLEVER and the blockwise bound see fewer images than the others."
+        "How well do the largest eigenvalue of the input-space Fisher matrix and other metrics that need no attack "
+        "predict which images are misclassified under attack, and how far a network's adversarial examples are? "
+        "Positive correlations and areas above one half mean: more sensitive is easier to attack. Intervals are 95 % "
+        "bootstrap intervals. Where images are ordered, the bootstrap draws images, models and seeds. Where networks "
+        "are ordered, it draws models and seeds, and the images are fixed. * marks p-values of at most 0.05 after "
+        "correction for all tests of a kind; (n of N) counts the networks where a value is defined. CLEVER and the "
+        "blockwise bound are computed on fewer images than the others."
     ]
     return render("Metric against attack", lead, sections)
 
@@ -117,9 +118,9 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
     return {
         "metric_against_attack": (
             draw_success(found.networks),
-            "Each point is a network. Above: median λ over the images; below: at equal margins, which the confidence "
-            "of a network does not change. Upwards: median distance to the nearest adversarial example, in pixel "
-            "units.",
+            "Each point is a network. Horizontal axis: median λ over the images (upper row), and λ at equal margins, "
+            "which does not depend on the confidence of a network (lower row). Vertical axis: median distance to the "
+            "nearest adversarial example, in pixel units.",
         ),
         "ranking": (
             draw_ranking(found.networks),
@@ -132,8 +133,9 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         ),
         "distance": (
             draw_distances(found.examples),
-            "Distance to the nearest adversarial example over what each predictor says; a point per image that the "
-            "network classified correctly. An eigenvalue has one constant c per network, from the other half of its images.",
+            "Distance to the nearest adversarial example over its prediction; a point per image that the network "
+            "classifies correctly. An eigenvalue has one constant c per network, fitted on the other half of its "
+            "images.",
         ),
         "power": (
             draw_power(found),

@@ -1,15 +1,17 @@
-"""Redo the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
+"""Reproduce the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
 
 Every network (data set x model x training x seed) is trained, attacked, and measured on the same test images: λ white
 box and black box, the paper's two estimators, and the other measures of
-:data:`recipes.competitors.measurement.METRICS`. Then it is asked how well each number tells which examples and which
-networks fall. A little uniform noise keeps the test images off the kinks of max pooling on flat backgrounds.
+:data:`recipes.competitors.measurement.METRICS`. The report says how well each number predicts which examples are
+misclassified and which networks are attacked with more success. A little uniform noise on the test images avoids flat
+backgrounds, where max pooling is not differentiable.
 
 Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
 ``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
 five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
-``cache_dir`` under its settings, its data, the source that it uses, and the versions of torch and fisher-reg: a run
-that was killed goes on where it was, a training at its last epoch, and a change does anew only what depends on it.
+``cache_dir`` under its settings, its data, the source that it uses, and the versions of torch and fisher-reg. An
+interrupted run continues where it was, a training after its last finished epoch. After a change, only the stages that
+depend on it are computed again.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def compare(config: DictConfig) -> Analysis:
     """Train, attack and measure what is not in the cache, analyse it, and write the files.
 
     Returns:
-        What the files say.
+        The tables of the files.
 
     Raises:
         ValueError: For settings that :func:`check` refuses; before any training.
@@ -82,7 +84,7 @@ def compare(config: DictConfig) -> Analysis:
 
 
 def plan(config: DictConfig) -> list[Settings]:
-    """Return everything that the weights of each network depend on, the first seed of all first."""
+    """Return everything that the weights of each network depend on, ordered by seed."""
     everything = resolved(config, output_dir=config.cache_dir)
     return [
         {key: everything[key] for key in _TRAINED_BY}
@@ -96,23 +98,25 @@ def plan(config: DictConfig) -> list[Settings]:
 
 
 def check(config: DictConfig, runs: list[Settings]) -> None:
-    """Refuse what would fail or mislead after hours of training.
+    """Check the settings, so that no run fails or misleads after hours of training.
 
     Raises:
         ValueError: If nothing is to be done, the nearest adversarial examples are not searched, a seed occurs twice,
-            there are fewer test images than asked for, or a network does not fit the data. What cannot be built raises what
-            its constructor says.
+            there are fewer test images than requested, or a network does not fit the data. An error of a constructor is
+            passed on.
     """
     if not runs or not config.attacks:
         raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")
     if NEAREST not in config.attacks:
         raise ValueError(
-            f"The comparison needs the attack {NEAREST}, whose distances it is about; got {list(config.attacks)}."
+            f"The comparison needs the attack {NEAREST}, whose distances it uses; got {list(config.attacks)}."
         )
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
     if len(config.models) * len(config.trainings) < MIN_MODELS:
-        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; give more of either.")
+        raise ValueError(
+            f"A rank correlation needs at least {MIN_MODELS} pairs of model and training; give more of either."
+        )
     if config.num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1; got {config.num_resamples}.")
     check_noise(config.noise)
@@ -142,7 +146,7 @@ def _check_forward(title: str, network: nn.Module, data: ImageData) -> None:
 
 
 def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
-    """Return what the numbers of one stage of a network depend on, with the stamped run of its training."""
+    """Return the settings that one stage of a network depends on, with the stamped run of its training."""
     if stage == "training":
         return run
     needed = ["num_images", "noise", {"attacks": "attacks", "metrics": "effort"}[stage]]

@@ -1,6 +1,6 @@
-"""The training of a network of ``recipes.compare``; one that was killed goes on at its last finished epoch.
+"""The training of a network of ``recipes.compare``; an interrupted one continues after its last finished epoch.
 
-It is apart from the other stages, so that a change of what they use trains nothing anew.
+It is separate from the other stages, so that a change of their code does not train a network again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from recipes.runtime.environment import chosen_device
 
 
 def weights_path(run: Settings, cache: Path) -> Path:
-    """Return where the weights of a run are kept."""
+    """Return the path at which the weights of a run are kept."""
     return kept_file(run, cache, ".pt")
 
 
 def train(run: Settings, cache: Path) -> Result:
-    """Train a network from its last finished epoch, if there is one, and keep its weights."""
+    """Train a network, continuing after its last finished epoch if there is one, and keep its weights."""
     data, weights = loaded(run["data"]), weights_path(run, cache)
     pl.seed_everything(run["seed"], workers=True, verbose=False)
     network = instantiate(run["network"], spec=data.spec)

@@ -1,8 +1,8 @@
 r"""CLEVER of Weng et al. (arXiv 1801.10578): a margin over a local Lipschitz constant from extreme value theory.
 
 With :math:`c` the predicted class and :math:`g_j = z_c - z_j`, the norms of :math:`\nabla g_j` at random points of a
-ball around the image have maxima whose law is, in the limit of large samples, a reverse Weibull. Its upper end is the
-estimate :math:`L_j` of the Lipschitz constant in the ball, and the score is
+ball around the image have maxima whose distribution is, in the limit of large samples, a reverse Weibull. The upper end
+of its support is the estimate :math:`L_j` of the Lipschitz constant in the ball, and the score is
 :math:`\min_j \min(g_j(x) / L_j, \text{radius})`: an estimate, not a bound, of the distance to another class.
 """
 
@@ -36,8 +36,8 @@ class Clever:
         norm: 2 or infinity, of the ball and the score; the gradients are measured in the dual one.
 
     Raises:
-        ValueError: If a size is not positive, there are fewer than three batches for the three parameters of the law,
-            or the norm is another.
+        ValueError: If a size is not positive, there are fewer than three batches for the three parameters of the
+            distribution, or the norm is another one.
     """
 
     radius: float = 5.0
@@ -58,13 +58,13 @@ class Clever:
     def __call__(self, network: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Score each image.
 
-        For each, ``pool_factor * batch_size`` points take a forward and ``K`` backward passes each, and ``K - 1`` laws
-        are fitted, on the CPU.
+        For each, ``pool_factor * batch_size`` points take a forward and ``K`` backward passes each, and ``K - 1``
+        distributions are fitted on the CPU.
 
         Args:
-            network: From pixels in [0, 1] to logits ``(B, K)``; run in evaluation mode and left as it was.
+            network: From pixels in [0, 1] to logits ``(B, K)``; run in evaluation mode and restored.
             images: ``(B, C, H, W)``, in [0, 1].
-            generator: Of the points and batches, drawn image after image; by default a fixed one.
+            generator: Draws the points and batches, image by image; by default a generator with a fixed seed.
 
         Returns:
             ``(B,)``, between 0 and ``radius``, in pixel units of ``norm``, without gradient.
@@ -89,7 +89,7 @@ class Clever:
         return (image + self.radius * offsets.view(-1, *image.shape)).clamp(0, 1)
 
     def batches(self, generator: torch.Generator) -> Tensor:
-        """Draw the places ``(num_batches, batch_size)`` in the pool, with replacement."""
+        """Draw the indices ``(num_batches, batch_size)`` into the pool, with replacement."""
         sizes = (self.num_batches, self.batch_size)
         return torch.randint(self.pool_factor * self.batch_size, sizes, device=generator.device, generator=generator)
 
@@ -119,5 +119,5 @@ class Clever:
 
 
 def batch_maxima(pool: Tensor, batches: Tensor) -> Tensor:
-    """Return the maxima ``(K, num_batches)`` of the norms ``(N, K)`` at the places ``(num_batches, batch_size)``."""
+    """Return the maxima ``(K, num_batches)`` of the norms ``(N, K)`` at the indices ``(num_batches, batch_size)``."""
     return torch.stack([pool[batch].amax(0) for batch in batches], 1)

@@ -1,4 +1,4 @@
-"""Other people's ways to the largest eigenvalue of the input-space Fisher matrix, one image at a time as they are.
+"""Other implementations of the largest eigenvalue of the input-space Fisher matrix; most take one image at a time.
 
 Each function maps a classifier in evaluation mode and images ``(B, C, H, W)`` to eigenvalues ``(B,)``.
 """
@@ -60,7 +60,7 @@ def paper_black_box(model: nn.Module, images: Tensor, num_directions: int = 100,
 
 @contextlib.contextmanager
 def _twice_differentiable(model: nn.Module) -> Generator[None, None, None]:
-    """Keep attention to the kernels that forward mode and double backward know, and weights out of the graph."""
+    """Use only attention kernels that support forward mode and double backward, and no gradients of weights."""
     fast = torch.backends.mha.get_fastpath_enabled()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

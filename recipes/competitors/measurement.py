@@ -1,6 +1,7 @@
-"""What is measured of a classifier at each image, and which way it points: λ, the baselines, the bounds.
+"""The metrics of a classifier at each image, and their signs: λ, the baselines, the bounds.
 
-Every function sees pixels in [0, 1] and the network alone; no attack and, but for the input gradient, no label.
+Every function takes pixels in [0, 1] and the network only. None runs an attack, and only the input gradient of the loss
+needs labels.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ _MAX_EXACT = 64  # classes up to which the trace is not sampled
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per image that might tell how easily the network is attacked there.
+    """A number per image that may predict how easily the network is attacked there.
 
     Attributes:
         title: For tables and figures.
-        unit: Of the number.
+        unit: Unit of the number.
         sign: 1 if a larger value should mean easier to attack, -1 if harder.
     """
 
@@ -72,16 +73,16 @@ METRICS = {
     "margin": Metric("margin of the logits", "nats", -1),
     "linearised_distance": Metric("linearised distance", "pixel", -1),
     "clever": Metric("CLEVER", "pixel", -1),
-    "log10_blockwise": Metric("blockwise bound (log₁₀)", "decades", 1),
-    "log10_local": Metric("local bound (log₁₀)", "decades", 1),
-    "log10_global": Metric("global bound (log₁₀)", "decades", 1),
+    "log10_blockwise": Metric("blockwise bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_local": Metric("local bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_global": Metric("global bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
 }
 """In the order of the tables."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many of the images the slow metrics see, from the first on; the others get NaN.
+    """The number of images, from the first one on, for which slow metrics are computed; the others get NaN.
 
     Attributes:
         clever: The CLEVER score.
@@ -104,12 +105,12 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers per image ``(B,)`` by their name in :data:`METRICS`, and what they cost.
+    """Numbers per image ``(B,)`` by their name in :data:`METRICS`, and their cost.
 
     Attributes:
         values: In double precision, NaN where an image was not measured.
-        extra: Numbers per image that are no metrics: probabilities, standard errors, the predicted class.
-        seconds: Wall clock, of each metric.
+        extra: Other numbers per image: probabilities, standard errors, the predicted class.
+        seconds: Wall-clock time of each metric.
         missing: Why a metric could not be computed for this network.
     """
 

@@ -1,6 +1,6 @@
-"""Other people's regularisers, re-expressed so that they run in the same place as ours.
+"""Regularisers of other authors, written as penalties of the same callback.
 
-Each is compared under the same batch statistics and on the same reused forward, which only makes it cheaper.
+Each uses the same batch statistics and the same reused forward pass as the penalties of the package.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ class InputGradientPenalty(PointPenalty):
 
 @dataclass(frozen=True)
 class TradesPenalty(PointPenalty):
-    r"""The regulariser of TRADES, Zhang et al. (arXiv 1901.08573, github.com/yaodongyu/TRADES), in the largest entry.
+    r"""The :math:`\ell_\infty` regulariser of TRADES, Zhang et al. (arXiv 1901.08573, github.com/yaodongyu/TRADES).
 
-    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with its gradient on both sides, where :math:`\tilde x` begins at a normal
-    step of size 0.001 and takes ``num_steps`` sign steps up the same divergence, kept within ``epsilon`` and in [0, 1].
+    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with gradients through both arguments. :math:`\tilde x` begins at a normal
+    step of size 0.001 and takes ``num_steps`` sign ascent steps on the same divergence, projected onto the ball of
+    radius ``epsilon`` and [0, 1].
     The default weight is their :math:`\beta = 6`; their code rounds 8/255 to 0.031 and 2/255 to 0.007.
 
-    Theirs attacks the network in evaluation mode, and gives the attacked batch batch statistics of its own; here both
-    are those of the training step.
+    Their code attacks the network in evaluation mode and computes separate batch statistics for the attacked batch.
+    Here both use the statistics of the training step.
     """
 
     epsilon: float = 8 / 255
@@ -120,7 +121,8 @@ class FastAdversarialTraining(pl.Callback):
     r"""Fast adversarial training of Wong, Rice and Kolter (arXiv 2001.03994, github.com/locuslab/fast_adversarial).
 
     Replaces the images of each batch by those after one sign step from a uniformly random start. As in their code the
-    step is taken on the network in training mode, so that batch norm takes and counts the statistics of its images.
+    step is taken on the network in training mode, so that batch norm uses the statistics of its images and updates its
+    running statistics with them.
 
     Args:
         epsilon: Radius in :math:`\ell_\infty`, in pixel units.
@@ -141,7 +143,7 @@ class FastAdversarialTraining(pl.Callback):
 
 
 def _in_ball(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
-    """Project onto the images within ``epsilon`` of the given ones, in the largest entry, and in [0, 1]."""
+    r"""Project onto the :math:`\ell_\infty` ball of radius ``epsilon`` around the given images, and onto [0, 1]."""
     return (images + (moved - images).clamp(-epsilon, epsilon)).clamp(0, 1)
 
 

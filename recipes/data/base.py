@@ -1,4 +1,4 @@
-"""Image data as LightningDataModules that hand out float images in [0, 1] and know their own shape."""
+"""Image data as LightningDataModules that return float images in [0, 1] and describe their shape."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class ImageData(pl.LightningDataModule):
 
     @abstractmethod
     def load(self) -> tuple[dict[str, Split], ImageSpec]:
-        """Read the data: the splits ``train``, ``val`` and ``test``, and what they look like."""
+        """Read the data: the splits ``train``, ``val`` and ``test``, and their specification."""
 
     def digest(self) -> str | None:
-        """Return what tells these data from others with the same settings; nothing for data that never change."""
+        """Return a digest that differs for other data with the same settings; None for data that never change."""
         return None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data once, and refuse it if a class has no training image or no test image."""
+        """Read the data once, and check that every class has a training image and a test image."""
         if not hasattr(self, "splits"):
             splits, spec = self.load()
             for split in ("train", "test"):
@@ -69,7 +69,7 @@ class ImageData(pl.LightningDataModule):
             self.splits, self.spec = splits, spec
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Shuffled and augmented; an incomplete last batch is dropped, since batch norm dislikes it.
+        """Shuffled and augmented; an incomplete last batch is dropped, because its batch statistics would be noisy.
 
         Returns:
             The loader.
@@ -149,13 +149,13 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def _check_classes(split: str, labels: Tensor, num_classes: int, names: Sequence[str]) -> None:
-    """Refuse a split that lacks a class, naming up to ten."""
+    """Check that a split has all classes; the error names up to ten missing ones."""
     present = set(labels.unique().tolist())
     missing = list(islice((label for label in range(num_classes) if label not in present), 10))
     if missing:
         named = [f"{label} ({names[label]})" if names else str(label) for label in missing]
         raise ValueError(
-            f"The {split} images show {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
+            f"The {split} images have {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
             f"{', …' if len(present) + 10 < num_classes else ''}. Add {split} images of them, or take them out of all "
             "splits and number the labels from 0 without gaps."
         )

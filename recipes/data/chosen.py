@@ -25,7 +25,7 @@ def chosen_examples(
 ) -> tuple[Tensor, Tensor]:
     """Return ``count`` test images from anywhere in the split, the same for every network, and their labels.
 
-    A share ``noise`` of uniform noise in each pixel keeps flat backgrounds off the kinks of max pooling.
+    A share ``noise`` of uniform noise in each pixel avoids flat backgrounds, where max pooling is not differentiable.
     """
     split = data.splits["test"]
     examples = [split[index] for index in torch.randperm(len(split), generator=generator)[:count].tolist()]
@@ -42,7 +42,7 @@ def fixed_images(data: ImageData, count: int, noise: float) -> Tensor:
 
 
 def check_noise(noise: float) -> None:
-    """Refuse what is not a share.
+    """Check that ``noise`` is a share.
 
     Raises:
         ValueError: If ``noise`` is not from 0 to less than 1.

@@ -1,6 +1,6 @@
 """Data sets whose images are files: ImageFolder, ImageNet, Tiny ImageNet and the COVID-19 Radiography Database.
 
-Every file is looked for before training; an image is decoded when it is asked for.
+Every file is checked before training; an image is decoded when it is read.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ class CovidRadiography(ImageFiles):
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    """Images that are decoded when they are asked for."""
+    """Images that are decoded when they are read."""
 
     def __init__(self, files: Files, transform: transforms.Compose) -> None:
         self.paths = [str(path) for path, _ in files]
@@ -327,12 +327,12 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _exactly(folder: Path, names: list[str], suffix: str) -> list[Path]:
-    """Return the paths of the files with these names; refuses others beside them.
+    """Return the paths of the files with these names; other files of the same suffix are an error.
 
     Args:
-        folder: Where they are.
-        names: What they are called; whether each is there, :meth:`ImageFiles.load` sees.
-        suffix: How all of them end; files that do not are passed over.
+        folder: Folder of the files.
+        names: File names; :meth:`ImageFiles.load` checks that each file exists.
+        suffix: Their common suffix; files with another suffix are ignored.
 
     Returns:
         The paths in the order of the names.

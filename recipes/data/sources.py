@@ -1,4 +1,4 @@
-"""Where arrays of images come from: scikit-learn's digits, torchvision, a file of NumPy's."""
+"""Sources of image arrays: scikit-learn's digits, torchvision, a NumPy file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity
 from recipes.data.arrays import ArrayData
 from recipes.data.base import SPLIT_SEED, stratified_split
 
-# What MNIST and its kin must be; torchvision knows the checksums of their archives only.
+# Expected sizes of MNIST and similar data sets; torchvision only has the checksums of their archives.
 _IDX_NAMES = ("MNIST", "FashionMNIST", "KMNIST")
 _IDX_SHAPES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -56,9 +56,9 @@ class Digits(ArrayData):
 class Numbers(ArrayData):
     """Numbers of one to three of scikit-learn's digits side by side: 10, 100 or 1000 classes, no download.
 
-    The digits have the same size whatever their number, and a random height each. Test and validation numbers are made
-    of other handwriting than training numbers. A little noise keeps the background off the kinks of max pooling, where
-    a network has no derivative.
+    The digits have the same size for every ``num_digits``, and each has a random height in the image. Test and
+    validation numbers are made of other handwriting than training numbers. A little noise avoids flat backgrounds,
+    where max pooling is not differentiable.
 
     Args:
         num_digits: Digits of each number; ``10 ** num_digits`` classes, all of which occur equally often.
@@ -97,7 +97,7 @@ class Numbers(ArrayData):
         self.noise = noise
 
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Put the numbers together."""
+        """Compose the numbers from digits."""
         digits = Digits(image_size=self.image_size // 3).arrays()
         rng = np.random.default_rng(SPLIT_SEED)
         images, labels = digits["test"]
@@ -145,7 +145,7 @@ class TorchvisionArrays(ArrayData):
         self.root = root
 
     def prepare_data(self) -> None:
-        """Download what is missing, and read it once to see that it is whole."""
+        """Download the missing files, and read all of them once to check that they are complete."""
         self.arrays()
 
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -245,7 +245,7 @@ class Npz(ArrayData):
 
 
 def _wrong_files(name: str, root: Path) -> list[Path]:
-    """Return the files of a torchvision data set that are missing or not what they should be, as far as is known."""
+    """Return the files of a torchvision data set that are missing or fail their check, where there is one."""
     kind = getattr(datasets, name)
     if issubclass(kind, datasets.CIFAR10):
         sums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
@@ -258,7 +258,7 @@ def _wrong_files(name: str, root: Path) -> list[Path]:
 
 
 def _is_idx(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is as long and begins as MNIST's format demands: rank and sizes, big-endian, then bytes."""
+    """Whether a file has the length and the header of MNIST's format: rank and sizes, big-endian, then bytes."""
     header = b"".join(number.to_bytes(4, "big") for number in (0x0800 + len(shape), *shape))
     with file.open("rb") as stream:
         return stream.read(len(header)) == header and file.stat().st_size == len(header) + prod(shape)

@@ -1,4 +1,4 @@
-"""What a network must know of its data."""
+"""The specification of image data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a model must know of its data.
+    """The specification of image data, from which a network is built.
 
     Attributes:
         num_classes: Number of labels.

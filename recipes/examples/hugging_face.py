@@ -1,6 +1,6 @@
 """The penalty and the measurement in Hugging Face's Trainer: ``python -m recipes.examples.hugging_face``.
 
-Token ids cannot be moved by a small step; the inputs of a text classifier are their embeddings.
+Token ids are discrete; the inputs of a text classifier are the embeddings of its tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def logits_of_embeddings(module: nn.Module, embeddings: Tensor, attention_mask: 
 
 
 def function_and_inputs(model: Any, batch: dict[str, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """Return the function from embeddings to logits, the embeddings of a batch, and what else it needs."""
+    """Return the function from embeddings to logits, the embeddings of a batch, and its side inputs."""
     embeddings = model.get_input_embeddings()(batch["input_ids"])
     return LogitsOf(model, logits_of_embeddings), embeddings, {"attention_mask": batch["attention_mask"]}
 
@@ -35,7 +35,7 @@ class FisherTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # the step is in the unit of the embeddings, whose rows have a norm of about 0.02 * sqrt(32) = 0.1
         self.weight, self.every_n_steps, self.penalty = weight, every_n_steps, KLPenalty(step=0.05)
-        self.model_accepts_loss_kwargs = False  # then the Trainer divides by the number of accumulated batches
+        self.model_accepts_loss_kwargs = False  # in this case the Trainer divides by the number of accumulated batches
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Add the penalty in training."""
@@ -54,7 +54,7 @@ class LogLambda(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, and hand the number to the Trainer's logs."""
+        """Measure, and add the number to the Trainer's logs."""
         model, metric = kwargs["model"], FisherSpectralNorm().to(self.trainer.args.device)
         for batch in self.trainer.get_eval_dataloader():
             metric.update(*function_and_inputs(model, batch))

@@ -1,4 +1,4 @@
-"""How long things take on a device, as ratios of times measured alternately: a part of ``recipes.gpu_check``."""
+"""Times on a device, as ratios of times that are measured alternately: a part of ``recipes.gpu_check``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timed:
-    """A call and on how many images it works."""
+    """A call and the number of images that it works on."""
 
     name: str
     call: Call
@@ -48,13 +48,13 @@ def forward(network: nn.Module, images: Tensor) -> None:
 
 
 def strict_forward(network: nn.Module, images: Tensor) -> None:
-    """Run the network as an estimate does: what strict float32 costs."""
+    """Run the network in strict float32, as an estimate does."""
     with strictly(images.device):
         forward(network, images)
 
 
 def by_dual_numbers(network: nn.Module, images: Tensor) -> Tensor:
-    """Return eigenvalues without quotients, in the precision in which torch is set to compute (TensorFloat-32)."""
+    """Return eigenvalues without difference quotients, in torch's current precision (TensorFloat-32)."""
     with differentiable(images) as inputs:
         function = in_fast_layout(WithSideInputs(deployed(network, inputs), None, len(inputs)), inputs)
         fisher = InputFisher(function, inputs, Categorical(), quotients=False)
@@ -76,7 +76,7 @@ def of_estimates(network: nn.Module, images: Tensor) -> list[Timed]:
 
 
 def of_the_paper(network: nn.Module, images: Tensor, num_images: int) -> list[Timed]:
-    """Return the algorithm of the paper on few images, one at a time, and ours on the batch."""
+    """Return the algorithm of the paper on few images, one at a time, and the default estimate of the batch."""
     few = images[:num_images]
     return [
         Timed("paper, white box", partial(paper_white_box, network, few), len(few)),
@@ -164,7 +164,7 @@ _NUM_CLASSES = 10
 
 def _memory_of_a_step(config: DictConfig, network: nn.Module, name: str, batch: list[Tensor]) -> dict[str, float]:
     device = batch[0].device
-    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # which would be compiled once more
+    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # otherwise it would be compiled again
         return {}
     step = partial(fit, config, _NUM_CLASSES, network, config.methods[name].callback, batch, 1, [])
     return {"peak_memory_mb": peak_memory(step, device) / 2**20}

@@ -1,4 +1,4 @@
-"""The network of an audit: built by any factory, with the weights of any file that holds nothing but weights."""
+"""The network of an audit: built by any factory, with the weights of any file that holds tensors only."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _REMEDY = "Choose the factory that made it, with its arguments: model=… or ~mo
 def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
     """Build ``config.model``, load ``config.checkpoint`` and put ``config.normalize`` in front.
 
-    A factory that has a parameter ``spec`` gets that of the data; any other one gets its own arguments alone.
+    A factory with a parameter ``spec`` gets the specification of the data; any other one gets only its own arguments.
 
     Returns:
         The network, in evaluation mode.
 
     Raises:
-        ValueError: If the factory refuses its arguments or makes no module; and as in :func:`load_weights`.
+        ValueError: If the factory refuses its arguments or returns no module; and as in :func:`load_weights`.
     """
     target = config.model._target_
     extra = {"spec": spec} if _takes_spec(get_object(target)) else {}
@@ -65,7 +65,7 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
     try:
         with torch.no_grad():
             deployed(network, image)(image)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # any error of the user's forward
         raise ValueError(
             f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
             f"{error} Give images of its size (data.image_size=…, data.num_channels=3) or build it for these."
@@ -79,19 +79,19 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
         )
 
 
-# timm's reader knows the prefixes of DataParallel and torch.compile alone. In a LightningModule the prefix is the name
-# of an attribute, whatever it is, and the file may hold other networks besides.
+# timm's reader only handles the prefixes of DataParallel and torch.compile. In a LightningModule the prefix is the name
+# of any attribute, and the file may also hold other networks.
 def load_weights(network: nn.Module, path: str | Path, *, prefix: str | None = None) -> None:
     """Load every weight of a network from a file that holds tensors only: nothing in it is executed.
 
     The file is that of ``torch.save`` or safetensors: a state dict, or a dict with one, as Lightning, timm and
     torchvision write it. Where a module held the network, as a LightningModule or DistributedDataParallel does, the
-    keys have a prefix; it is found from the network's own keys, and whatever lies beside it is left alone.
+    keys have a prefix. It is found from the network's own keys, and all other entries of the file are ignored.
 
     Args:
-        network: Changed in place; as it was if the file is refused.
+        network: Changed in place; unchanged if the file is refused.
         path: The file.
-        prefix: Of the network's keys in the file, needed only if several networks in it fit.
+        prefix: Prefix of the network's keys in the file; needed only if several networks in the file fit.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -106,7 +106,7 @@ def load_weights(network: nn.Module, path: str | Path, *, prefix: str | None = N
     if prefix is None:
         prefix = _prefix(given, expected, path)
     chosen = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
-    for key, value in expected.items():  # of batch norms older than 2018: it counts training steps
+    for key, value in expected.items():  # missing in files older than 2018: batch norm's count of training steps
         if key.endswith("num_batches_tracked"):
             chosen.setdefault(key, value)
     _check(chosen, expected, path)
@@ -150,7 +150,7 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    # the first sentence alone: torch goes on to advise weights_only=False
+    # only the first sentence: the rest advises weights_only=False
     first = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0]
     return f"{path} is damaged or no file of weights by torch.save or safetensors ({first}). Copy or save it again."
 
@@ -170,7 +170,7 @@ def _state_dict(path: Path, content: Any) -> Weights:
 
 
 def _prefix(given: Weights, expected: Weights, path: Path) -> str:
-    """Return what stands before most of the network's keys in the file; of equals, the shortest."""
+    """Return the prefix of most of the network's keys in the file; the shortest one among equals."""
     counts: Counter[str] = Counter({"": 0})
     for key in given:
         ends = [0, *(match.end() for match in re.finditer(r"\.", key))]
@@ -201,7 +201,7 @@ def _shape(weights: Weights, key: str) -> str:
 
 
 def _check(given: Weights, expected: Weights, path: Path) -> None:
-    """Refuse weights of another network."""
+    """Check that the weights are those of this network."""
     wrong = [key for key in {**expected, **given} if _shape(given, key) != _shape(expected, key)]
     if not wrong:
         return
@@ -226,7 +226,7 @@ def _check(given: Weights, expected: Weights, path: Path) -> None:
 
 
 def _rows(given: Any, expected: Any) -> tuple[int, int] | None:
-    """Return the numbers of rows of two weights that differ in nothing else."""
+    """Return the numbers of rows of two weights whose other dimensions agree; None if they do not."""
     if not (isinstance(given, Tensor) and isinstance(expected, Tensor) and given.ndim and expected.ndim):
         return None
     return (len(given), len(expected)) if given.shape[1:] == expected.shape[1:] else None

@@ -1,4 +1,4 @@
-"""What a sweep over trainings minimises."""
+"""The objectives that a sweep over trainings minimises."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.data.chosen import chosen_examples
 
 
 class Objective(Protocol):
-    """From a trained network to a number; the smaller, the better."""
+    """Maps a trained network to a number; smaller is better."""
 
     def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
         """Return the number; ``summary`` is that of the training."""
@@ -26,11 +26,11 @@ class Objective(Protocol):
 class LambdaAtAccuracy:
     """The decimal logarithm of the mean of λ over the test images, of networks that are accurate enough.
 
-    A hundredth of accuracy below the floor counts as much as a factor of ten of λ, so that a search is led back above
-    it. It costs nothing, since the training measures both.
+    Below the floor, one per cent of accuracy counts as much as a factor of ten of λ, so that a search returns to
+    accurate networks. There is no extra cost, since the training measures both.
 
     Args:
-        floor: Accuracy on the test images from which on λ alone counts.
+        floor: Accuracy on the test images from which only λ counts.
     """
 
     floor: float = 0.9
@@ -44,7 +44,7 @@ class LambdaAtAccuracy:
 
 @dataclass(frozen=True)
 class RobustAccuracy:
-    """Minus the share of test images that are classified rightly under an attack.
+    """Minus the robust accuracy: the share of test images that are classified correctly under an attack.
 
     Args:
         attack: The attack.

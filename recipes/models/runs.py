@@ -1,4 +1,4 @@
-"""The folder that ``recipes.train`` leaves: its configuration and its last checkpoint."""
+"""The folder that ``recipes.train`` writes: its configuration and its last checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TAKEN = ("data", "model")
 
 
 def run_config(folder: Path) -> DictConfig:
-    """Return the configuration of a training, with the folder where it is now in place of that where it was.
+    """Return the configuration of a training, with the current folder in place of the original one.
 
     Raises:
         FileNotFoundError: If the folder has none.
@@ -46,8 +46,8 @@ def last_checkpoint(folder: Path) -> Path:
 def with_run(config: DictConfig) -> DictConfig:
     """Return a configuration with the data, the network and the checkpoint of the training in ``config.run``.
 
-    ``config.checkpoint`` alone, if it lies where ``recipes.train`` puts it, means its training, too. Without either
-    the configuration stays as it is.
+    ``config.checkpoint`` alone also selects its training, if it is at the path at which ``recipes.train`` writes it.
+    Without either the configuration is returned unchanged.
 
     Raises:
         FileNotFoundError: If there is no training in the folder, or no checkpoint.
@@ -75,20 +75,20 @@ def with_run(config: DictConfig) -> DictConfig:
 
 
 def check_unused(folder: Path) -> None:
-    """Refuse a folder in which a training was begun.
+    """Check that no training was started in a folder.
 
     Raises:
         ValueError: If there is one.
     """
     if (folder / "config.yaml").exists():
         raise ValueError(
-            f"{folder} has a training already: go on with it by {command_line('train', resume=folder)}, or give "
+            f"{folder} has a training already: resume it by {command_line('train', resume=folder)}, or give "
             "another hydra.run.dir."
         )
 
 
 def _moved(value: Any, old: str, new: str) -> Any:
-    """Return settings with another beginning of the paths below a folder."""
+    """Return settings in which paths below one folder are moved below another."""
     if isinstance(value, dict):
         return {key: _moved(part, old, new) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A trained network for the recipes that measure one: a checkpoint of ``recipes.train``, or trained on the spot."""
+"""A trained network for the recipes that measure one: a checkpoint of ``recipes.train``, or a new training."""
 
 from __future__ import annotations
 

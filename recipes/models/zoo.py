@@ -1,4 +1,4 @@
-"""torchvision's own classes at sizes that suit small images, fed with pixels in [0, 1].
+"""torchvision's own classes at sizes that suit small images; inputs are pixels in [0, 1].
 
 Normalisation is the first layer of every network, so that inputs, attacks and Fisher eigenvalues are in pixel units.
 ``activation`` is ``"relu"``, ``"silu"``, ``"gelu"``, or None for the one of the publication.
@@ -51,7 +51,7 @@ def vgg(
 
 
 def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1, activation: str | None = None) -> nn.Module:
-    """Build a :class:`torchvision.models.ResNet` of basic blocks; a stage of 0 blocks, from the end, is left out."""
+    """Build a :class:`torchvision.models.ResNet` of basic blocks; trailing stages of 0 blocks are left out."""
     kept = [blocks for blocks in layers if blocks > 0]
     network = ResNet(BasicBlock, [max(1, blocks) for blocks in layers], num_classes=spec.num_classes)
     for stage in range(len(kept), len(layers)):

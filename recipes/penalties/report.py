@@ -12,7 +12,7 @@ from recipes.reporting.tables import markdown_table
 KEYS = ["model", "method", "strength"]
 PLAIN = "none"
 ROBUST = "l2_0.25"
-"""The attack that finalists are chosen by and figures show, unless another is named; see ``attack_name``."""
+"""The attack by which settings are chosen and which figures show, unless another is named; see ``attack_name``."""
 _TITLES = {
     "seeds": "seeds",
     "clean": "clean",
@@ -24,10 +24,10 @@ _TITLES = {
 
 
 def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) -> set[tuple[str, str, float]]:
-    """Choose the strength of each method of each model that AutoAttack sees too.
+    """Choose the strength of each method of each model that is also attacked by AutoAttack.
 
-    It is the one with the highest accuracy under attack among those whose accuracy is at most ``max_clean_loss`` below
-    that of the plain training; the one with the highest accuracy where there is none.
+    It is the strength with the highest robust accuracy among those whose accuracy is at most ``max_clean_loss`` below
+    that of the plain training; where there is none, the one with the highest accuracy.
 
     Returns:
         Model, method and strength of each.

@@ -1,4 +1,4 @@
-"""LightningModules of other people, small and with random weights, each with a batch of the structure of its data."""
+"""LightningModules of other packages, small and with random weights, each with a batch in its own format."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Public:
 
     Attributes:
         module: As its package builds it.
-        batch: What its data give.
+        batch: A batch of its data.
         network: From inputs ``(B, *S)`` to logits ``(B, K)``, written by hand with the parts of ``module``.
         inputs: Returns the inputs ``(B, *S)`` of the batch.
-        names: Functions that ``needs`` may call.
+        names: Functions that the arguments in ``needs`` may call.
     """
 
     module: pl.LightningModule

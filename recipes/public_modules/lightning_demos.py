@@ -1,4 +1,4 @@
-"""Modules that Lightning itself shows."""
+"""Modules from Lightning's own demos and documentation."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Attach both callbacks to public LightningModules, unchanged: ``python -m recipes.public_modules``.
+"""Attach both callbacks to unchanged public LightningModules: ``python -m recipes.public_modules``.
 
 Each of ``modules`` in ``conf/public_modules.yaml`` is built with random weights, in a small configuration, and trained
-for two steps on batches of random numbers with the structure that its own data have. First the callbacks get no
-argument that depends on the module. Where that is refused or measures nothing, they get the arguments in ``needs``. The
-logged lambda is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's
-network. A package that is not installed is a row that says so.
+for two steps on batches of random numbers in the module's own format. First the callbacks get no argument that depends
+on the module. Where that is refused or no eigenvalue is logged, they get the arguments in ``needs``. The logged lambda
+is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's network.
+A package that is not installed gets a row that says so.
 
 Leaves in Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
 settings) and ``public_modules.md``.
@@ -90,7 +90,7 @@ def tried(entry: DictConfig, config: DictConfig) -> dict[str, Any]:
     try:
         row["batch"] = described(_built(entry, config).batch)
         trained(_built(entry, config), config, callbacks=[])
-    except Exception as error:  # another version of the package may know other names and arguments
+    except Exception as error:  # another version of the package may have other names and arguments
         return row | {"status": f"does not train by itself: {_line(error)}"}
     found = attached(_built(entry, config), {}, config)
     row["untouched"] = found.message or "works"
@@ -115,7 +115,7 @@ def _built(entry: DictConfig, config: DictConfig) -> Public:
 
 @dataclass(frozen=True)
 class Attached:
-    """What became of a training with both callbacks.
+    """The result of a training with both callbacks.
 
     Attributes:
         message: Why there is no eigenvalue; empty where there is one.
@@ -123,7 +123,7 @@ class Attached:
         eigenvalue: ``fisher/lambda_max_mean`` after the last step.
         by_hand: The same from an explicit Jacobian.
         bound: The logged ``fisher/log10_bound_global``, or why there is none.
-        warning: The first warning of a callback that is about neither.
+        warning: The first other warning of a callback.
     """
 
     message: str = ""
@@ -146,7 +146,7 @@ def attached(public: Public, needs: Mapping[str, str], config: DictConfig) -> At
         warnings.simplefilter("always")
         try:
             trained(public, config, callbacks=[monitor, regularizer])
-        except Exception as error:  # whatever the user's module raises through the callbacks
+        except Exception as error:  # any error that the user's module raises through the callbacks
             return Attached(message=_line(error), is_refused=isinstance(error, _NAMED))
     said = [str(one.message) for one in caught if str(one.message).startswith(("FisherMonitor", "FisherRegularizer"))]
     eigenvalue = monitor.history[-1]["fisher/lambda_max_mean"]
@@ -188,7 +188,7 @@ def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) ->
 
 
 def _namespace(module: Any) -> Any:
-    """Return the package of Lightning that a module comes from: a Trainer takes those of its own alone."""
+    """Return the package of Lightning that a module comes from: a Trainer only accepts modules of its own package."""
     return pl if isinstance(module, pl.LightningModule) else import_module("lightning.pytorch")
 
 

@@ -1,4 +1,4 @@
-"""Modules for images, of packages that bring their own, or as the examples of a package write them."""
+"""Modules for images: those of a package, or written as in the examples of a package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.public_modules import Public
 
 
 class Task(pl.LightningModule):
-    """What the examples of most packages write around a network: one loss, one optimiser.
+    """A LightningModule as in the examples of most packages: a network, one loss, one optimiser.
 
     Args:
         network: Any network; ``forward`` calls it.

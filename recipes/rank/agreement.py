@@ -1,4 +1,4 @@
-"""How far the bounds' orders of networks agree with lambda's: numbers, sentences, tables and the figure.
+"""Agreement between the ranking of networks by a bound and by lambda: numbers, sentences, tables and the figure.
 
 Rows are those of ``rank.csv``: one per network, with columns ``model, family, seed``, the summaries of lambda and the
 log10 of the bounds. Every model has the same seeds.
@@ -35,10 +35,10 @@ from recipes.statistics.agreement import (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A bound and what it should rank networks by.
+    """A bound, and the summary of lambda with which its ranking is compared.
 
     Attributes:
-        level: Where the bound looks.
+        level: Level of the bound: global, local or blockwise.
         bound: Column of its log10.
         target: Column of a summary of lambda over the images.
     """
@@ -59,7 +59,7 @@ COMPARISONS = (
 
 
 def correlations(rows: pd.DataFrame, num_resamples: int) -> pd.DataFrame:
-    """Compare every bound's order with lambda's.
+    """Compare the ranking by every bound with the ranking by lambda.
 
     Returns:
         One row per group of networks (``over``) and comparison, with ``tau, tau_low, tau_high, tau_p``, the same of
@@ -89,30 +89,28 @@ def compare(rows: pd.DataFrame, comparison: Comparison, over: str, num_resamples
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say what a row of :func:`correlations` allows to say of tau, and no more.
+    """Return the conclusion that a row of :func:`correlations` supports for tau.
 
     Returns:
-        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05; for ``num_models`` whose
-        smallest possible p, ``2 / num_models!``, is larger it says that they are too few.
+        A sentence. It claims a ranking only if the interval excludes 0 and p is at most 0.05. If the smallest possible
+        p of ``num_models`` models, ``2 / num_models!``, is larger than 0.05, it says that they are too few.
     """
     tau, low, high, p = (result[key] for key in ("tau", "tau_low", "tau_high", "tau_p"))
     bound, things = f"the {result['level']} bound", result["over"]
     if math.isnan(tau):
-        return (
-            f"tau is undefined: {bound} or {result['target']} is the same for all {things}, so that there is no order."
-        )
+        return f"tau is undefined: {bound} or {result['target']} is the same for all {things}."
     if 2 / math.factorial(result["num_models"]) > SIGNIFICANCE:
-        return f"{result['num_models']} models are too few: no order of the {things} can be told from chance."
+        return f"{result['num_models']} models are too few: no ranking of the {things} can be significant."
     said = f"tau = {tau:.2f} [{low:.2f}, {high:.2f}], p = {p:.2g}: "
     if low <= 0 <= high:
         return f"{said}{bound} does not rank these {things} by {result['target']}."
     if p > SIGNIFICANCE:
-        return f"{said}{result['num_models']} models are too few to tell the order of {bound} from chance."
+        return f"{said}{result['num_models']} models are too few for a significant ranking by {bound}."
     if high < 0:
-        return f"{said}{bound} ranks these {things} backwards by {result['target']}."
+        return f"{said}{bound} ranks these {things} in the opposite order of {result['target']}."
     if tau > 1 - 1e-9:
-        return f"{said}{bound} ranks these {things} by {result['target']}, every pair in order."
-    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs stand in the same order"
+        return f"{said}{bound} ranks these {things} by {result['target']}, with every pair in the same order."
+    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs are in the same order"
     return f"{said}{bound} ranks these {things} in part by {result['target']}: {agreeing}."
 
 
@@ -123,14 +121,16 @@ def reproducibility(rows: pd.DataFrame, target: str) -> float:
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
-    """Return what a reader of the numbers must know."""
+    """Return notes for the reader of the numbers."""
     found = [
-        "lambda_median_few and lambda_max_few: over the images of the blockwise bound alone.",
+        "lambda_median_few and lambda_max_few: over the images of the blockwise bound only.",
         "Intervals: bootstrap over models, and seeds within them. p: permutations of models. Neither is corrected for "
         f"the number of comparisons ({len(COMPARISONS)} in each group).",
     ]
     if rows.seed.nunique() == 1:
-        found.append("One seed per model: the intervals hold the choice of the models, not the chance of training.")
+        found.append(
+            "One seed per model: the intervals account for the choice of the models, not for the seed of the training."
+        )
     else:
         taus = [f"{reproducibility(rows, target):.2f} ({target})" for target in ("lambda_median", "lambda_max")]
         found.append(f"Two seeds agree in the order of the models by lambda to tau = {' and '.join(taus)} on average.")
@@ -207,7 +207,7 @@ def _draw_bounds(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> Non
     handles += [Line2D([], [], color="k", marker=mark, linestyle="none", label=name) for name, mark in _MARKERS.items()]
     handles.append(Line2D([], [], color="gray", linestyle=":", label="bound = lambda"))
     axes.legend(handles=handles, frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, -0.33))
-    axes.set_yscale("symlog", linthresh=8, linscale=3)  # of log10: the global bound may be 80 decades above the others
+    axes.set_yscale("symlog", linthresh=8, linscale=3)  # of log10: the global bound may be 10^80 times the others
     axes.set_ylim(min(0, rows[[bound for bound, _ in _LARGEST.values()]].min(axis=None)) - 0.5)
     axes.yaxis.set_major_locator(FixedLocator([*range(-16, 8, 2), 8, 16, 32, 64, 128, 256]))
     axes.yaxis.set_minor_locator(NullLocator())

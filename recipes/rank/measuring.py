@@ -16,7 +16,7 @@ from recipes.models.training import share_correct, trained_network
 from recipes.runtime.cache import Result, Settings
 from recipes.runtime.environment import chosen_device
 
-_ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
+_ROUND_OFF = 1e-6  # log10 by which a bound may lie below lambda
 
 
 def measure(settings: Settings, cache: Path) -> Result:

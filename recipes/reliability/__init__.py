@@ -1,1 +1,1 @@
-"""Whether the numbers can be trusted: ``python -m recipes.reliability``."""
+"""Test the estimates against exact values: ``python -m recipes.reliability``."""

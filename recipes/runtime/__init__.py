@@ -1,1 +1,1 @@
-"""How a recipe runs: its command line, its work in several processes, what it keeps, its clock."""
+"""The infrastructure of a recipe: command line, parallel tasks, cache of results, timing."""

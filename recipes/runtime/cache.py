@@ -1,8 +1,7 @@
 """Results of long computations, kept by ``joblib.Memory`` under everything that they depend on.
 
-:func:`stamped` adds to the settings of a piece of work the versions of torch and fisher-reg, a digest of the source
-that the work uses, and a digest of its data. :func:`kept` does the work, or reads its result where all of them are the
-same.
+:func:`stamped` adds to the settings of a task the versions of torch and fisher-reg, a digest of the source that the
+task uses, and a digest of its data. :func:`kept` runs the task, or reads its result if all of these are the same.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _ROOTS = {name: Path(__file__).parents[2] / name for name in ("fisher_reg", "rec
 
 
 def stamped(settings: Settings, work: Work) -> Settings:
-    """Return the settings with whatever else the result of the work depends on.
+    """Return the settings with everything else that the result of the work depends on.
 
     Args:
         settings: Plain values. Their ``data``, if there is one, has a method ``digest``.
@@ -46,7 +45,7 @@ def stamped(settings: Settings, work: Work) -> Settings:
 
 
 def kept(settings: Settings, work: Work, folder: Path) -> Result:
-    """Return the result of the work, from ``folder`` if it is there. A result is there as a whole or not at all."""
+    """Return the result of the work, from ``folder`` if it is there. A result is stored completely or not at all."""
     result: Result = _memory(folder)(_key(settings), settings, work, folder)
     return result
 
@@ -57,14 +56,15 @@ def is_kept(settings: Settings, work: Work, folder: Path) -> bool:
 
 
 def kept_file(settings: Settings, folder: Path, suffix: str) -> Path:
-    """Return where a work may keep a file beside its result."""
+    """Return the path of a file that the work may keep next to its result."""
     return folder / f"{joblib.hash(_key(settings))}{suffix}"
 
 
 def source_digest(module: str, settings: Settings) -> str:
     """Return a digest of the modules of this project that a module imports, directly or not.
 
-    What the settings build (each ``_target_``) counts as imported. Other packages count by their version at most.
+    The targets of the settings (each ``_target_``) count as imported. Other packages count only by their version, if at
+    all.
     """
     return _digest(tuple(sorted({module, *_targets(settings)})))
 
@@ -91,7 +91,7 @@ def _closure(names: tuple[str, ...]) -> set[Path]:
 
 
 def _file(parts: tuple[str, ...]) -> Path | None:
-    """Return the file of a module, or ``None`` for a name inside a module and for other people's packages."""
+    """Return the file of a module, or ``None`` for a name inside a module and for other packages."""
     if parts[0] not in _ROOTS:
         return None
     path = _ROOTS[parts[0]].joinpath(*parts[1:])
@@ -126,7 +126,7 @@ def data_digest(data: str) -> str | None:
 
 
 def _key(settings: Settings) -> str:
-    """Return the settings as text, since joblib would tell one object twice from two equal ones."""
+    """Return the settings as text, since joblib's digest distinguishes one object used twice from two equal objects."""
     return json.dumps(settings, sort_keys=True)
 
 

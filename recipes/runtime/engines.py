@@ -1,4 +1,4 @@
-"""What runs the pieces of a study: joblib's backends, chosen by the configuration group ``engine``.
+"""Engines for the tasks of a study: joblib's backends, chosen by the configuration group ``engine``.
 
 An engine is opened for a number of processes. While it is open, ``joblib.Parallel`` runs on it.
 """
@@ -29,11 +29,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Local(Engine):
-    """Worker processes of this machine, by loky; one process works without any other."""
+    """Worker processes of this machine, by loky; with one process no worker is started."""
 
     @contextmanager
     def open(self, num_processes: int) -> Generator[None, None, None]:
-        """Start the workers when they are needed; joblib keeps them for the next piece of work."""
+        """Start the workers when they are needed; joblib keeps them for the next call."""
         with joblib.parallel_config("loky", n_jobs=num_processes):
             yield
 
@@ -43,7 +43,7 @@ class Dask(Engine):
     """The workers of a Dask cluster.
 
     Args:
-        address: Of its scheduler; without one, a cluster of this machine is started.
+        address: Address of its scheduler; without one, a cluster on this machine is started.
 
     Raises:
         ModuleNotFoundError: If ``dask`` or ``distributed`` is not installed.
@@ -64,7 +64,7 @@ class Dask(Engine):
         import dask
         from distributed import Client, LocalCluster
 
-        # Loaders of data start processes, which a daemon must not.
+        # Data loaders start processes, which a daemonic process may not do.
         with ExitStack() as stack:
             stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
             cluster: Any = self.address
@@ -88,7 +88,7 @@ class Ray(Engine):
     """The workers of a Ray cluster.
 
     Args:
-        address: Of the cluster; without one, a cluster of this machine is started.
+        address: Address of the cluster; without one, a cluster on this machine is started.
 
     Raises:
         ModuleNotFoundError: If ``ray`` is not installed.
@@ -101,11 +101,11 @@ class Ray(Engine):
 
     @contextmanager
     def open(self, num_processes: int) -> Generator[None, None, None]:
-        """Connect to the cluster; ``num_processes`` of its processors work."""
+        """Connect to the cluster and use ``num_processes`` of its processors."""
         import ray
         from ray.util.joblib.ray_backend import RayBackend
 
-        # Ray's backend hands results over as they come; it only inherits that it could not.
+        # Ray's backend can return results as they finish, but inherits a flag that says that it cannot.
         streaming = type("Streaming", (RayBackend,), {"supports_return_generator": True})
         own: dict[str, Any] = {} if self.address else {"num_cpus": num_processes, "include_dashboard": False}
         ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)

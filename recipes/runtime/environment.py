@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: command, commit, versions, processor, device, data."""
+"""The environment of a result: versions, processor, device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, device."""
+    """Return the versions, processor and device that the numbers depend on."""
     versions = {name: installed(name) for name in PACKAGES}
     return {
         **versions,

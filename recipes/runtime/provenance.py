@@ -1,4 +1,4 @@
-"""What it takes to make a result again."""
+"""The record that is needed to reproduce a result."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from recipes.runtime.settings import resolved
 
 
 def provenance(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return what it takes to make a result again, without folders of this machine.
+    """Return the record that is needed to reproduce a result, without folders of this machine.
 
     Args:
-        config: Of the recipe; its ``seed``, ``device``, and ``data`` or ``datasets`` are used, if it has them.
+        config: Configuration of the recipe; ``seed``, ``device``, and ``data`` or ``datasets`` are used, if present.
 
     Returns:
         ``command``, ``commit``, ``seed``, ``data`` and ``environment``.
@@ -49,12 +49,12 @@ def commit() -> str:
 
 
 def _command() -> str:
-    """Return the command as it was given, with the last part alone of absolute paths."""
+    """Return the command as it was given, with only the last part of absolute paths."""
     return shlex.join(["python", *map(_without_folder, sys.orig_argv[1:])])
 
 
 def _without_folder(word: str) -> str:
-    """Return an argument, or the value of an override, with the last part alone if it is an absolute path."""
+    """Return an argument, or the value of an override; of an absolute path only the last part."""
     key, separator, value = word.partition("=") if "=" in word else ("", "", word)
     bare = value.strip("'\"")
     if Path(bare).is_absolute():

@@ -1,4 +1,4 @@
-"""Configurations as plain values, and back: OmegaConf's own functions return lists and text, too."""
+"""Conversion between configurations and plain values, with narrower types than OmegaConf's own functions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def resolved(config: DictConfig, **changes: Any) -> dict[str, Any]:
 
     Args:
         config: A mapping.
-        changes: Set before, so that what refers to them follows.
+        changes: Set before the interpolations are resolved.
     """
     plain = OmegaConf.to_container(OmegaConf.merge(config, changes) if changes else config, resolve=True)
     return cast("dict[str, Any]", plain)
 
 
 def merged(*parts: DictConfig | Mapping[str, Any]) -> DictConfig:
-    """Return one configuration, in which later parts change earlier ones; plain values are welcome."""
+    """Merge configurations or plain values into one configuration; later parts override earlier ones."""
     return cast("DictConfig", OmegaConf.merge(*parts))

@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call."""
+"""Time and memory of a call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 T = TypeVar("T")
 
 
-# torch.utils.benchmark.Timer gives no result of the call, and starts loops of its own: ours are timed in turns.
+# torch.utils.benchmark.Timer does not return the result of the call, and runs its own loop; our calls take turns.
 def timed(call: Callable[[], T], device: torch.device, num_rounds: int = 1) -> tuple[T, float]:
     """Return the result of a call and the median of the seconds that it took on the device in ``num_rounds`` calls."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else nullcontext
@@ -54,7 +54,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def silent_stderr() -> Generator[None, None, None]:
-    """Drop what native code writes there: the profiler of torch 2.14 announces each start and stop."""
+    """Discard the output of native code: the profiler of torch 2.14 prints a line at each start and stop."""
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)

@@ -1,1 +1,1 @@
-"""Orders, correlations and their uncertainty."""
+"""Rankings, correlations and their uncertainty."""

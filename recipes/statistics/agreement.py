@@ -1,8 +1,8 @@
-"""How far two orders of networks agree, with bootstrap intervals and permutation tests.
+"""Agreement of two rankings of networks, with bootstrap intervals and permutation tests.
 
 Values are arrays ``(models, seeds)``, one pair for each group of networks that may be compared with one another (a data
 set, say). A statistic over several groups is its mean over them. The groups hold the same models in the same order, and
-are drawn and permuted together: what makes a model special in every group is one observation, not several.
+are drawn and permuted together: a model counts as one observation, not as one per group.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mean_over_seeds(values: Array) -> Array:
 
 
 def every_network(values: Array) -> Array:
-    """Return each network by itself, ``(..., models, seeds)`` to ``(..., models * seeds)``."""
+    """Return one value per network, ``(..., models, seeds)`` to ``(..., models * seeds)``."""
     return values.reshape(*values.shape[:-2], -1)
 
 
@@ -72,7 +72,7 @@ def agreement(groups: Sequence[Pair], statistic: Statistic, merge: Merge) -> Arr
 
 
 def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> tuple[float, float]:
-    """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
+    """Bootstrap models, and seeds within each; a draw with only one distinct model is left out."""
     generator = np.random.default_rng(0)
     draws = [_drawn(groups, generator) for _ in range(num_resamples)]
     stacked = [

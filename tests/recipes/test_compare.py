@@ -182,7 +182,7 @@ def _config(tmp_path, *overrides):
         (["models.ViT.patch_size=5"], "indivisible"),
         (["+models.VGG16={_target_:recipes.models.torchvision_model,name:vgg16}"], "takes RGB images"),
         (["effort.num_clever=0"], "num_clever must be at least 1; got 0"),
-        (["~models.ViT", "~trainings.pgd"], "An order needs at least 3 models with their trainings"),
+        (["~models.ViT", "~trainings.pgd"], "A rank correlation needs at least 3 pairs of model and training"),
         (["num_resamples=0"], "num_resamples must be at least 1; got 0"),
     ],
 )
@@ -294,8 +294,12 @@ def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_not
     assert distances.c["lambda_tempered"] == pytest.approx(0.5)
     assert distances.spread["lambda"] > 0.5
     texts = findings(found)
-    said = next(text for text in texts if text.startswith("Which networks of a data set fall (nearness"))
-    assert "not to be told from chance" in said  # four networks are too few
+    said = next(
+        text
+        for text in texts
+        if text.startswith("Which networks of a data set are attacked with more success (nearness")
+    )
+    assert "not significant" in said  # four networks are too few
     assert "| λ_max of F |" in markdown(found, texts)
     assert (metric_table(found.per_example, found.per_model, found.networks)["metric"] == TITLES).all()
 
@@ -429,10 +433,10 @@ def test_masked_images_are_said():
     networks, examples = _rows()
     examples.loc[:4, "masked_pgd"] = True
     texts = findings(analyse(networks, examples, ATTACKS, 20))
-    assert any(text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in texts)
+    assert any(text.startswith("pgd could not attack 5 images of 1 networks") for text in texts)
 
 
 def test_networks_that_know_nothing_are_said_to_order_nothing():
     networks, examples = _rows()
-    with pytest.raises(ValueError, match=r"Nothing can be ordered.*what has been done is kept"):
+    with pytest.raises(ValueError, match=r"Nothing can be ordered.*finished stages are kept"):
         analyse(networks, examples.assign(correct=False), ATTACKS, 5)

@@ -137,13 +137,13 @@ def test_few_models_allow_no_verdict_and_families_of_three_are_compared():
     few = found[found.over == "models of b"]
     assert (few.num_models == 4).all()
     assert few.tau.to_numpy() == pytest.approx(np.ones(6))
-    assert (few.verdict == "4 models are too few: no order of the models of b can be told from chance.").all()
+    assert (few.verdict == "4 models are too few: no ranking of the models of b can be significant.").all()
     assert set(correlations(_rows(np.arange(4), family="ab"), num_resamples=5).over) == {"models", "networks"}
 
 
 def test_one_seed_is_said_to_say_nothing_of_training():
     rows = _rows(np.arange(8), num_seeds=1)
-    assert _over_models(rows).verdict.str.contains("every pair in order").all()
+    assert _over_models(rows).verdict.str.contains("every pair in the same order").all()
     assert math.isnan(reproducibility(rows, "lambda_max"))
     assert any("One seed per model" in note for note in notes(rows))
     assert any("tau = 1.00 (lambda_median)" in note for note in notes(_rows(np.arange(8), noise=0.001)))
