@@ -1,4 +1,4 @@
-"""The Fisher spectral norm of a classifier that only answers: forward passes, no gradient, no network."""
+"""The Fisher spectral norm of a black-box classifier: from predictions only, without gradients."""
 
 from fisher_reg.blackbox.interface import blackbox_spectral_norm
 from fisher_reg.blackbox.quotient import BlackBoxMax

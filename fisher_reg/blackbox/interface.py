@@ -1,4 +1,4 @@
-"""What a user calls."""
+"""The public function of the black-box estimate."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ def blackbox_spectral_norm(
     progress: Progress | None = None,
     generator: torch.Generator | None = None,
 ) -> BlackBoxResult:
-    r"""Estimate the largest eigenvalue of the input-space Fisher matrix from predictions alone, per example.
+    r"""Estimate the largest eigenvalue of the input-space Fisher matrix from predictions only, per example.
 
     Args:
         predict: Maps inputs ``(B, *S)`` to probabilities ``(B, K)``: a network in evaluation mode followed by softmax,
             an ONNX session, a remote service. It gets a NumPy array where ``inputs`` is one, else a tensor without
-            gradient, may change what it gets, and may return either. It must answer the same question alike each time.
-        inputs: ``(B, *S)``, float32 or float64; an array may have any strides and byte order. Neither changed nor
-            handed out.
+            gradient, may change its argument, and may return either type. It must be deterministic.
+        inputs: ``(B, *S)``, float32 or float64; an array may have any strides and byte order. Not modified; ``predict``
+            only gets copies.
         estimator: :class:`BlackBox` with 200 queries by default, or :class:`BlackBoxMax`.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
         bounds: ``(low, high)``, numbers, tensors or arrays that are broadcastable to the inputs, in their unit and
-            precision. No question leaves this range. Without it, questions leave the range of the inputs by a few
-            steps, which are small where the answers follow them. Where no answer moves, three tries take steps a
-            thousand times as long each.
-        max_batch_size: Examples per call of ``predict``, at most. Each question then takes
+            precision. No query leaves this range. Without it, queries leave the range of the inputs by a few steps,
+            which are small if the predictions respond to them. If no prediction changes, the step is multiplied by a
+            thousand, up to three times.
+        max_batch_size: Examples per call of ``predict``, at most. Each query then takes
             ``ceil(B / max_batch_size)`` calls.
-        progress: Called as ``progress(done, total)`` after each question, with questions per example.
-        generator: Source of the directions; by default a fixed one.
+        progress: Called as ``progress(done, total)`` after each query, with the numbers of queries per example.
+        generator: Source of the directions; by default a generator with a fixed seed.
 
     Returns:
-        Fields with leading axis ``B``, on the device of the inputs. An eigenvalue is NaN where the answers do not
-        determine one, with the reason and a ``UserWarning``. Statistical are the number and the self-check; certain
-        are the number of queries and the bounds.
+        Fields with leading axis ``B``, on the device of the inputs. An eigenvalue is NaN where the predictions do not
+        determine one, with the reason and a ``UserWarning``. The eigenvalue and the self-check are statistical; the
+        number of queries and the bounds are exact.
 
     Raises:
         ValueError: Before any query, if ``inputs`` is not a non-empty batch of float32 or float64 within ``bounds``, or
-            an option makes no sense; or if what ``predict`` returns is not probabilities ``(B, K)``: float32 or
-            float64, finite, not negative, each row with sum one.
+            an option is invalid; or if ``predict`` does not return probabilities ``(B, K)``: float32 or float64,
+            finite, not negative, each row with sum one.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Which questions are asked: the inputs plus random steps that stay within bounds."""
+"""The query points: the inputs plus random steps that stay within bounds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Questions:
 
     Without bounds :math:`v` is normal and :math:`c = x`. Within bounds :math:`v` is uniform on
     :math:`[-\sqrt 3, \sqrt 3]`, and :math:`c` is the point nearest to x from which no step can leave the range: a pixel
-    at its bound moves inwards by :math:`\sqrt 3 h / \sigma` on average. What that alone does to the answers is the same
-    in every column, and goes with their mean.
+    at its bound moves inwards by :math:`\sqrt 3 h / \sigma` on average. This shift has the same effect on every column,
+    so it is removed with their mean.
 
     Attributes:
         inputs: ``(B, *S)``.
         std: :math:`\sigma`, broadcastable to the inputs.
-        low: Least values, broadcastable to the inputs; None without bounds.
+        low: Smallest values, broadcastable to the inputs; None without bounds.
         high: Largest values; None without bounds.
     """
 
@@ -61,14 +61,14 @@ class Questions:
         if self.low is None or self.high is None:
             return self.inputs + length * direction
         margin = self._per_example(reach) / self.std
-        centre = self.inputs.maximum(self.low + margin).minimum(self.high - margin)
+        centre = self.inputs.maximum(self.low + margin).minimum(self.high - margin)  # c
         return (centre + length * direction).maximum(self.low).minimum(self.high)  # round-off could leave the range
 
     def largest_step(self) -> Tensor:
-        """Return the length ``(B,)`` of the longest step for which there is room in every pixel."""
+        """Return the length ``(B,)`` of the longest step that stays within the bounds in every pixel."""
         if self.low is None or self.high is None:
             return self.inputs.new_full((len(self.inputs),), torch.inf)
-        room = (self.high - self.low) * self.std / (2 * _REACH)
+        room = (self.high - self.low) * self.std / (2 * _REACH)  # largest h with 2 sqrt(3) h / sigma <= high - low
         return room.expand_as(self.inputs).flatten(1).amin(1)
 
     def _per_example(self, numbers: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class Questions:
 
 
 def within(questions: Questions, bounds: Any) -> Questions:
-    """Return the questions within ``bounds``, a pair ``(low, high)``, or None for no bounds.
+    """Return the query points within ``bounds``, a pair ``(low, high)``, or None for no bounds.
 
     Raises:
-        ValueError: If the bounds are no range, or the inputs violate them.
+        ValueError: If the bounds are not a range, or the inputs violate them.
     """
     if bounds is None:
         return questions

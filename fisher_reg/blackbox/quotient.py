@@ -1,4 +1,4 @@
-"""What the paper's code computes: the largest of random directional quotients."""
+"""The estimator of the paper's code: the largest of random directional quotients."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fisher_reg.blackbox.sketch import check_budget
 
 @dataclass(frozen=True)
 class BlackBoxMax:
-    r"""The largest of random directional quotients :math:`v^\top F v`, unit ``v``: what the paper's code computes.
+    r"""The largest of random directional quotients :math:`v^\top F v` with unit ``v``, as in the paper's code.
 
-    Of the order :math:`\mathrm{tr} F / d`: low by a factor of a thousand for images. Kept to compare with;
-    :class:`BlackBox` is right at the same budget. It checks nothing: answers that do not
-    move give zero.
+    It is of the order :math:`\mathrm{tr} F / d`: too low by a factor of a thousand for images. It is kept for
+    comparison; :class:`BlackBox` is accurate with the same number of queries. It has no self-check: if the predictions
+    do not change, the result is zero.
 
     Args:
-        num_queries: Questions per example, two per direction; of an odd number one is left.
+        num_queries: Queries per example, two per direction; of an odd number one is not used.
         step: Length of the central differences, in input units.
     """
 
@@ -33,11 +33,11 @@ class BlackBoxMax:
 
     @property
     def num_questions(self) -> int:
-        """Questions per example."""
+        """Queries per example."""
         return self.num_queries // 2 * 2
 
     def check(self, questions: Questions) -> None:
-        """Refuse bounds that leave no room for the steps."""
+        """Check that the steps fit into the bounds."""
         largest = float(questions.largest_step().min())
         if self.step > largest:
             raise ValueError(f"BlackBoxMax(step={self.step}) leaves the bounds; pass at most {largest:.3g}.")
@@ -50,13 +50,14 @@ class BlackBoxMax:
             direction = questions.unit_direction(generator)
             ahead = service.roots(questions.around(size, size, direction))
             behind = service.roots(questions.around(size, -size, direction))
+            # v' F v = |J_g v|^2 with J_g v = (g(x + h v) - g(x - h v)) / (2 h)
             quotients.append(((ahead - behind) / (2 * self.step)).square().sum(1))
         values = torch.stack(quotients).to(size)
         return BlackBoxResult(
             eigenvalue=values.amax(0),
             standard_error=torch.full_like(size, torch.nan),
             bias_bound=torch.full_like(size, torch.nan),
-            trace=values.mean(0) * questions.inputs[0].numel(),
+            trace=values.mean(0) * questions.inputs[0].numel(),  # tr F = d E[v' F v]
             step=size,
             num_queries=self.num_questions,
             reason=("",) * len(size),

@@ -1,4 +1,4 @@
-"""What an estimate by queries returns, and why an example may have none."""
+"""The result of an estimate by queries, and the reasons for which an example may have none."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class BlackBoxResult:
-    r"""Largest eigenvalue of the input-space Fisher matrix by queries alone, with its uncertainty.
+    r"""Largest eigenvalue of the input-space Fisher matrix, from queries only, with its uncertainty.
 
     Attributes:
-        eigenvalue: ``(B,)``, in nats per squared input unit; NaN where ``reason`` says why there is no number.
-        standard_error: ``(B,)``, in the same unit; NaN where the estimator has none.
-        bias_bound: ``(B,)``. What the expectation may exceed the truth by, at most, before the correction; NaN where
-            the estimator is biased low.
-        trace: ``(B,)``. The mean squared length of the quotients less that of their mean: unbiased for
-            :math:`\mathrm{tr} F` of a function that is linear over the step. NaN where ``eigenvalue`` is.
+        eigenvalue: ``(B,)``, in nats per squared input unit; NaN where ``reason`` is not empty.
+        standard_error: ``(B,)``, in the same unit; NaN if the estimator has none.
+        bias_bound: ``(B,)``. Upper bound of the bias before the correction; NaN if the estimator is biased low.
+        trace: ``(B,)``. The variance of the quotients, summed over their entries: unbiased for :math:`\mathrm{tr} F` if
+            the function is linear over the step. NaN where ``eigenvalue`` is.
         step: ``(B,)``. Length of the steps per unit of direction, in input units.
-        num_queries: Questions that were asked about each example, exactly. A question is one call of ``predict``, or
+        num_queries: Exact number of queries per example. A query is one call of ``predict``, or
             ``ceil(B / max_batch_size)`` calls.
         reason: ``B`` texts: why the eigenvalue is NaN, empty where it is a number.
     """
@@ -66,21 +65,21 @@ class BlackBoxResult:
 
 
 class BlackBoxEstimator(Protocol):
-    """Spends queries on an estimate."""
+    """Computes an estimate from queries."""
 
     @property
     def num_questions(self) -> int:
-        """Questions per example, exactly."""
+        """Exact number of queries per example."""
 
     def check(self, questions: Questions) -> None:
-        """Refuse, before any query, bounds that leave no room for the steps."""
+        """Check, before any query, that the steps fit into the bounds."""
 
     def estimate(self, service: Service, questions: Questions, generator: torch.Generator) -> BlackBoxResult:
-        """Return the estimate, where ``service.roots`` answers ``g`` ``(B, K)``."""
+        """Return the estimate; ``service.roots`` returns ``g`` ``(B, K)``."""
 
 
 def warn_of_missing(reasons: tuple[str, ...]) -> None:
-    """Warn of the examples without a number: how many for each reason, and what to do."""
+    """Warn about the examples without a number: their count for each reason, and the remedy."""
     counts = Counter(reason for reason in reasons if reason)
     if counts:
         found = [f"{count} of {len(reasons)} because {why}. {_REMEDIES[why]}" for why, count in counts.items()]

@@ -1,13 +1,13 @@
-r"""Whether the answers resolve the steps: the same directions at several lengths, and steps beyond the range.
+r"""Self-check of the difference quotients: the same directions at several lengths, and steps beyond the range.
 
 With quotients :math:`y_i = (g(x + h_i v) - g(x)) / h_i` at lengths :math:`h_{i+1} = r h_i`, rounding adds an error of
 energy :math:`\nu / h_i^2` and curvature one of energy :math:`\kappa h_i^2`. The relative energies of the differences,
 
 .. math:: D_i = |y_i - y_{i+1}|^2 / |y_{i+1}|^2 ,
 
-hold at least the rounding at the shorter length and :math:`(1 - 1/r)^2` of the curvature at the longer one. At
-:math:`h_i` rounding is thus at most :math:`D_{i-1} / r^2 \cdot r^2 / (r^2 + 1)`, about :math:`D_{i-1} / r^2`, and
-curvature :math:`D_i / (r - 1)^2`. A jump, of a rounded input or of a forest, is an error at every length.
+contain at least the rounding error at the shorter length and :math:`(1 - 1/r)^2` of the curvature error at the longer
+one. At :math:`h_i` rounding is thus at most :math:`D_{i-1} / r^2 \cdot r^2 / (r^2 + 1)`, about :math:`D_{i-1} / r^2`,
+and curvature :math:`D_i / (r - 1)^2`. A jump (of rounded inputs or of a forest) is an error at every length.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fisher_reg.blackbox.service import Service
 RATIO = 5.0
 _NUM_DIRECTIONS = 4
 _NUM_OUTWARD = 2  # of the directions
-_MIN_SHARE = 1e-3  # of the energy: what rounding could be, and clipped pixels that do not matter
-_MAX_IGNORED = 1e-3  # 1 for a function that is linear over the step, 0 for one that clips
+_MIN_SHARE = 1e-3  # of the energy: below it, rounding or clipped pixels without influence
+_MAX_IGNORED = 1e-3  # the ratio is 1 for a function that is linear over the step, 0 for one that clips
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The length of the step that the answers resolve best.
+    """The step length with the smallest error of the quotients.
 
     Attributes:
         step: ``(B,)``.
-        error: ``(B,)``. Relative energy of what is wrong with the quotients there; infinite if nothing moved.
-        evenness: ``(B,)``. Relative energy of the even part of the quotients there, less its mean. Curvature has
-            little; of a kink at the input, a multiple of ``|v|`` in one direction, it is ``1 - 2 / pi``.
-        columns: ``(B, n, K)``. The quotients at that length.
+        error: ``(B,)``. Relative energy of the error of the quotients at this step; infinite if nothing changed.
+        evenness: ``(B,)``. Relative energy of the even part of the quotients at this step, minus its mean. It is small
+            for curvature, and ``1 - 2 / pi`` for a kink at the input (a multiple of ``|v|`` in one direction).
+        columns: ``(B, n, K)``. The quotients at this step.
         ignores_outward: ``(B,)``. Whether steps beyond the range of the example change nothing.
     """
 
@@ -50,17 +50,17 @@ class Resolution:
 def resolve(
     service: Service, questions: Questions, base: Tensor, lengths: Tensor, generator: torch.Generator
 ) -> Resolution:
-    """Choose between the inner ones of increasing ``lengths`` ``(L, B)``, where ``base`` is ``g(x)``."""
+    """Choose one of the inner ``lengths`` ``(L, B)``, which increase; ``base`` is ``g(x)``."""
     directions = [questions.direction(generator) for _ in range(_NUM_DIRECTIONS)]
     moves = torch.stack(  # (L, B, n, K)
         [torch.stack([service.roots(questions.point(h, v)) - base for v in directions], 1) for h in lengths]
     )
-    y = moves / lengths[:, :, None, None]
+    y = moves / lengths[:, :, None, None]  # y_i = (g(x + h_i v) - g(x)) / h_i
     error, inner = _errors(y).min(0)
     each = torch.arange(len(base), device=base.device)
     step, ahead = lengths[inner + 1, each], y[inner + 1, each]
     behind = torch.stack([service.roots(questions.point(step, -v)) - base for v in directions], 1) / step[:, None, None]
-    evenness = _energy((ahead + behind) / 2) / _energy(ahead)
+    evenness = _energy((ahead + behind) / 2) / _energy(ahead)  # even part: (y(v) + y(-v)) / 2
     ignores = torch.zeros_like(error, dtype=torch.bool)
     if not questions.are_bounded:
         middle = len(lengths) // 2
@@ -76,7 +76,7 @@ def resolve(
 def _errors(y: Tensor) -> Tensor:
     """Return the relative energy of the error at the inner lengths, ``(L - 2, B)``, of quotients ``(L, B, n, K)``."""
     difference = _energy(y[1:] - y[:-1]) / _energy(y[1:])  # D_i
-    errors = difference[:-1] / RATIO**2 + difference[1:] / (RATIO - 1) ** 2
+    errors = difference[:-1] / RATIO**2 + difference[1:] / (RATIO - 1) ** 2  # D_{i-1} / r^2 + D_i / (r - 1)^2
     return errors.nan_to_num(torch.inf, torch.inf)
 
 
@@ -88,8 +88,8 @@ def _energy(columns: Tensor) -> Tensor:
 def _outward(service: Service, inputs: Tensor, end: Tensor, answer: Tensor) -> Tensor:
     """Return the energies ``(2, B)`` of the part of a step beyond the range of the example, and of its mirror image.
 
-    The range ends at the least or the largest value, whichever more pixels share. Where a service clips there, the end
-    of the step is answered like its projection onto the range.
+    The range ends at the smallest or the largest value, whichever occurs in more pixels. A service that clips there
+    gives the same prediction for the end of the step and for its projection onto the range.
     """
     flat = inputs.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)

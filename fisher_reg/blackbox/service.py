@@ -1,4 +1,4 @@
-"""The service that answers: what it is given, what it may return, and how often it was asked."""
+"""Calls of the user's ``predict``: its arguments, the check of its results, and the count of queries."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Progress = Callable[[int, int], object]
 
 
 class Service:
-    """Asks ``predict`` and counts the questions.
+    """Calls ``predict`` and counts the queries.
 
-    Each call gets a fresh contiguous tensor, or a NumPy array in the byte order of the machine, that belongs to nobody
-    else; what it returns is copied at once.
+    Each call gets a new contiguous tensor, or a NumPy array in the byte order of the machine, that shares no memory
+    with another one. The result is copied at once.
 
     Args:
         predict: From inputs ``(B, *S)`` to probabilities ``(B, K)``.
-        inputs: What the user passed: an array is answered with arrays.
+        inputs: The user's inputs: for an array, ``predict`` gets arrays.
         max_batch_size: Examples per call, at most; None for no limit.
-        progress: Called with the questions asked and those in all.
-        total: Questions in all.
+        progress: Called with the number of queries so far and in total.
+        total: Total number of queries.
 
     Attributes:
-        num_asked: Questions so far, each about all examples.
+        num_asked: Queries so far, each for all examples.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Service:
         self._total = total
 
     def roots(self, question: Tensor) -> Tensor:
-        r"""Return :math:`g = 2 \sqrt p` ``(B, K)`` in float64 for a question ``(B, *S)``."""
+        r"""Return :math:`g = 2 \sqrt p` ``(B, K)`` in float64 for a query ``(B, *S)``."""
         p = torch.cat([self._answer(part) for part in question.split(self._batch_size)])
         self.num_asked += 1
         self._progress(self.num_asked, self._total)
-        return 2 * _completed(p.clamp_min(0)).sqrt()
+        return 2 * _completed(p.clamp_min(0)).sqrt()  # g = 2 sqrt(p)
 
     def _answer(self, part: Tensor) -> Tensor:
         own = part.clone(memory_format=torch.contiguous_format)  # predict may change it in place
@@ -86,7 +86,7 @@ def _native(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def _completed(p: Tensor) -> Tensor:
-    """Replace a largest probability above 1/2 by one minus the others, which have not been rounded to zero."""
+    """Replace a largest probability above 1/2 by one minus the sum of the others, which has smaller rounding errors."""
     top, index = p.max(1, keepdim=True)
     rest = p.scatter(1, index, 0).sum(1, keepdim=True)
     return torch.where(top > 0.5, p.scatter(1, index, (1 - rest).clamp_min(0)), p)
@@ -110,4 +110,4 @@ def _check_probabilities(answer: Tensor, batch_size: int) -> None:
         )
 
 
-_MAX_OFF = 1e-2  # as answers in three digits may be
+_MAX_OFF = 1e-2  # the sum of probabilities with three digits may differ from one by this

@@ -18,34 +18,35 @@ class BlackBox:
     r"""Sketch of the Gram matrix: :math:`\lambda_\max(Y Y^\top)` with centred columns of quotients along random v.
 
     With :math:`g = 2 \sqrt p` the Fisher matrix is :math:`F = J_g^\top J_g`, and :math:`y = (g(x + h v) - g(x)) / h` is
-    a product with :math:`A = J_g`. One query answers ``g(x)``, up to three choose the step, 28 check it, and each of
-    the others gives a column by a one-sided quotient: a query on a new direction buys more than the other side of an
-    old one. The mean of the ``m`` columns is removed: the mean curvature, most of the bias at kinks such as those of
-    max pooling on a flat background, and the shift away from the bounds. Along the top eigenvector the estimate is
-    :math:`\lambda \chi^2_{m-1} / (m - 1)` whatever the size of the inputs, hence the standard error
+    a product with :math:`A = J_g`. One query gives ``g(x)``, up to three choose the step, 28 check it, and each of the
+    others gives a column by a one-sided quotient: a new direction reduces the error more than a central quotient along
+    an old one. The mean of the ``m`` columns is removed. It contains the mean curvature, most of the bias at kinks
+    (such as those of max pooling on a flat background), and the shift away from the bounds. Along the top eigenvector
+    the estimate is :math:`\lambda \chi^2_{m-1} / (m - 1)` for inputs of any size, hence the standard error
 
     .. math:: \lambda \sqrt{2 / (m - 1) + 4 E + V / 2},
 
-    11 % at 200 queries of a smooth function. The self-check measures the relative energies E, of the error of the
-    quotients by rounding and curvature, and V, of their even part: at a kink the derivative is a convention, and V says
-    how much depends on it. The weight of V was chosen by experiment; where most of the function depends on ties it is
-    too small. Within bounds the first term is an upper bound, since v has lighter tails than a normal variable.
+    11 % at 200 queries of a smooth function. The self-check measures two relative energies: E is that of the error of
+    the quotients by rounding and curvature, and V that of their even part. At a kink the derivative is a convention,
+    and V measures its influence. The weight of V was chosen by experiment; it is too small if most of the function
+    depends on ties. Within bounds the first term is an upper bound, since v has lighter tails than a normal variable.
 
-    The self-check runs from 100 queries on. It asks four directions at five lengths, and backwards, chooses the length
-    that rounding and curvature disturb least, and gives NaN where none will do. Without bounds it also asks whether the
-    service clips. It is statistical: a jump that none of its directions meets is found only if it dominates the
-    columns. With fewer queries it is not run, and a service with a fault goes unnoticed unless no answer moves.
+    The self-check runs from 100 queries on. It uses four directions at five lengths and their negatives, chooses the
+    length with the smallest error by rounding and curvature, and gives NaN if all errors are too large. Without bounds
+    it also tests whether the service clips. It is statistical: a jump that is on none of its directions is found only
+    if it dominates the columns. With fewer queries there is no self-check, and a faulty service is detected only if no
+    prediction changes.
 
     The expectation of the largest eigenvalue of a sketch is too high, by at most
     :math:`\lambda ((1 + \sqrt{r/m})^2 + 1/m - 1)` with the effective rank :math:`r = \mathrm{tr} F / \lambda` (Chevet's
-    inequality), and by far less where the largest eigenvalue stands alone; a jackknife over groups of directions takes
-    off its leading term.
+    inequality), and by far less if the largest eigenvalue is well separated. A jackknife over groups of directions
+    removes the leading term of this bias.
 
     Args:
-        num_queries: Questions per example in all: at least 2, within bounds at least 3. Two standard errors cover
+        num_queries: Queries per example in total: at least 2, within bounds at least 3. Two standard errors cover
             less than 95 % with few columns: about 85 to 90 % with 30, 60 % with one.
-        step: Length of the steps per unit of direction; by default each example gets, of three lengths that move its
-            logits by about 0.0015, 0.0075 and 0.04, the one that its answers resolve best.
+        step: Length of the steps per unit of direction. By default it is chosen per example from three lengths that
+            change its logits by about 0.0015, 0.0075 and 0.04: the one with the smallest error.
     """
 
     num_queries: int = 200
@@ -56,11 +57,11 @@ class BlackBox:
 
     @property
     def num_questions(self) -> int:
-        """Questions per example."""
+        """Queries per example."""
         return self.num_queries
 
     def check(self, questions: Questions) -> None:
-        """Refuse bounds that leave no room for the steps, or too few queries for the mean."""
+        """Check that the steps fit into the bounds, and that there are enough queries for the mean."""
         if questions.are_bounded and self.num_queries < 3:
             raise ValueError("BlackBox needs num_queries >= 3 within bounds, to remove the mean; got 2.")
         largest = float(questions.largest_step().min()) / RATIO
@@ -73,7 +74,7 @@ class BlackBox:
     def estimate(self, service: Service, questions: Questions, generator: torch.Generator) -> BlackBoxResult:
         """Return the estimate."""
         base = service.roots(questions.inputs)
-        # tr(diag p - p p'): its root is how far g moves where each logit moves by one
+        # sqrt(tr(diag p - p p')): the change of g when each logit changes by one
         spread = _variance(base).sqrt()
         step = self._piloted(service, questions, base, spread, generator)
         found = None
@@ -85,13 +86,13 @@ class BlackBox:
         sketch = [] if found is None else [found.columns]
         while service.num_asked < self.num_queries:
             answer = service.roots(questions.point(step, questions.direction(generator)))
-            sketch.append(((answer - base) / step[:, None])[:, None])
+            sketch.append(((answer - base) / step[:, None])[:, None])  # y = (g(x + h v) - g(x)) / h
         return self._result(torch.cat(sketch, 1), spread, step, found)
 
     def _piloted(
         self, service: Service, questions: Questions, base: Tensor, spread: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Return steps ``(B,)`` that move the logits by ``_MOVE``, as far as the bounds leave room."""
+        """Return steps ``(B,)`` that change the logits by ``_MOVE``, or by less where the bounds limit the step."""
         longest = questions.largest_step() / _MULTIPLES[-1]
         if self.step is not None:
             return torch.full_like(longest, self.step)
@@ -107,10 +108,10 @@ class BlackBox:
         eigenvalue, centred = _jackknife(sketch), _centred(sketch)
         energy = centred.square().sum(2)
         trace = energy.sum(1) / count
-        extra = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness
+        extra = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness  # 4 E + V / 2
         reason = _reasons(sketch, spread, found)
         missing = torch.tensor([bool(why) for why in reason], device=trace.device)
-        per_column = trace / eigenvalue.clamp_min(torch.finfo(trace.dtype).tiny) / count
+        per_column = trace / eigenvalue.clamp_min(torch.finfo(trace.dtype).tiny) / count  # r / m
         numbers = {
             "eigenvalue": eigenvalue,
             "standard_error": eigenvalue * (2 / count + extra).sqrt(),
@@ -122,7 +123,7 @@ class BlackBox:
 
 
 def check_budget(estimator: object, num_queries: int, step: float | None) -> None:
-    """Refuse a budget without a step, and a step without a length.
+    """Check the number of queries and the step.
 
     Raises:
         ValueError: With what was given.
@@ -133,23 +134,23 @@ def check_budget(estimator: object, num_queries: int, step: float | None) -> Non
         raise ValueError(f"{type(estimator).__name__} needs a positive step; got {step}.")
 
 
-_MOVE = 7.5e-3  # of the logits, whose rounding in float32 is about 1e-6
+_MOVE = 7.5e-3  # change of the logits, whose rounding in float32 is about 1e-6
 _MULTIPLES = (RATIO**-2, 1 / RATIO, 1.0, RATIO, RATIO**2)  # of the step, at which quotients are compared
 _MAX_PILOTS = 3
 _FIRST_STEP = 1e-3
 _MAX_CHANGE = 1e3  # of the step by one pilot
 _MIN_CHECKED = 100  # a third of which is the check
-_MAX_ERROR = 0.02  # of the energy: beyond, it rivals the sampling error
-_MAX_OUTLIER = 30.0  # of a column's energy over the mean: five standard deviations and more of one normal variable
+_MAX_ERROR = 0.02  # of the energy: above it, the error is as large as the sampling error
+_MAX_OUTLIER = 30.0  # energy of a column over the mean: more than five standard deviations of a normal variable
 _NUM_GROUPS = 20
 _KINKS = 0.5  # by experiment: max pooling on MNIST and on digits, where two standard errors then cover 92 to 98 %
 
 
 def _variance(base: Tensor) -> Tensor:
-    """Return ``1 - |p|^2`` of ``g = 2 sqrt(p)``, from all classes but the likeliest: p may round to one."""
+    """Return ``1 - |p|^2`` of ``g = 2 sqrt(p)`` from all classes but the most probable one, whose p may round to 1."""
     p = (base / 2).square()
     others = p.scatter(1, p.argmax(1, keepdim=True), 0)
-    rest = others.sum(1)
+    rest = others.sum(1)  # q = 1 - p_1, so that 1 - |p|^2 = q (2 - q) - sum_{k > 1} p_k^2
     return (rest * (2 - rest) - others.square().sum(1)).clamp_min(0)
 
 
@@ -175,7 +176,7 @@ def _centred(columns: Tensor) -> Tensor:
 
 
 def _jackknife(sketch: Tensor) -> Tensor:
-    """Largest eigenvalue of the covariance of columns ``(B, m, K)``, less the leading term of its bias."""
+    """Largest eigenvalue of the covariance of columns ``(B, m, K)``, minus the leading term of its bias."""
     num_columns = sketch.shape[1]
     whole = _top(sketch)
     num_groups = min(_NUM_GROUPS, num_columns)
@@ -183,7 +184,7 @@ def _jackknife(sketch: Tensor) -> Tensor:
         return whole
     group = torch.arange(num_columns, device=sketch.device) % num_groups
     left_out = torch.stack([_top(sketch[:, group != one]) for one in range(num_groups)]).mean(0)
-    corrected = num_groups * whole - (num_groups - 1) * left_out
+    corrected = num_groups * whole - (num_groups - 1) * left_out  # n T - (n - 1) mean_i T_{-i}
     return torch.where(corrected > 0, corrected, whole)  # with few columns the correction can exceed the value
 
 

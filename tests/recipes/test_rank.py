@@ -77,10 +77,10 @@ def test_an_order_with_exchanged_neighbours_is_found_in_part():
     assert found.verdict.str.contains("in part by lambda_.*: about 89% of the pairs").all()
 
 
-def test_a_reversed_order_is_called_backwards():
+def test_a_reversed_order_is_called_opposite():
     found = _over_models(_rows(-np.arange(10)))
     assert found.tau.to_numpy() == pytest.approx(-np.ones(6))
-    assert found.verdict.str.contains("backwards").all()
+    assert found.verdict.str.contains("in the opposite order").all()
 
 
 def test_an_unrelated_order_is_not_called_a_ranking():
