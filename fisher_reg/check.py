@@ -1,4 +1,4 @@
-"""Is this the function that is meant? What can be verified of a model before its numbers are believed."""
+"""Checks of a model: properties that it needs so that its Fisher matrix is meaningful."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Finding:
     Attributes:
         name: What was verified.
         passed: Whether it holds; None where it could not be verified.
-        detail: What was seen.
-        remedy: What to do where it does not hold.
+        detail: The observed value.
+        remedy: What to do if it does not hold.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was verified of a model; printed as a small table.
+    """The properties of a model that were verified; printed as a small table.
 
     Attributes:
         findings: The properties, in the order in which they were verified.
@@ -100,25 +100,25 @@ def check_model(
     side_inputs: SideInputs = None,
     is_training: bool = False,
 ) -> ModelCheck:
-    """Verify that a model is a function whose Fisher matrix means something, with a remedy where it is not.
+    """Verify that the Fisher matrix of a model is meaningful, and give a remedy where it is not.
 
-    - *logits*: finite floating-point logits ``(B, K)`` come back, in the precision of the inputs
+    - *logits*: the model returns finite floating-point logits ``(B, K)`` in the precision of the inputs
     - *not probabilities*: the rows are not already probabilities
-    - *full precision*: no half precision or autocast inside that could not be undone
+    - *full precision*: no half precision or autocast inside that could not be disabled
     - *path*: a differentiable path leads from the inputs to the logits
-    - *derivative*: derivatives agree with difference quotients along random directions; a part under ``no_grad``,
-      ``detach``, a quantised or straight-through part, or a wrong backward of a custom function shows here
-    - *independence*: the logits of an example do not depend on the others in the batch
-    - *repeatability*: two calls agree, without the noise being held fixed
-    - *part of a batch*: an example alone has the same logits; else every evaluation takes the whole batch
+    - *derivative*: derivatives agree with difference quotients along random directions; this fails for a part under
+      ``no_grad`` or ``detach``, a quantised or straight-through part, or a wrong backward of a custom function
+    - *independence*: the logits of an example do not depend on the other examples in the batch
+    - *repeatability*: two calls agree without a fixed random state
+    - *part of a batch*: a single example has the same logits; otherwise every evaluation uses the whole batch
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`; it is only read.
-        inputs: ``(B, *S)``. Only the first two are used where the model takes them, and two are enough; the first
-            eight of batch norm in training.
-        likelihood: What the logits parametrise.
+        inputs: ``(B, *S)``. Two examples are enough: only the first two are used if the model accepts two; with batch
+            norm in training mode, the first eight.
+        likelihood: The output distribution.
         side_inputs: More arguments of the model.
-        is_training: Whether the function that is being trained is meant, instead of the deployed one.
+        is_training: Whether to check the function that is being trained instead of the deployed one.
 
     Returns:
         The findings. Cost: about thirteen forwards and two backward passes, partly in double precision.
@@ -151,8 +151,8 @@ class _Check:
         self.logits = torch.empty(0)
 
     def _first_few(self, whole: WithSideInputs, inputs: Tensor) -> tuple[WithSideInputs, Tensor]:
-        # Two values normalised by their own statistics are close to -1 and 1 whatever they are: no quotient could
-        # confirm the derivative of such a step, and networks for large images end in one value per channel.
+        # Any two values that are normalised by their own statistics are close to -1 and 1, so no quotient could confirm
+        # the derivative of such a step. Networks for large images end in one value per channel.
         takes_statistics = self.is_training and has_training_batch_norm(self.model)
         few = slice(0, _NUM_FOR_STATISTICS if takes_statistics else 2)
         if len(inputs) <= few.stop:
@@ -166,7 +166,7 @@ class _Check:
             return whole, inputs
 
     def run(self) -> list[Finding]:
-        """Verify one property after the other; those that need logits only where there are any."""
+        """Verify one property after the other; those that need logits only if there are logits."""
         first = self._finds_logits()
         if first.passed is False:
             return [first]
@@ -237,9 +237,8 @@ class _Check:
     def _error_of_the_derivative(self) -> float | None:
         """Compare ``<w, J v>`` with a central difference quotient, for a random ``w`` and a few ``v``.
 
-        One number could agree by chance; the root of the mean square over directions hardly can.
-        A forward may round to float32 inside, which leaves the quotient in double precision nothing but noise, so that
-        the better of two precisions counts.
+        One number could agree by chance, so the root mean square over several directions is used. A forward may round
+        to float32 inside; then a quotient in double precision is only noise. So the better of two precisions counts.
 
         Returns:
             The relative error; None if no quotient can be taken.
@@ -257,7 +256,7 @@ class _Check:
     def _error_in(self, dtype: torch.dtype, step: float) -> float:
         generator = fixed_generator()
         w = normal(self.logits.detach(), generator).to(dtype)
-        w = w.masked_fill(self.logits.isneginf(), 0.0)  # a class that is left out does not move
+        w = w.masked_fill(self.logits.isneginf(), 0.0)  # the logit of a class that is left out is constant
         function = self._in_precision(dtype)
         point = self.inputs.to(dtype).requires_grad_()
         (row,) = torch.autograd.grad(function(point), point, w)  # J' w

@@ -1,7 +1,7 @@
 r"""Output distributions: how a change of the logits changes the predicted distribution.
 
-Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, through the factor :math:`L` alone.
-Adding a distribution is adding one class with the members of :class:`Likelihood`.
+Each likelihood gives the Fisher matrix of its logits, :math:`\Sigma(z) = L^\top L`, by products with the factor
+:math:`L`. Another distribution is another class with the members of :class:`Likelihood`.
 
 Public: all of ``__all__``.
 """
@@ -22,14 +22,14 @@ __all__ = ["Bernoulli", "Categorical", "Gaussian", "Likelihood"]
 
 
 class Likelihood(Protocol):
-    r"""What the Fisher operator needs to know of an output distribution with logits ``(B, K)``.
+    r"""The interface of an output distribution with logits ``(B, K)``.
 
     Attributes:
-        min_outputs: Smallest ``K`` for which the distribution has something to say.
-        shift_invariant: Whether adding one number to all logits leaves the distribution as it is.
+        min_outputs: Smallest ``K`` for which the distribution is not constant.
+        shift_invariant: Whether the distribution stays the same when one number is added to all logits.
 
-    A class attribute ``leaves_out = True`` says that a logit of minus infinity is a class, or a label, with a
-    probability of zero; without it such a logit is refused.
+    With a class attribute ``leaves_out = True`` a logit of minus infinity is a class, or a label, with a probability of
+    zero; without it such a logit is an error.
     """
 
     min_outputs: ClassVar[int]
@@ -42,7 +42,7 @@ class Likelihood(Protocol):
         r"""Apply :math:`L^\top` to ``cotangent`` ``(B, K)``."""
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Return the logit direction ``(B, K)`` that most likely dominates, and its weight ``(B,)``.
+        r"""Return the logit direction ``(B, K)`` that is expected to dominate, and its weight ``(B,)``.
 
         The direction :math:`c` carries no gradient and its weight :math:`\omega` does;
         :math:`\omega\,c c^\top \preceq \Sigma` for each example.
@@ -52,7 +52,7 @@ class Likelihood(Protocol):
         r"""Return :math:`\mathrm{KL}(p_z \,\|\, p_{z'})` ``(B,)`` in nats, with gradient to both."""
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """At most ``count`` logit directions ``(B, count, K)`` whose span most likely holds what dominates.
+        """At most ``count`` logit directions ``(B, count, K)`` whose span is expected to contain the dominant one.
 
         The first is that of :meth:`contrast`.
         """
@@ -80,9 +80,9 @@ class Categorical(Likelihood):
 
     With :math:`s = \sqrt p` the factor is :math:`L = (I - s s^\top)\,\mathrm{diag}(s)`. The root is taken as
     :math:`\exp(\tfrac12 \log p)`, so that value and gradient stay finite when the softmax saturates. Since
-    :math:`L 1 = 0`, a tangent may be counted from its entry at the likeliest class, and the entries of
-    :math:`L^\top u` add up to zero: both keep the small numbers of a saturated softmax from drowning in the rounding of
-    that one class.
+    :math:`L 1 = 0`, the entry of the most probable class is subtracted from a tangent, and the entries of
+    :math:`L^\top u` are made to add up to zero. Otherwise the rounding error of that class would be larger than the
+    small numbers of a saturated softmax.
     """
 
     min_outputs: ClassVar[int] = 2
@@ -104,7 +104,7 @@ class Categorical(Likelihood):
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         r"""Contrast the two most probable classes: :math:`c = e_1 - e_2` with weight :math:`p_1 p_2`.
 
-        :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, of which this keeps the largest weight.
+        :math:`v^\top \Sigma v = \sum_{j<k} p_j p_k (v_j - v_k)^2`, and this is the term of the largest weight.
 
         Returns:
             Direction ``(B, K)`` and weight ``(B,)``, zero where all classes but one are left out.
@@ -117,11 +117,11 @@ class Categorical(Likelihood):
         return direction, log_p.gather(1, pair).sum(1).exp()
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, right also where it is far smaller than its terms."""
+        r"""Return :math:`\sum_k p_k \log(p_k / p'_k)`, ``(B,)``, accurate even if it is far smaller than its terms."""
         return categorical_divergence(logits, moved)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """Indicators of the ``count`` most probable classes, the second one minus the first in place of itself."""
+        """Contrast of the two most probable classes, then indicators of the first, the third and further classes."""
         ranked = logits.topk(min(count + 1, logits.shape[1]), dim=1).indices
         indicators = torch.nn.functional.one_hot(ranked, logits.shape[1]).to(logits)
         contrast = indicators[:, :1] - indicators[:, 1:2]
@@ -140,7 +140,7 @@ class Categorical(Likelihood):
         r"""Return :math:`\tfrac14 \max_{jk} \|w_j - w_k\|^2`, 1/2 for the identity.
 
         :math:`v^\top W^\top \Sigma W v` is the variance of :math:`w_k^\top v` over the labels. By Popoviciu's
-        inequality it is at most a quarter of the squared range, which even odds for two labels reach.
+        inequality it is at most a quarter of the squared range. Two labels with probabilities 1/2 attain it.
         """
         if rows is None:
             return torch.tensor(0.5, dtype=torch.float64)
@@ -178,7 +178,7 @@ class Bernoulli(Likelihood):
         return self.whiten(logits, cotangent)
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the least certain label alone, with weight ``p (1 - p)``."""
+        """Return the indicator of the least certain label, with weight ``p (1 - p)``."""
         variance = _root_bernoulli_variance(logits).square()
         uncertain = logits.abs().argmin(1, keepdim=True)
         return torch.zeros_like(logits).scatter_(1, uncertain, 1.0), variance.gather(1, uncertain).squeeze(1)
@@ -234,16 +234,16 @@ class Gaussian(Likelihood):
         return cotangent / math.sqrt(self.variance)
 
     def contrast(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the mean of all outputs, with weight ``1 / variance``: no output is special."""
+        """Return the direction of the mean of all outputs, with weight ``1 / variance``: all outputs are equal."""
         direction = torch.full_like(logits, logits.shape[1] ** -0.5)
         return direction, logits.new_full(logits.shape[:1], 1 / self.variance)
 
     def divergence(self, logits: Tensor, moved: Tensor) -> Tensor:
-        """Halve the squared distance of the means over the variance, ``(B,)``."""
+        """Return half of the squared distance of the means over the variance, ``(B,)``."""
         return (moved - logits).square().sum(1) / (2 * self.variance)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """Mean of all outputs, then single outputs: none is special."""
+        """Mean of all outputs, then single outputs: all outputs are equal."""
         num_outputs = logits.shape[1]
         mean = torch.full_like(logits[:1], 1 / num_outputs)
         single = torch.eye(min(count, num_outputs) - 1, num_outputs, dtype=logits.dtype, device=logits.device)
@@ -265,26 +265,26 @@ class Gaussian(Likelihood):
 def largest_distance(rows: Tensor) -> Tensor:
     """Return the largest Euclidean distance between two rows of ``(K, D)``, differentiable, zero for equal ones.
 
-    It is the distance of a pair, taken from the difference. The pair is found with matrix products, block by block;
-    another pair is farther apart by no more than round-off, ``4 D`` units in the last place of a double.
+    The pair is found with matrix products, block by block, and its distance is computed from the difference. Another
+    pair may be farther apart only by round-off, ``4 D`` units in the last place of a double.
     """
     with torch.no_grad():
         offsets = rows.detach().double() - rows[0].detach()
         scale = float(offsets.abs().amax())
         first, second = _farthest_pair(offsets / scale) if 0 < scale < math.inf else (0, 0)
-    difference = rows[first] - rows[second] if math.isfinite(scale) else rows  # of endless rows there is no farthest
+    difference = rows[first] - rows[second] if math.isfinite(scale) else rows  # infinite rows have no farthest pair
     distance: Tensor = torch.linalg.vector_norm(difference)
     return distance
 
 
-_MAX_NUMBERS = 2**17  # held at once in a block of doubles: 1 MiB, several times in all, which stays in the caches
+_MAX_NUMBERS = 2**17  # doubles per block: 1 MiB, so that a few blocks fit into the caches
 _MAX_ROWS = 256  # in a block; more would count most pairs twice
 
 
 def _farthest_pair(rows: Tensor) -> tuple[int, int]:
-    """Return the numbers of the two rows farthest apart.
+    """Return the indices of the two rows that are farthest apart.
 
-    One row is zero, so that no row is longer than the largest distance: no cancellation spoils that one.
+    One row is zero, so no row is longer than the largest distance, which is therefore free of cancellation.
     """
     squares = rows.square().sum(1)
     largest, pair = 0.0, (0, 0)
@@ -293,7 +293,7 @@ def _farthest_pair(rows: Tensor) -> tuple[int, int]:
         block = rows[start : start + size]
         distances = squares[start : start + size, None] + squares[start:] - 2 * block @ rows[start:].mT
         place = distances.argmax()
-        # read together, so that the host waits for the device once; a double holds the place exactly
+        # read together, so that the host waits for the device once; a double represents the index exactly
         found, number = torch.stack([distances.take(place), place.double()]).cpu().tolist()
         if found > largest:
             row, column = divmod(int(number), distances.shape[1])
@@ -335,7 +335,7 @@ def _whitened_curvature(likelihood: Categorical | Bernoulli, logits: Tensor, row
 
 
 _BISECTIONS = 54  # of an interval whose ends differ by a factor of two at most
-_SLACK = 1e-13  # above what rounding does to a sum of probabilities
+_SLACK = 1e-13  # larger than the rounding error of a sum of probabilities
 
 
 def _largest_variance(probabilities: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a monitor measures of a batch: eigenvalue, trace, how far the quadratic picture holds, linf value, at once.
+"""All values that the monitor logs for a batch: eigenvalue, trace, ratio of KL and quadratic form, linf value.
 
 Public: all of ``__all__``.
 """
@@ -30,10 +30,10 @@ class Measurement:
     """Numbers per example of a batch.
 
     Attributes:
-        result: As of :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
+        result: As returned by :func:`fisher_reg.fisher_spectral_norm`; its eigenvectors are flat, ``(B, d)``.
         trace: ``(B,)``.
         kl_ratio: ``(B,)``, see :func:`fisher_reg.fisher_kl_ratio`.
-        linf: ``(B,)``, the value of :func:`fisher_reg.fisher_linf_norm` where it was asked for.
+        linf: ``(B,)``, the value of :func:`fisher_reg.fisher_linf_norm` if it was requested.
     """
 
     result: EigenResult
@@ -96,27 +96,27 @@ def fisher_kl_ratio(
     input_std: InputStd | None = None,
     side_inputs: SideInputs = None,
 ) -> Tensor:
-    r"""Compare KL with its quadratic form along the top eigenvector, at a length that matters, per example.
+    r"""Return the ratio of KL and its quadratic form along the top eigenvector, for a finite step, per example.
 
     .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\lambda \epsilon^2 / 2}
 
-    at the :math:`\epsilon` where the denominator is 0.1 nats, but at most 5 % of the length of the input less its mean,
-    and in that of the directions :math:`\pm v` in which the entropy of the prediction grows. About 1: the eigenvalue
-    says what a perturbation of this length does. Far below 1: the function is rough or saturates, so that the gradient
-    at the point does not tell what an attack meets (gradient masking). Above 1, as where predictions are confident: the
-    perturbation does more than the eigenvalue says.
+    :math:`\epsilon` is chosen such that the denominator is 0.1 nats, but it is at most 5 % of the length of the input
+    minus its mean. Of the directions :math:`\pm v`, the one in which the entropy of the prediction grows is used. About
+    1: the eigenvalue predicts the effect of a perturbation of this length. Far below 1: the function is rough or
+    saturates, so the gradient at the point does not predict the effect of an attack (gradient masking). Above 1, for
+    example for confident predictions: the effect is larger than the eigenvalue predicts.
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
         inputs: ``(B, *S)``.
-        solver: Of the eigenvector.
+        solver: Solver for the eigenvector.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
 
     Returns:
-        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite. Cost: one forward beside the
-        estimate.
+        ``(B,)``; NaN where the eigenvalue is zero or the perturbed logits are not finite. Cost: one forward in addition
+        to the estimate.
 
     Raises:
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.

@@ -1,4 +1,4 @@
-"""What a model returned, checked before anything is computed of it."""
+"""Checks of the output of a model before anything is computed from it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fisher_reg.likelihood import Bernoulli, Likelihood
 
 
 def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str = "The model") -> None:
-    """Refuse outputs that are not ``(B, K)`` logits, finite or minus infinity for classes that are left out.
+    """Check that outputs are ``(B, K)`` logits, finite or minus infinity for classes that are left out.
 
     Args:
-        logits: What the model returned.
+        logits: The output of the model.
         batch_size: B.
-        likelihood: What the logits parametrise.
-        call: What was called with what, to begin a message with.
+        likelihood: The output distribution.
+        call: A description of the call, with which a message begins.
 
     Raises:
         LogitsShapeError: If the shape is not ``(B, K)``.
         ValueError: If ``K`` is too small for the likelihood, or the logits are integers.
-        NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity where the likelihood gives that no
-            meaning, or if a row has no finite logit; the message counts the examples.
+        NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity for a likelihood that does not
+            support that, or if a row has no finite logit; the message counts the examples.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
         raise LogitsShapeError(
@@ -74,7 +74,7 @@ def _describe(value: Any) -> str:
 
 
 def _remedy(value: Any, batch_size: int) -> str:
-    """Say how to get logits out of what a model returned."""
+    """Return advice how to extract logits from the output of a model."""
     how, why = "module(x).logits", "If the logits are inside that, say how to get them"
     if isinstance(value, Tensor):
         why, how = _way_out_of_a_tensor(value, batch_size)
@@ -113,7 +113,7 @@ def _may_be_logits(value: Any) -> bool:
 
 
 def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
-    """Return whether a logit is refused, whether the rows sum to one, and whether all lie between 0 and 1.
+    """Return whether a logit is invalid, whether the rows sum to one, and whether all lie between 0 and 1.
 
     The three are read together, so that the host waits for the device once.
     """
@@ -123,7 +123,7 @@ def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
 
 
 def _broken(logits: Tensor, likelihood: Likelihood) -> Tensor:
-    """Return which examples ``(B,)`` have a logit that is refused."""
+    """Return which examples ``(B,)`` have an invalid logit."""
     is_left_out = logits.isneginf()
     is_refused = ~(logits.isfinite() | is_left_out)
     if getattr(likelihood, "leaves_out", False):
@@ -146,16 +146,16 @@ def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
 
 
 def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
-    """Say whether what should be logits ``(B, K)`` are probabilities.
+    """Return whether tensors ``(B, K)`` that should be logits are probabilities.
 
     For one label out of K these are non-negative rows that sum to one; for K labels they are outputs of a sigmoid.
 
     Args:
         logits: ``(B, K)``.
-        likelihood: What they parametrise.
+        likelihood: The output distribution.
 
     Returns:
-        Whether they do. A numerical accident is very unlikely.
+        Whether they are. A coincidence is very unlikely.
     """
     _, sums_to_one, is_between = _seen(logits, likelihood)
     return _are_probabilities(sums_to_one, is_between, likelihood)
@@ -172,7 +172,7 @@ def _sum_to_one(logits: Tensor) -> Tensor:
 
 
 def _lie_between(logits: Tensor) -> Tensor:
-    # exact zeros are the work of a ReLU, and nearly equal numbers that of an untrained head
+    # exact zeros come from a ReLU, and nearly equal numbers from an untrained head
     smallest, largest = logits.aminmax()
     is_enough = logits.numel() >= 16
     return (smallest > 0) & (largest <= 1) & (largest - smallest > 0.1) & is_enough

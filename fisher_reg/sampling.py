@@ -1,4 +1,4 @@
-"""Random numbers with the shape, type and device of a tensor, drawn where the generator lives.
+"""Random numbers with the shape, dtype and device of a tensor, drawn on the device of the generator.
 
 Public: all of ``__all__``, for penalties and solvers that draw.
 """
@@ -29,13 +29,13 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def fixed_generator(seed: int = 0) -> torch.Generator:
-    """Return a generator that gives the same numbers each time, which estimates use unless told otherwise.
+    """Return a generator with a fixed seed, which estimates use by default.
 
-    It lives on the CPU, so that an estimate has the same random numbers on every device: generators of other devices
-    give others.
+    It is on the CPU, so that an estimate has the same random numbers on every device: with the same seed, generators
+    of other devices give other numbers.
 
     Args:
-        seed: Numbers that must be independent of each other need different ones.
+        seed: Independent random numbers need different seeds.
 
     Returns:
         The generator.

@@ -1,4 +1,4 @@
-r"""A categorical distribution that does not saturate: every prediction is taken at the same margin."""
+r"""A categorical distribution that does not saturate: every prediction is rescaled to the same margin."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from fisher_reg.likelihood import Categorical, Likelihood
 
 @dataclass(frozen=True)
 class MarginTempered(Likelihood):
-    r"""One label out of ``K`` at a temperature of its own per example: :math:`p = \mathrm{softmax}(z / T)`.
+    r"""One label out of ``K`` at a temperature per example: :math:`p = \mathrm{softmax}(z / T)`.
 
     :math:`T = (z_{(1)} - z_{(2)}) / \text{margin}` puts the two largest logits ``margin`` apart, so that
     :math:`\tilde\lambda`, the largest eigenvalue of :math:`J^\top \Sigma(z / T) J / T^2`, does not change when all
     logits are multiplied by a number. The Fisher eigenvalue of :class:`Categorical` does: a confident network has a
-    small one, and adversarial examples are as near. With two classes at distance
-    :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|` from the linearised boundary, :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
+    small one, although adversarial examples are as near. With two classes at distance
+    :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|` from the linearised boundary,
+    :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
 
-    In nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
+    The unit is nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
     has no margin, and :math:`\tilde\lambda` is as large as the precision allows. Classes that a mask rules out, by
-    a large negative logit or by :math:`-\infty`, have no part in it.
+    a large negative logit or by :math:`-\infty`, have no influence.
 
     Args:
         margin: Difference of the two largest logits over ``T``.
@@ -76,7 +77,7 @@ class MarginTempered(Likelihood):
         return categorical_divergence(before, after, change(logits, moved) / temperature)
 
     def candidates(self, logits: Tensor, count: int) -> Tensor:
-        """Return those of :class:`Categorical`, whose order the temperature does not change."""
+        """Return the directions of :class:`Categorical`; the temperature does not change their order."""
         return Categorical().candidates(logits, count)
 
     def labels(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -84,7 +85,7 @@ class MarginTempered(Likelihood):
         return Categorical().labels(_tempered(logits, self._temperature(logits)), generator)
 
     def largest_curvature(self, rows: Tensor | None = None) -> Tensor:
-        """Refuse: the curvature grows without bound where two logits meet.
+        """Raise an error: the curvature grows without bound where two logits are equal.
 
         Raises:
             NoBoundError: Always.
@@ -95,7 +96,7 @@ class MarginTempered(Likelihood):
         )
 
     def curvature_at(self, logits: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return that of :class:`Categorical` at the tempered logits over the squared temperature, ``(B,)``."""
+        """Return the value of :class:`Categorical` at the tempered logits over the squared temperature, ``(B,)``."""
         precise = logits.double()
         temperature = self._temperature(precise)
         return Categorical().curvature_at(_tempered(precise, temperature), rows) / temperature.squeeze(1).square()
@@ -103,18 +104,18 @@ class MarginTempered(Likelihood):
     def _temperature(self, logits: Tensor) -> Tensor:
         """Return ``(B, 1)``: positive, also where the two largest logits are equal; one where there is one class.
 
-        The other logits have no part in it, however large: they may be those of classes that a mask rules out.
+        The other logits have no influence: they may be large negative numbers of classes that a mask rules out.
         """
         first, second = logits.topk(2, dim=1).values.split(1, dim=1)
         numbers = torch.finfo(logits.dtype)
         size = torch.maximum(first.detach().abs(), present(second.detach()).abs())
-        # what rounding leaves of equal logits, and for two zeros what keeps 1 / T^2 far from overflow
+        # equal logits: the rounding error of their difference; two zeros: small enough that 1 / T^2 does not overflow
         smallest = torch.where(size > 0, (numbers.eps * size).clamp_min(numbers.tiny), numbers.tiny**0.375)
         gap = torch.where(second.isneginf(), 1.0, first - second)
         return torch.maximum(gap, smallest) / self.margin
 
 
-_FAR = 1e4  # tempered logits as far below the largest one have the probability zero in any precision
+_FAR = 1e4  # a tempered logit that is this far below the largest one has the probability zero in any precision
 
 
 def _tempered(logits: Tensor, temperature: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-r"""The Fisher matrix of a whole data set: one direction that moves all predictions at once.
+r"""The mean Fisher matrix of a data set: one direction that changes all predictions at once.
 
-The search runs on the input side, :math:`\mathbb{R}^d`, where nothing grows with the number of inputs: a product with
-the mean matrix is one pass through the data.
+The iteration runs in input space :math:`\mathbb{R}^d`, so its vectors do not grow with the number of inputs. A
+matrix-vector product with the mean matrix is one pass through the data.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def universal_spectral_norm(
 
     .. math:: \lambda_\max(\operatorname{mean}_x F(x)) \le \operatorname{mean}_x \lambda_\max(F(x)) .
 
-    A symmetric block Lanczos iteration with full reorthogonalisation finds it. Each step goes once through all batches:
-    one forward of each, and a forward-mode and a backward pass for each of ``num_starts`` vectors, at least three. The
-    start takes two more times through all batches: random signs on all outputs, pulled back to the inputs, meet each
-    eigenvector in proportion to the root of its eigenvalue. Another time gives ``left_singular_vector``. As with
-    :class:`Lanczos`, a spectrum whose largest eigenvalues nearly coincide may still stop at the second.
+    The solver is a symmetric block Lanczos iteration with full reorthogonalisation. Each step is one pass through all
+    batches: one forward of each, and a JVP and a VJP for each of ``num_starts`` vectors, at least three. The start
+    takes two more passes through all batches: the VJP of random signs on all outputs has a component along each
+    eigenvector in proportion to the square root of its eigenvalue. One more pass gives ``left_singular_vector``. As with
+    :class:`Lanczos`, the iteration may stop at the second eigenvalue if the largest two nearly coincide.
 
     Memory: ``2 num_starts`` vectors of ``d`` numbers per step, one number per input, the ``N K`` numbers of
     ``left_singular_vector``, and what one batch needs.
@@ -60,7 +60,7 @@ def universal_spectral_norm(
         solver: :class:`Lanczos` or :class:`PowerIteration`, which has a single start.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        generator: Source of the start vector.
+        generator: Source of the start vectors.
 
     Returns:
         Fields with a leading axis of length 1; ``eigenvector`` :math:`v` is ``(1, *S)``, and ``left_singular_vector``
@@ -114,7 +114,7 @@ def universal_spectral_norm(
 
 @dataclass(frozen=True)
 class _Found:
-    """The best pair of a search: ``vector`` ``(d,)`` is zero where the matrix is; ``ritz_values`` descend."""
+    """The best Ritz pair: ``vector`` ``(d,)`` is zero if the matrix is; ``ritz_values`` are in descending order."""
 
     value: Tensor
     vector: Tensor
@@ -126,7 +126,7 @@ class _Found:
 
 
 def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration) -> _Found:
-    """Rayleigh-Ritz on a space that grows by its best residuals (Lanczos), or on the last product alone."""
+    """Rayleigh-Ritz iteration on a space that grows by its best residuals (Lanczos), or on the last product only."""
     remembers = isinstance(solver, Lanczos)
     max_steps = solver.num_steps if isinstance(solver, Lanczos) else solver.max_iterations
     basis, products, num_products = starts[:0], starts[:0], 0
@@ -137,14 +137,14 @@ def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration)
         values, vectors = torch.linalg.eigh(0.5 * (basis @ products.mT + products @ basis.mT))  # V F V'
         best = vectors[:, -len(starts) :].flip(1).mT
         y, images = best @ basis, best @ products
-        theta = (y * images).sum(1, keepdim=True).clamp_min(0)
-        rest = images - theta * y
+        theta = (y * images).sum(1, keepdim=True).clamp_min(0)  # theta = y' F y
+        rest = images - theta * y  # residual vector F y - theta y
         residual = rest.norm(dim=1)
         converged = bool(residual[0] <= solver.rtol * theta[0])
-        # where only rounding is left of a residual there is nowhere to go
+        # a residual that is only round-off gives no new direction
         rest = rest[residual > 100 * torch.finfo(mean.dtype).eps * theta[0]]
         new = mean.orthonormalised(rest, basis) if remembers else mean.rounded(images)
-        # a start that is nearly an eigenvector need not be the first one
+        # a start vector may be nearly an eigenvector of a smaller eigenvalue: take at least one step
         if (converged and step > 0) or len(rest) == 0 or len(new) == 0:
             break
         if not remembers:
@@ -160,7 +160,7 @@ _CHANGED = (
 )
 
 _NUM_STARTS = 3  # a single start stopped at the second of two near eigenvalues in one of ten trials
-_TILT = 0.03  # dense random part of the start: small against the rest, large against round-off
+_TILT = 0.03  # dense random part of the start: small compared with the rest, large compared with round-off
 _AGREES = 0.05  # |A v|^2 and v' F v, relative
 
 
@@ -182,7 +182,7 @@ class _MeanFisher:
         self._num_inputs = self._num_outputs = 0
 
     def starts(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Pull ``count`` sets of random signs on all outputs back to the inputs, in the first pass.
+        """Return the VJPs of ``count`` sets of random signs on all outputs, in the first pass.
 
         Returns:
             Unit vectors ``(count, d)``, each with a small dense random part.
@@ -209,7 +209,7 @@ class _MeanFisher:
         return unit(total) + _TILT * unit(normal(total, generator))
 
     def orthonormalised(self, vectors: Tensor, basis: Tensor) -> Tensor:
-        """Return the unit components of ``vectors`` ``(n, d)`` outside ``basis``; those that are round-off fall out."""
+        """Return the unit components of ``vectors`` ``(n, d)`` orthogonal to ``basis``; those of round-off are dropped."""
         count = len(basis)
         for vector in vectors:
             rest = unit(vector)
@@ -220,7 +220,7 @@ class _MeanFisher:
         return basis[count:]
 
     def rounded(self, vectors: Tensor) -> Tensor:
-        """Return unit vectors as the network sees them, in its precision."""
+        """Return unit vectors, rounded to the precision of the network."""
         return unit(vectors).to(self.dtype).double()
 
     def product(self, vectors: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class _MeanFisher:
         return totals / self._num_inputs
 
     def image(self, vector: Tensor, value: Tensor) -> Tensor:
-        r"""Return :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, of unit length: one pass. Zero where the value is."""
+        r"""Return the unit vector :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, zero if the value is: one pass."""
         tangent, end = vector.to(self.dtype), 0
         length = math.sqrt(self._num_inputs * float(value)) or 1.0
         image = tangent.new_empty(self._num_outputs)
@@ -280,7 +280,7 @@ def _total(rows: Tensor) -> Tensor:
 
 
 def _mark(logits: Tensor) -> Tensor:
-    """Return one number per input ``(B,)``, a random projection of its logits, to recognise them."""
+    """Return one number per input ``(B,)``, a random projection of its logits, for a comparison between passes."""
     direction = normal(logits[0].double(), fixed_generator())
     return present(logits).double() @ direction
 
