@@ -25,9 +25,9 @@ class MarginTempered(Likelihood):
     :math:`r = (z_1 - z_2) / \|\nabla (z_1 - z_2)\|` from the linearised boundary,
     :math:`\tilde\lambda = p_1 p_2\,\text{margin}^2 / r^2`.
 
-    The unit is nats of the tempered prediction per squared input unit. Where the two largest logits are equal the prediction
-    has no margin, and :math:`\tilde\lambda` is as large as the precision allows. Classes that a mask rules out, by
-    a large negative logit or by :math:`-\infty`, have no influence.
+    The unit is nats of the tempered prediction per squared input unit. Where the two largest logits are equal the
+    prediction has no margin, and :math:`\tilde\lambda` is as large as the precision allows. Classes that a mask rules
+    out, by a large negative logit or by :math:`-\infty`, have no influence.
 
     Args:
         margin: Difference of the two largest logits over ``T``.

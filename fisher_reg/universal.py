@@ -47,8 +47,8 @@ def universal_spectral_norm(
     The solver is a symmetric block Lanczos iteration with full reorthogonalisation. Each step is one pass through all
     batches: one forward of each, and a JVP and a VJP for each of ``num_starts`` vectors, at least three. The start
     takes two more passes through all batches: the VJP of random signs on all outputs has a component along each
-    eigenvector in proportion to the square root of its eigenvalue. One more pass gives ``left_singular_vector``. As with
-    :class:`Lanczos`, the iteration may stop at the second eigenvalue if the largest two nearly coincide.
+    eigenvector in proportion to the square root of its eigenvalue. One more pass gives ``left_singular_vector``. As
+    with :class:`Lanczos`, the iteration may stop at the second eigenvalue if the largest two nearly coincide.
 
     Memory: ``2 num_starts`` vectors of ``d`` numbers per step, one number per input, the ``N K`` numbers of
     ``left_singular_vector``, and what one batch needs.
@@ -209,7 +209,7 @@ class _MeanFisher:
         return unit(total) + _TILT * unit(normal(total, generator))
 
     def orthonormalised(self, vectors: Tensor, basis: Tensor) -> Tensor:
-        """Return the unit components of ``vectors`` ``(n, d)`` orthogonal to ``basis``; those of round-off are dropped."""
+        """Return the unit components of ``vectors`` ``(n, d)`` orthogonal to ``basis``, without round-off."""
         count = len(basis)
         for vector in vectors:
             rest = unit(vector)

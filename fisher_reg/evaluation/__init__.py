@@ -1,9 +1,9 @@
-"""Which function of a model is meant: a copy that shares the parameters, and is the same function in every call.
+"""The function of a model that is measured or penalised: a copy that shares the parameters and is deterministic.
 
 Public: :func:`deployed` and :func:`trained`, the functions of a model that are measured and penalised;
-:func:`differentiable`, a block in which they can be differentiated; :func:`strictly`, one in which float32 is float32;
+:func:`differentiable`, a block in which they can be differentiated; :func:`strictly`, a block without TensorFloat-32;
 :func:`in_fast_layout`; :class:`LogitsOf`; and the types of arguments :data:`InputStd`, :data:`LogitsFunction` and
-:data:`SideInputs`. The other names serve the rest of the package, and can change.
+:data:`SideInputs`. The other names are internal and can change.
 """
 
 from fisher_reg.evaluation.batch_norm import Recording, Statistics, UnrecordedError, recording_rules

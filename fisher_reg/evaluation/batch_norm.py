@@ -2,19 +2,21 @@ r"""Batch norm as a per-example function, by rules for its calls.
 
 In evaluation batch norm is a fixed scale and shift of each channel. In training it computes
 :math:`(h - \mu(H)) / \sigma(H)` with the statistics of the whole batch of activations :math:`H`: the trained function
-couples the examples, and no per-example Fisher matrix exists. Holding :math:`\mu, \sigma` fixed *with respect to the
-inputs* uncouples them; keeping them differentiable *with respect to the parameters* keeps the gradient of a penalty
-true to the trained function: it cannot lower the penalty by shrinking a weight that the normalisation rescales anyway.
+couples the examples, and no per-example Fisher matrix exists. If :math:`\mu, \sigma` are constant *with respect to the
+inputs*, the examples are independent. They stay differentiable *with respect to the parameters*, so that the gradient
+of a penalty is that of the trained function: it cannot lower the penalty by shrinking a weight that the normalisation
+rescales anyway.
 
-So the calls of a forward are recorded (the training step's own, or one without input gradient) and then replayed.
-With fixed statistics an input that moves can leave the range of batch norm: in training none of :math:`n` values is
-further than :math:`\sqrt{n - 1}\,\sigma` from their mean, whatever the input, while the fixed map has no limit. Over
-the four values per channel that the last stage of a DenseNet has of 4 small images, 70 layers took a moved input
-:math:`10^4\,\sigma` away and the gradient of a penalty to :math:`10^7` (in float64 too, and with the statistics held
-constant); so a replay over few values is kept to :math:`\sqrt n\,\sigma`, which changes nothing at the input itself.
+So the calls of a forward are recorded (those of the training step, or of a forward without input gradient) and then
+replayed. With fixed statistics a perturbed input can leave the range of batch norm: in training each of :math:`n`
+values is at most :math:`\sqrt{n - 1}\,\sigma` from their mean for every input, but the fixed map has no limit. In one
+case, the last stage of a DenseNet with 4 small images (four values per channel), 70 layers moved a perturbed input
+:math:`10^4\,\sigma` away and increased the gradient of a penalty to :math:`10^7` (also in float64, and with constant
+statistics). So a replay over few values is limited to :math:`\sqrt n\,\sigma`; this changes nothing at the input
+itself.
 
-Calls are recognised by their weight or running mean, wherever they are made: in a module of torch, a subclass of it, or
-a module that calls the function itself. Running statistics are not moved.
+Calls are recognised by their weight or running mean: in a module of torch, a subclass of it, or a module that calls the
+function itself. Running statistics are not updated.
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ from fisher_reg.evaluation.rules import Rule, itself
 IdentityOf = Callable[[Tensor], int]
 _Key = tuple[int, int]
 
-# sqrt(32) deviations: hardly a value is beyond that by itself, and a larger layer would pay for being compared
+# sqrt(32) deviations: almost no value exceeds that, and for a larger layer the comparison would cost time
 _FEW_VALUES = 32
 
 
 class Statistics(NamedTuple):
-    """What one call of batch norm in training mode normalises with.
+    """The statistics of one call of batch norm in training mode.
 
     Attributes:
         mean: ``(C,)``, at least float32.
         variance: ``(C,)``, biased.
-        num_values: Of how many values per channel.
+        num_values: Number of values per channel.
     """
 
     mean: Tensor
@@ -51,7 +53,7 @@ class Statistics(NamedTuple):
 
 
 class UnrecordedError(ValueError):
-    """A batch norm normalises with batch statistics that nobody has recorded."""
+    """A batch norm normalises with batch statistics that have not been recorded."""
 
 
 @dataclass
@@ -65,11 +67,11 @@ class Recording:
 
     @property
     def is_clear(self) -> bool:
-        """Whether each batch norm was called once, so that its statistics are sure to be those of one forward."""
+        """Whether each batch norm was called once, so that its statistics are those of a single forward."""
         return all(len(found) == 1 for found in self.calls.values())
 
     def add(self, call: _Call, identity_of: IdentityOf) -> Statistics:
-        """Note the statistics of a call."""
+        """Record the statistics of a call."""
         hidden = call.hidden.to(torch.promote_types(call.hidden.dtype, torch.float32))
         with torch.autograd.graph.saved_tensors_hooks(itself, itself):  # not again in the backward pass of a checkpoint
             mean, variance = _Moments.apply(hidden)
@@ -106,8 +108,8 @@ class _Call:
         return _key(self.weight, self.running_mean, identity_of)
 
     def with_statistics(self, mean: Tensor, variance: Tensor, num_values: int) -> Tensor:
-        # The fused kernel has no gradient for the statistics. It gets their values, and a weight and a bias that take
-        # on the derivatives of what it leaves constant.
+        # The fused kernel has no gradient for the statistics. It gets their values as constants, and a weight and a
+        # bias through which their derivatives pass.
         scale, shift = scale_and_shift(mean, variance, self.weight, self.bias, self.eps)
         fixed_mean, fixed_variance = mean.detach(), variance.detach()
         deviation = (fixed_variance + self.eps).sqrt()
@@ -137,7 +139,7 @@ class _Affine(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-    given: tuple[Tensor, ...]  # held, so that their identities stay theirs
+    given: tuple[Tensor, ...]  # kept alive, so that their ids are not reused
     versions: tuple[int, ...]
     eps: float
 
@@ -154,14 +156,14 @@ class _Affine(NamedTuple):
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Return how often tensors were changed; nothing where one does not count that, as in inference mode."""
+    """Return the version counters of tensors; an empty tuple if one has no counter, as in inference mode."""
     return () if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
 
 
 def scale_and_shift(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale and shift ``(C,)`` that batch norm is with the statistics ``(C,)``."""
+    """Return the scale and shift ``(C,)`` of batch norm with the statistics ``(C,)``."""
     scale = (variance + eps).rsqrt()
     if weight is not None:
         scale = scale * weight
@@ -171,7 +173,7 @@ def scale_and_shift(
 def running_rules() -> dict[Any, Rule]:
     """Rules for the deployed function: batch norm is the scale and shift of its running statistics.
 
-    They remember both of each batch norm, for the calls of one function.
+    They cache both for each batch norm, for the calls of one function.
 
     Returns:
         The rules.
@@ -191,12 +193,12 @@ def running_rules() -> dict[Any, Rule]:
 
 
 def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running_statistics: bool) -> dict[Any, Rule]:
-    """Rules that note the statistics of every batch norm in training mode.
+    """Rules that record the statistics of every batch norm in training mode.
 
     Args:
-        recording: Where they are noted.
-        identity_of: Tells tensors apart, the same way in a replay.
-        moves_running_statistics: Whether the calls go on as they were made.
+        recording: Gets the statistics.
+        identity_of: Maps a tensor to an identity that is the same in a replay.
+        moves_running_statistics: Whether the calls update the running statistics, as they do without the rules.
 
     Returns:
         The rules.
@@ -215,10 +217,10 @@ def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running
 
 
 def replaying_rules(recording: Recording | None, identity_of: IdentityOf) -> dict[Any, Rule]:
-    """Rules that answer each batch norm in training mode with its recorded statistics, those of each call in turn.
+    """Rules that replace each batch norm in training mode by one with its recorded statistics, call by call.
 
     Args:
-        recording: The statistics; None where none have been looked for. They are asked for by an exception.
+        recording: The statistics; None if none have been recorded yet. Then an exception requests them.
         identity_of: As in the recording.
 
     Returns:
@@ -256,7 +258,7 @@ def _rules(answer: Callable[[_Call, Callable[[], Tensor]], Tensor]) -> dict[Any,
 
 
 def _key(weight: Tensor | None, running_mean: Tensor | None, identity_of: IdentityOf) -> _Key:
-    """What tells a batch norm from the others: its running mean, else its weight, else nothing."""
+    """The tensor that identifies a batch norm: its running mean, else its weight, else None."""
     for kind, tensor in enumerate((running_mean, weight)):
         if tensor is not None:
             return kind, identity_of(tensor)

@@ -1,4 +1,4 @@
-"""The first call of a model, with an error that says what was called with what."""
+"""The first call of a model, with an error that describes the call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def called(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
     """Return ``function(inputs)``.
 
     Raises:
-        ForwardError: For whatever the model raises, which is the cause; but errors of this package and those of memory
+        ForwardError: For any error of the model, which is its cause. Errors of this package and out-of-memory errors
             are passed on.
     """
     try:
@@ -41,7 +41,7 @@ def _is_own(error: Exception) -> bool:
 
 
 def name_of_call(function: object, inputs: Tensor) -> str:
-    """Say what is called with what, such as ``Net.forward, called with inputs (4, 3, 8, 8) torch.float32,``."""
+    """Describe a call, such as ``Net.forward, called with inputs (4, 3, 8, 8) torch.float32,``."""
     shape = f"{tuple(inputs.shape)} {inputs.dtype}"
     return f"{_name(function)}, called with inputs {shape}{_beside(function)},"
 
@@ -57,7 +57,7 @@ def _name(function: object) -> str:
 
 
 def _inner(function: object) -> object:
-    """Return what one of our own wrappers, or a method of one, calls; None for the user's."""
+    """Return the function that one of our own wrappers, or a method of one, calls; None for a user's function."""
     owner = getattr(function, "__self__", function)
     if not type(owner).__module__.startswith("fisher_reg.evaluation."):
         return None

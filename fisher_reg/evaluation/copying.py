@@ -1,13 +1,13 @@
-"""A structural copy of a model that shares its parameters: what a Fisher pass runs instead of the user's module.
+"""A structural copy of a model that shares its parameters. A Fisher pass runs it instead of the user's module.
 
-The copy has the same classes and the same parameters, so that gradients reach the user's; or constant parameters, which
-share their storage and require no gradient, where nobody asks for one. It has its own flags, buffers, containers, hooks
-and random generators, so that whatever a forward writes is written there. Functions and methods that hold a copied
-module hold its copy instead.
+The copy has the same classes. Its parameters are those of the user, so that gradients reach them; or, if no gradient of
+a weight is needed, constants that share their storage. It has its own flags, buffers, containers, hooks and random
+generators, so that a forward writes only to these. Functions and methods that refer to a copied module refer to its
+copy instead.
 
-Shared are, beside the parameters: what cannot be copied (a lock, an open file, a process group), what cleans up after
-itself (``__del__``), large NumPy arrays, data sets, optimizers and the trainer. A forward that writes to these, or to a
-parameter, writes to the user's.
+Besides the parameters, the copy shares objects that cannot be copied (a lock, an open file, a process group), objects
+with a finaliser (``__del__``), large NumPy arrays, data sets, optimisers and the trainer. A forward that writes to
+these, or to a parameter, changes the user's objects.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Copier:
         dtype: Precision of the floating-point tensors of the copy; None keeps theirs, but promotes half precision to
             float32. A parameter of another precision is replaced by its conversion, through which gradients pass.
         has_constant_weights: Whether a parameter is replaced by one that shares its storage and requires no gradient. A
-            graph then saves nothing for gradients of weights. Subclasses of parameters, whose data can be anywhere,
-            stay themselves.
+            graph then saves nothing for gradients of weights. Subclasses of parameters are shared unchanged, since
+            their data may be stored elsewhere.
 
     Attributes:
         modules: Pairs of a module and its copy.
@@ -149,9 +149,9 @@ class Copier:
 
     def _script(self, module: nn.Module) -> nn.Module:
         try:
-            copied = copy.deepcopy(module)  # its weights exist twice until the next lines
+            copied = copy.deepcopy(module)  # its weights exist twice until they are replaced below
         except RuntimeError:
-            return module  # frozen and optimised: it has nothing that a forward could change
+            return module  # frozen and optimised: a forward cannot change it
         for original, part in zip(module.modules(), copied.modules(), strict=True):
             for name, parameter in original._parameters.items():
                 part._parameters[name] = self(parameter)
@@ -204,7 +204,7 @@ class Copier:
             for key, item in pairs or ():
                 copied[self(key)] = self(item)
             return copied
-        except Exception:  # whatever an object of the user's raises: it does not let itself be copied
+        except Exception:  # any error of a user's object: it cannot be copied
             return self._remember(value, value)
 
     def _by_its_own_means(self, value: Any) -> Any:
@@ -231,13 +231,13 @@ class Copier:
         return self._function(value) if compiled_from is None else self(compiled_from)
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Copy a function with what it holds and names.
+        """Copy a function with the objects in its closure, its defaults and the globals that it names.
 
-        One that a module holds (a hook) has its own variables in the copy; of another, which is a model itself, only
-        the modules are copied.
+        A function that a module holds (a hook) has its own variables in the copy. Of another function, which is a model
+        itself, only the modules are copied.
 
         Returns:
-            The copy; the function itself where it holds nothing.
+            The copy; the function itself if it refers to no such object.
         """
         if _is_torchs_own(function):
             return function
@@ -266,14 +266,14 @@ class Copier:
         return copied
 
     def _reached(self, value: Any) -> Any:
-        """Return the copy of what a function holds, if that is or has a module; else the thing itself."""
+        """Return the copy of an object of a function if it is or contains a module; else the object itself."""
         if type(value) in _CALLABLES or _reaches(value):
             return self(value)
         return self._copies.get(id(value), value)
 
 
 def _constant(copied: Tensor, original: Tensor) -> Tensor:
-    """Return a tensor of the kind of the original that shares the storage of its copy and requires no gradient."""
+    """Return a tensor of the type of the original that shares the storage of its copy and requires no gradient."""
     constant = copied.detach()
     if isinstance(original, nn.Parameter):
         constant = nn.Parameter(constant, requires_grad=False)
@@ -282,7 +282,7 @@ def _constant(copied: Tensor, original: Tensor) -> Tensor:
 
 
 class _Unwrapped(nn.Module):
-    """Stands for a wrapper around a module whose forward does nothing but call it, perhaps in another precision."""
+    """Replaces a wrapper around a module whose forward only calls the module, perhaps in another precision."""
 
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class _Unwrapped(nn.Module):
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
-    """Return under which name a wrapper of one process's module has it; None for any other module."""
+    """Return the attribute in which a wrapper holds its module; None for any other module, FSDP's included."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
     parts = vars(module).get("_modules", ())
@@ -313,7 +313,7 @@ def _wrapped_name(module: nn.Module) -> str | None:
 
 def is_sharded(model: object) -> bool:
     """Whether the weights of a part are divided among processes by FSDP, whose hooks work on that very module."""
-    # Nothing is sharded before somebody imports FSDP. We do not: it takes as long as half of torch.
+    # Nothing is sharded before FSDP is imported. We do not import it: that takes half as long as importing torch.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(model, nn.Module):
         return False
@@ -328,7 +328,9 @@ def _method_for(kind: Any) -> Callable[[Copier, Any], Any] | None:
         return None
     if issubclass(kind, nn.Module):
         return Copier._module
-    if _is_of_a_trainer(kind) or hasattr(kind, "__del__"):  # a copy would clean up what is not its own
+    if _is_of_a_trainer(kind) or hasattr(
+        kind, "__del__"
+    ):  # the finaliser of a copy would release resources of the original
         return None
     for types_, method in _METHODS:
         if kind in types_ if isinstance(types_, frozenset) else issubclass(kind, types_):
@@ -354,7 +356,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _reaches(value: Any, depth: int = 3) -> bool:
-    """Whether a thing is a module or a random generator, or has one in it, at most ``depth`` levels down."""
+    """Whether an object is a module or a random generator, or contains one, at most ``depth`` levels down."""
     if isinstance(value, _REACHED):
         return True
     if depth == 0 or isinstance(value, type | types.ModuleType | types.FunctionType | Tensor):
@@ -374,7 +376,7 @@ def _is_torchs_own(function: types.FunctionType) -> bool:
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand for the logging of a module that a trainer runs: a measurement is no step of it."""
+    """Replace the logging of a module that a trainer runs: a measurement is not a training step."""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
-"""Which function of a model is meant, as a value: the deployed one, or the one that is being trained.
+"""The function of a model as a value: the deployed one, or the one that is being trained.
 
-The rooms above see only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable, gives the same
-logits in each call, and only reads the user's model (see :mod:`fisher_reg.evaluation.copying` for what is shared).
+The modules above this one use only a function from ``(B, *S)`` to ``(B, K)``. It is per-example and differentiable,
+gives the same logits in each call, and only reads the user's model (:mod:`fisher_reg.evaluation.copying` lists what is
+shared).
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from fisher_reg.evaluation.switching import Switched
 
 
 class Source(Protocol):
-    """What is run in place of a user's model.
+    """A model that runs in place of the user's model.
 
     Attributes:
-        model: What is called.
+        model: The model that is called.
         is_promoted: Whether its weights are in full precision.
     """
 
@@ -51,7 +52,7 @@ class Source(Protocol):
         """Whether a call has drawn from a random generator that the model holds."""
 
     def identity_of(self, tensor: Tensor) -> int:
-        """Return what tells a tensor of the user's model apart, given it or its copy."""
+        """Return the identity of a tensor of the user's model, given the tensor or its copy."""
 
     def opened(self) -> AbstractContextManager[None]:
         """Open a context in which the model is ready for one call."""
@@ -63,17 +64,18 @@ class Source(Protocol):
 class EvaluatedModel(nn.Module):
     """One function of a model: called with inputs ``(B, *S)`` it gives logits ``(B, K)`` of the same precision.
 
-    Every call draws the same random numbers, works on a copy of the inputs, and leaves no trace.
+    Every call draws the same random numbers, works on a copy of the inputs, and has no side effects.
 
     Args:
-        source: What is run.
-        noise: What is drawn.
+        source: The model that runs.
+        noise: The states of the global random generators.
         is_deployed: Whether batch norm uses its running statistics; otherwise those of a recording.
         recording: Batch statistics, for a function that is being trained; by default those of the inputs of the first
             call, at the cost of one more forward if there is any batch norm in training mode.
-        half_precision: In which it computes, under autocast, as the training step does; None for full precision.
-        with_gradient: Makes another source, whose weights require gradients, for a forward that fails because those of
-            ``source`` do not: one that differentiates with respect to its own weights.
+        half_precision: The precision in which it computes under autocast, as the training step does; None for full
+            precision.
+        with_gradient: Returns another source, whose weights require gradients. It is needed for a forward that
+            differentiates with respect to its own weights.
 
     Attributes:
         saw_half_precision: Whether a call computed in half precision.
@@ -128,7 +130,7 @@ class EvaluatedModel(nn.Module):
         if self.recording is None and not has_training_batch_norm(self.model):
             try:
                 return self._replay(inputs, side_inputs, named_side_inputs)
-            except UnrecordedError:  # it normalises by a function and not by a module
+            except UnrecordedError:  # it calls the function of batch norm, without a module
                 pass
         if self.recording is None:
             self.recording = self.record(inputs, *side_inputs, **named_side_inputs)
@@ -175,7 +177,7 @@ class EvaluatedModel(nn.Module):
         return logits.to(inputs.dtype) if is_real else logits
 
     def __getattr__(self, name: str) -> Any:
-        """Look up in the copy what a user's own penalty asks of its model."""
+        """Look up in the copy the attributes of the model that a user's own penalty reads."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -185,7 +187,7 @@ class EvaluatedModel(nn.Module):
 
 
 _NO_GRADIENT = "does not require grad"
-"""In the messages of torch where a derivative is asked for that no graph leads to."""
+"""Part of torch's messages for a derivative of a tensor without a graph."""
 
 _HALF_INSIDE = (
     "The model computes in half precision inside, and derivatives of rounded values are noise. Pass the nn.Module "
@@ -196,20 +198,20 @@ _HALF_INSIDE = (
 def deployed(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the deployed function of a model: running statistics of batch norm, no dropout.
 
-    It is the function that every estimate is about: what is measured beside an estimate, as an attack is, should be
-    measured of it. The model is only read, and stays in its mode.
+    Every estimate uses this function. Use it also for other measurements that are compared with an estimate, such as an
+    attack. The model is only read, and stays in its mode.
 
-    A callable that is no module is taken as it is found. The weights get no gradient from it, so that its graph saves
-    nothing for them; see :func:`deployed_with_gradient`.
+    A callable that is not a module is used as it is. The weights get no gradient, so the graph saves nothing for them;
+    see :func:`deployed_with_gradient`.
 
     Args:
         model: Maps ``(B, *S)`` to logits ``(B, K)``.
-        inputs: ``(B, *S)``, of which the device alone matters.
+        inputs: ``(B, *S)``; only their device is used.
 
     Returns:
-        A module that maps ``(B, *S)`` to logits ``(B, K)``, with a gradient to its inputs, the same in each call.
-        What else ``model`` takes is passed on. Its structure is copied here, at the cost of no forward; parameters
-        are shared, so that later steps of an optimiser show in it.
+        A module that maps ``(B, *S)`` to logits ``(B, K)``, differentiable in its inputs, the same in each call.
+        Further arguments are passed on to ``model``. The structure of the model is copied here, without a forward.
+        Parameters are shared, so later steps of an optimiser change this function, too.
 
     Raises:
         ValueError: For lazy layers whose weights do not exist yet.
@@ -234,8 +236,8 @@ def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
     """Return the function that is being trained: the modes of the model, constant batch statistics, constant noise.
 
     Args:
-        model: The model, taken as it is found.
-        inputs: The inputs; their device matters.
+        model: The model, in its present mode.
+        inputs: The inputs; only their device is used.
 
     Returns:
         The function; ``model`` itself where it is one already.
@@ -247,7 +249,7 @@ def trained(model: LogitsFunction, inputs: Tensor) -> EvaluatedModel:
 
 
 def deployed_module(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a copy of a module in evaluation mode that shares its parameters, for a bound to read.
+    """Return a copy of a module in evaluation mode that shares its parameters, for a bound.
 
     Args:
         model: The module.
@@ -292,11 +294,11 @@ def trained_module(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def refuse_random(function: EvaluatedModel, logits: Tensor, call: Callable[[], Tensor]) -> None:
-    """Refuse a deployed function whose logits depend on random numbers. One forward where it draws any, else none.
+    """Check that the logits of a deployed function do not depend on random numbers. One forward if it draws any.
 
     Args:
         function: The function.
-        logits: What it gave.
+        logits: Its logits.
         call: Calls it again.
 
     Raises:
@@ -320,7 +322,7 @@ def has_training_batch_norm(model: object) -> bool:
 
 
 def refuse_unseen_batch_norm(model: object) -> None:
-    """Refuse batch norm in training mode whose statistics cannot be held fixed.
+    """Check that the statistics of each batch norm in training mode can be held fixed.
 
     Raises:
         ValueError: With the remedy.
@@ -343,7 +345,7 @@ def refuse_unseen_batch_norm(model: object) -> None:
 
 
 def source_of(model: LogitsFunction, is_deployed: bool, has_constant_weights: bool = False) -> Source:
-    """Return what is run in place of a model: a copy that shares the parameters, or the model where that cannot be.
+    """Return a copy of a model that shares the parameters, or the model itself if it cannot be copied.
 
     Args:
         model: The model.

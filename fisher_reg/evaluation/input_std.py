@@ -1,4 +1,4 @@
-"""What the pixels were divided by before they reached the model, in the forms in which people have it."""
+"""The standard deviation by which the inputs were divided, in its usual forms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ InputStd = float | Sequence[float] | Tensor
 
 
 def check_input_std(input_std: InputStd | None) -> None:
-    """Refuse what can be no standard deviation of any inputs; None is none.
+    """Check that an argument can be a standard deviation of inputs; None is allowed.
 
     Raises:
         TypeError: If it is not made of real numbers.
@@ -31,10 +31,10 @@ def standard_deviation(input_std: InputStd | None, inputs: Tensor) -> Tensor | N
         input_std: A number, or numbers. A vector (a list, a tuple, a tensor ``(C,)``) has one number per channel, the
             first axis of an example, or else one per entry of the last axis. Anything with more axes is broadcast to
             one example; a leading axis of length one may stand for the batch.
-        inputs: ``(B, *S)``; only the shape counts.
+        inputs: ``(B, *S)``; only the shape is used.
 
     Returns:
-        As it is broadcast, with as many axes as an example or none, on its own device; None for None.
+        A tensor with as many axes as an example or none, on its own device; None for None.
 
     Raises:
         TypeError: As :func:`check_input_std`.

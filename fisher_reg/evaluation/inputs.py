@@ -1,4 +1,4 @@
-"""What a model is called with: a batch of examples, and what else belongs to each example."""
+"""The arguments of a model: a batch of examples, and side inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LogitsFunction = Callable[..., Tensor]
-"""From inputs ``(B, *S)``, and perhaps side inputs, to logits ``(B, K)``."""
+"""Maps inputs ``(B, *S)``, and perhaps side inputs, to logits ``(B, K)``."""
 
 SideInputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | None
 """More arguments of a model: one tensor, positional ones, or keywords."""
@@ -19,10 +19,10 @@ Index = Tensor | slice
 
 
 def check_inputs(inputs: Tensor) -> None:
-    """Refuse anything but a non-empty floating-point batch.
+    """Check that inputs are a non-empty floating-point batch.
 
     Raises:
-        ValueError: With what was given and what to do.
+        ValueError: If they are not.
     """
     if not isinstance(inputs, Tensor):
         raise ValueError(
@@ -40,7 +40,7 @@ def check_inputs(inputs: Tensor) -> None:
 
 
 def remedy_for_integers(inputs: str) -> str:
-    """Return what to do with inputs that are integers, given the expression that they are."""
+    """Return advice for integer inputs, given the expression of the inputs in the user's code."""
     return (
         f"For images pass {inputs}.float(), and divide as in training only if the model does not do that itself. Token "
         "ids have no derivative: pass their embeddings, with LogitsOf(model, logits_fn) or logits_fn from there on."
@@ -63,7 +63,7 @@ class WithSideInputs:
     batch_size: int
 
     def __call__(self, inputs: Tensor) -> Any:
-        """Return what the model does: the logits ``(B, K)``."""
+        """Return the logits ``(B, K)``."""
         if isinstance(self.side_inputs, Mapping):
             return self.model(inputs, **self.side_inputs)
         side_inputs = (self.side_inputs,) if isinstance(self.side_inputs, Tensor) else self.side_inputs or ()

@@ -1,4 +1,4 @@
-"""The memory layout in which convolutions on a CPU are fastest, where it changes nothing else."""
+"""The memory layout in which convolutions on a CPU are fastest, if it does not change the logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fisher_reg.evaluation.inputs import WithSideInputs
 
 
 def in_fast_layout(function: WithSideInputs, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return ``function`` with images ``(B, C, H, W)`` laid out channels last, where it gives the same logits so.
+    """Return ``function`` with images ``(B, C, H, W)`` in channels-last layout, if that gives the same logits.
 
-    The layout is no part of a tensor's value, but a forward that reads raw memory depends on it. So it is tried on the
-    first two examples, and used if their logits agree with those in the given layout.
+    The layout is not part of a tensor's value, but a forward that reads raw memory depends on it. So it is tested on
+    the first two examples, and used if their logits agree with those in the given layout.
     """
     has_convolutions = isinstance(function.model, nn.Module) and any(
         isinstance(module, nn.Conv2d) for module in function.model.modules()
@@ -27,7 +27,7 @@ def in_fast_layout(function: WithSideInputs, inputs: Tensor) -> Callable[[Tensor
         with torch.no_grad():
             expected, got = function.part(few)(inputs[few]), faster.part(few)(inputs[few])
         agrees = isinstance(got, Tensor) and torch.allclose(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-    except Exception:  # whatever the user's forward raises: it does not take this layout, or not two examples
+    except Exception:  # any error of the user's forward: it does not accept this layout, or not two examples
         return function
     return faster if agrees else function
 

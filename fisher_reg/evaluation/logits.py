@@ -1,4 +1,4 @@
-"""A module that returns something else than logits, made into one that returns them."""
+"""A wrapper that returns logits, for a module that returns something else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fisher_reg.arguments import CHOSEN_LOGITS_FN, MODEL
 
 
 class LogitsOf(nn.Module):
-    """A module whose forward returns the logits of another one that returns something else.
+    """A module whose forward returns the logits of another module, which returns something else.
 
     Args:
         module: The network; its parameters, modes and batch norms stay visible to the Fisher pass.

@@ -1,4 +1,4 @@
-"""The random numbers that a forward draws: the same ones in every call, and none of anybody else's."""
+"""The random numbers of a forward: the same ones in every call, without a change of the global generators."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ class GlobalState:
 
 
 class Noise:
-    """What the calls of one function draw: each begins at the same state and leaves no trace in it.
+    """The global random generators in the calls of one function: each call starts from the same state.
 
-    The first call shows whether the function draws from the global generators at all. If not, later calls do not touch
-    them. Calls that draw exclude each other in the process, also across threads.
+    The state of the generators is restored after each call. The first call shows whether the function draws from them
+    at all. If not, later calls do not set them. Calls that draw exclude each other in the process, also across threads.
 
     Args:
-        device: Of the inputs.
-        state: Where each call begins; by default the present state.
+        device: Device of the inputs.
+        state: State at the start of each call; by default the present state.
     """
 
     def __init__(self, device: torch.device, state: GlobalState | None = None) -> None:
-        with _LOCK:  # a replay in another thread may be under way
+        with _LOCK:  # another thread may be in a replay
             self.state = GlobalState.read(device) if state is None else state
         self._may_draw = True
         self._has_drawn = False
@@ -132,5 +132,5 @@ def set_state(generator: Any, state: Any) -> None:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the arguments that choose a device among its kind: there is but one of Apple's."""
+    """Return the arguments that choose a device among those of its type: there is only one of Apple's."""
     return () if device.type == "mps" else (device,)

@@ -16,8 +16,8 @@ def packed_attention_rules() -> dict[Any, Rule]:
     """Rule for the self-attention of ``nn.MultiheadAttention`` in evaluation mode, without masks and weights.
 
     ``torch.nn.functional.multi_head_attention_forward`` selects query, key and value out of one projection; the
-    backward pass of each selection fills a tensor of the size of all three with zeros. Here they are unbound, which
-    takes back together. The same products in the same order, so that the numbers are equal.
+    backward pass of each selection fills a tensor of the size of all three with zeros. Here ``unbind`` is used, whose
+    backward pass stacks the three gradients. The products and their order are the same, so the numbers are equal.
 
     Returns:
         From torch functions to their replacements.

@@ -1,4 +1,4 @@
-"""Open a pass that can be differentiated, whatever surrounds it."""
+"""Contexts for passes that can be differentiated, also inside ``no_grad`` or autocast."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
     Autograd is on even under ``no_grad`` and ``inference_mode``; autocast is off, and half-precision inputs are
     promoted to float32; compiled functions run eagerly, since compiled code has no double backward.
 
-    Penalties are taken in such a pass. Whether float32 may be TensorFloat-32 in it stays the user's choice: a penalty
-    is compared with, and added to, the loss of a step that was computed so.
+    Penalties are computed in such a pass. The user's setting of TensorFloat-32 is kept, since a penalty is added to the
+    loss of a step with the same setting.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -36,8 +36,8 @@ def differentiable(inputs: Tensor) -> Generator[Tensor, None, None]:
 def measured(inputs: Tensor) -> Generator[Tensor, None, None]:
     """Open :func:`differentiable` with strict float32 (:mod:`fisher_reg.evaluation.strict`).
 
-    All that is measured is: estimates, metrics, the monitor, checks, block-wise norms. Certified bounds compute in
-    float64, where there is nothing to be strict about.
+    All measurements use it: estimates, metrics, the monitor, checks, block-wise norms. Certified bounds compute in
+    float64 and do not need it.
     """
     with strictly(inputs.device), differentiable(inputs) as safe_inputs:
         yield safe_inputs

@@ -23,11 +23,11 @@ class FullPrecision(Rules):
     Args:
         rules: More rules, as for :class:`Rules`.
         needs_graph: As for :class:`Rules`.
-        device_type: Whose autocast is undone.
-        undoes_casts: Whether casts are undone, for a module whose weights have been promoted too.
+        device_type: Device type whose autocast is disabled.
+        undoes_casts: Whether casts are also removed, for a module whose weights have been promoted.
 
     Attributes:
-        saw_half: Whether a call returned half precision all the same.
+        saw_half: Whether a call nevertheless returned half precision.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FullPrecision(Rules):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer one call."""
+        """Run one call."""
         if self.undoes_casts and kwargs and kwargs.get("dtype") in HALF:
             kwargs = kwargs | {"dtype": torch.float32}
         if torch.is_autocast_enabled(self.device_type) and not any(_is_half(item) for item in args):

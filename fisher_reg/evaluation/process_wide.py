@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 
 class ProcessWide:
-    """One change of a setting for all threads: made by the first block that opens, undone by the last that closes.
+    """A change of a setting for all threads: made when the first block opens, reverted when the last one closes.
 
     Args:
         change: Opens the change.

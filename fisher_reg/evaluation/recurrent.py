@@ -1,4 +1,4 @@
-"""Recurrent layers on a GPU that can be differentiated in evaluation mode, and twice, which cuDNN's cannot."""
+"""Recurrent layers on a GPU that can be differentiated in evaluation mode, and twice; those of cuDNN cannot."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ def recurrent_rules(
 ) -> dict[Any, Callable[..., Any]]:
     """Rules that compute recurrent layers without cuDNN, from operations of torch, where cuDNN has no derivative.
 
-    It has a first one in training mode alone, and no second. A layer that needs no gradient stays with cuDNN. The
-    setting is torch's, for the whole process and the time of one call of a layer; a backward pass does not read it.
+    cuDNN has a first derivative only in training mode, and no second one. A layer that needs no gradient stays with
+    cuDNN. The setting is torch's and holds for the whole process during one call of a layer; a backward pass does not
+    read it.
 
     Args:
-        differentiates_twice: Whether training mode is no exception.
+        differentiates_twice: Whether the rules also apply in training mode.
         is_of_cudnn: Whether a layer over this tensor would run in cuDNN.
 
     Returns:

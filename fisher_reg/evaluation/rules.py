@@ -1,8 +1,8 @@
-"""What a Fisher pass computes otherwise than the user's forward, by rules for torch functions.
+"""Rules that replace torch functions in a Fisher pass.
 
-A rule answers calls of one torch function. The rules act on the calls of the current thread alone and change no module:
-batch norm, attention, recurrent layers and precision are all handled in this way. They change no setting of torch
-either, but for cuDNN while a recurrent layer runs.
+A rule replaces the calls of one torch function. The rules apply only to calls of the current thread and change no
+module: batch norm, attention, recurrent layers and precision are all handled in this way. They change no setting of
+torch either, except that of cuDNN while a recurrent layer runs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Rule = Callable[..., Any]
 
 
 class Rules(TorchFunctionMode):
-    """Answers calls of some torch functions in a ``with`` block.
+    """Replaces some torch functions in a ``with`` block.
 
     Args:
-        rules: From a torch function to what is called instead, with the same arguments.
-        needs_graph: Whether a graph that is made in the block must hold what it needs. Activation checkpointing would
-            compute it again after the block, without the rules, so that inside the block it keeps everything.
+        rules: Maps a torch function to the function that is called instead, with the same arguments.
+        needs_graph: Whether a graph that is built in the block must save its intermediate values. Activation
+            checkpointing would compute them again after the block, without the rules; so in the block they are saved.
     """
 
     def __init__(self, rules: dict[Any, Rule], needs_graph: bool = False) -> None:
@@ -39,7 +39,7 @@ class Rules(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer one call."""
+        """Run one call."""
         chosen = self.rules.get(function, function)
         if self.needs_graph and is_checkpointed():
             with torch.autograd.graph.saved_tensors_hooks(itself, itself):
@@ -51,7 +51,7 @@ def is_checkpointed() -> bool:
     """Whether saved tensors are replaced now, as ``torch.utils.checkpoint`` does."""
     if _top_hooks is not None:
         return _top_hooks(True) is not None
-    frame = inspect.currentframe()  # torch before 2.8 does not tell
+    frame = inspect.currentframe()  # torch before 2.8 has no such query
     while frame is not None and not frame.f_code.co_filename.endswith(_CHECKPOINT_FILE):
         frame = frame.f_back
     return frame is not None
@@ -76,7 +76,7 @@ def attention_by_math(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention from elementary operations, which have second derivatives and a forward mode."""
+    """Scaled dot-product attention from elementary operations, which support second derivatives and forward mode."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     output, _ = torch.ops.aten._scaled_dot_product_attention_math(
@@ -87,7 +87,7 @@ def attention_by_math(
 
 
 def multi_head_attention_by_math(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Multi-head attention with its weights, which torch computes from elementary operations then."""
+    """Multi-head attention that also returns its weights: then torch computes it from elementary operations."""
     bound = _MULTI_HEAD.bind(*args, **kwargs)
     asked = bound.arguments.get("need_weights", True)
     bound.arguments["need_weights"] = True

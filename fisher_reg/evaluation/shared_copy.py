@@ -1,4 +1,4 @@
-"""A copy that each call finds as it was made."""
+"""A copy of a model whose state is restored before each call."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from fisher_reg.evaluation.noise import set_state, state_of
 
 
 class SharedCopy:
-    """A copy of a model that shares its parameters; each call finds it in the state in which it was copied.
+    """A copy of a model that shares its parameters; each call starts from the state in which it was copied.
 
     Args:
         model: The model, a module or any callable.
-        is_deployed: Whether the copy is in evaluation mode; otherwise in the modes in which the model is.
+        is_deployed: Whether the copy is in evaluation mode; otherwise it keeps the modes of the model.
         dtype: As in :class:`Copier`.
         has_constant_weights: As there.
 
     Attributes:
         model: The copy.
         modules: Pairs of a module and its copy.
-        is_promoted: Whether no half precision is left in the weights: in those of a module, but perhaps not in those
-            that a function reaches.
+        is_promoted: Whether the weights have no half precision; weights that a function uses are not checked.
         draws: Whether a call has drawn from a random generator that the model holds.
     """
 
@@ -64,12 +63,12 @@ class SharedCopy:
         self._states = [(vars(part), dict(vars(part))) for part in plain]
 
     def identity_of(self, tensor: Tensor) -> int:
-        """Return the identity of the tensor of which ``tensor`` is a copy; its own if it is none."""
+        """Return the identity of the original of ``tensor``; its own if it is not a copy."""
         return self._origins.get(id(tensor), id(tensor))
 
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
-        """Have the attributes, the buffers and the generators as they were copied during the block."""
+        """Restore the attributes, the buffers and the generators to their copied states for the block."""
         with self._lock:
             for state, kept in self._states:
                 state.clear()
@@ -86,7 +85,7 @@ class SharedCopy:
 
     @contextmanager
     def with_other_noise(self) -> Generator[None, None, None]:
-        """Let the generators give other numbers during the block."""
+        """Give the generators other states for the block."""
         kept = self._generators
         for number, (generator, _) in enumerate(kept):
             _draw_from(generator, 1 + number)
@@ -98,7 +97,7 @@ class SharedCopy:
 
 
 class _Buffer:
-    """A buffer of a copy, and what it is at the beginning of each call."""
+    """A buffer of a copy, and its value at the beginning of each call."""
 
     def __init__(self, slots: Any, name: str, tensor: Tensor, identity: int) -> None:
         self.slots = slots
@@ -113,7 +112,7 @@ class _Buffer:
         return self.slots[self.name] is not self.tensor or self.tensor._version != self.version
 
     def renewed(self) -> Tensor:
-        """Put a fresh tensor in its place: in place it would change what a graph has saved."""
+        """Replace it by a new tensor: an in-place change would modify tensors that a graph has saved."""
         with _versioned():
             self.tensor = self.slots[self.name] = self.kept.clone()
         self.version = self.tensor._version
@@ -122,7 +121,7 @@ class _Buffer:
 
 @contextmanager
 def _versioned() -> Generator[None, None, None]:
-    """Make tensors that count their changes, which those of inference mode do not; the grad mode stays as it is."""
+    """Create tensors with version counters, which tensors of inference mode lack; the grad mode is kept."""
     is_enabled = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(is_enabled):
         yield

@@ -1,13 +1,14 @@
-"""float32 that is float32: no TensorFloat-32 and no bfloat16 inside multiplications and convolutions.
+"""Strict float32: no TensorFloat-32 and no bfloat16 inside multiplications and convolutions.
 
-torch computes float32 convolutions on a GPU in TensorFloat-32 unless it is told not to, and matrix products where it is
-told to (on a CPU in bfloat16, with ``set_float32_matmul_precision("medium")``). Ten bits are left then, and the
-derivative of a rounded function is noise of about 1e-3 of it; a difference quotient over a step of half the digits is
-nothing but noise. A strict pass gives the numbers of the CPU and may take quotients, of one forward each, in place of
-dual numbers, of about three. The price is slower convolutions, which ``recipes.gpu_check`` measures.
+By default torch computes float32 convolutions on a GPU in TensorFloat-32, and matrix products only on request (on a CPU
+in bfloat16, with ``set_float32_matmul_precision("medium")``). TensorFloat-32 has ten bits. The derivative of a rounded
+function has an error of about 1e-3, and a difference quotient over a step of half the digits is only noise. A strict
+pass gives the numbers of the CPU. It may use difference quotients, which cost one forward each, in place of dual
+numbers, which cost about three. Convolutions are slower; ``recipes.gpu_check`` measures by how much.
 
-The settings are torch's, for the whole process: another thread computes strictly too while a block is open. On a GPU
-``torch.backends.cudnn.flags()`` raises in a block, from torch's defaults on: it refuses settings of single operations.
+The settings are torch's and hold for the whole process: other threads also compute strictly while a block is open. On a
+GPU ``torch.backends.cudnn.flags()`` raises in a block, with torch's default settings: it does not accept settings of
+single operations.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ _REDUCED = ("tf32", "bf16")
 def strict_by_operation() -> Generator[None, None, None]:
     """Change the settings of each operation, of torch 2.9 and later.
 
-    An operation that has no setting of its own follows its backend, and that follows ``torch.backends.fp32_precision``.
-    A getter does not tell which is the case, and an operation that has been set never follows again. So the general
-    settings are changed first, and then what does not follow them.
+    An operation without its own setting follows its backend, and that follows ``torch.backends.fp32_precision``. A
+    getter does not show which is the case, and an operation that has been set never follows again. So the general
+    settings are changed first, and then those of the operations that do not follow them.
     """
     with ExitStack() as stack:
         found = [(backend, _get(backend)) for backend in _BACKENDS]
@@ -79,7 +80,7 @@ _ON_CPU, _EVERYWHERE = ProcessWide(strict_on_cpu), ProcessWide(strict_everywhere
 
 
 def strictly(device: torch.device) -> ProcessWide:
-    """Compute float32 in float32 on a device during the block, and put back the settings that were found."""
+    """Compute float32 in strict float32 on a device during the block, and restore the settings after it."""
     return _ON_CPU if device.type == "cpu" else _EVERYWHERE
 
 
@@ -94,8 +95,8 @@ def _change(stack: ExitStack, setting: tuple[str, str], found: str) -> None:
 
 
 def _clear_flag_of_cudnn(stack: ExitStack) -> None:
-    # torch.backends.cudnn.flags, which a model may open, reads the flag, and refuses to where the operations differ
-    # from it. A program that has set them by themselves is used to that: the flag stays as it is then.
+    # torch.backends.cudnn.flags, which a model may open, reads the flag, and raises if the operations differ from it.
+    # It already raises in a program that has set them one by one: then the flag is not changed.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 says once that the flag is old
         try:

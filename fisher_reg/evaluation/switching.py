@@ -1,8 +1,8 @@
-"""The exception: models that cannot be copied are switched to evaluation for the time of a call, and back.
+"""Models that cannot be copied: they are switched to evaluation mode for the time of a call, and restored.
 
-These are models whose weights FSDP divides among processes: its hooks gather the weights into that very module. No two
-threads can do this with one module at once, so that calls exclude each other. Everything else of this package only
-reads a user's module; this file alone changes one.
+These are models whose weights FSDP divides among processes: its hooks gather the weights into the module itself. Two
+threads cannot do this with one module at the same time, so calls exclude each other. All other code of this package
+only reads a user's module; only this file changes one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _LOCK = threading.RLock()
 
 
 class Switched:
-    """A module that is run itself, in the modes of an evaluation, with its buffers put back.
+    """A module that is run itself, in the modes of an evaluation; its buffers are restored.
 
     Args:
         module: The module.
-        is_deployed: Whether it runs in evaluation mode; otherwise in the modes that it is in.
+        is_deployed: Whether it runs in evaluation mode; otherwise in its present modes.
     """
 
     is_promoted = False
@@ -33,12 +33,12 @@ class Switched:
         self.is_deployed = is_deployed
 
     def identity_of(self, tensor: Tensor) -> int:
-        """Tell tensors apart."""
+        """Return the identity of a tensor."""
         return id(tensor)
 
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
-        """Have the module ready for one call in the block."""
+        """Put the module into the modes of the evaluation for one call in the block."""
         with _LOCK:
             parts = list(self.model.modules())
             flags = [part.training for part in parts]
@@ -57,5 +57,5 @@ class Switched:
 
     @contextmanager
     def with_other_noise(self) -> Generator[None, None, None]:
-        """Do nothing: generators that the module holds are not looked for."""
+        """Do nothing: the generators of the module are not searched."""
         yield
