@@ -1,6 +1,6 @@
-"""Refuse a class or a name where an object is meant, with the line to write instead.
+"""Checks of arguments: a class or a name in place of an object is an error that gives the line to write instead.
 
-Objects of the user's own are accepted wherever they have the methods that are called.
+Objects of a user's own class are accepted if they have the methods that are called.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Argument:
-    """What an argument must be.
+    """The requirements of an argument.
 
     Attributes:
-        name: Of the argument.
-        examples: What one may write, the most usual one first.
-        methods: What the object must have; without any it is called itself.
+        name: Name of the argument.
+        examples: Valid values as code, the most usual one first.
+        methods: Methods that the object must have; if there are none, the object itself must be callable.
         is_optional: Whether None is allowed.
     """
 
@@ -29,14 +29,14 @@ class Argument:
     is_optional: bool = False
 
     def check(self, value: object, owner: object = None) -> None:
-        """Refuse what cannot be used.
+        """Check a value of the argument.
 
         Args:
-            value: What was given.
+            value: The given value.
             owner: An object, or the name of a function, to be named in the message.
 
         Raises:
-            TypeError: With what was given and what to write.
+            TypeError: If the value cannot be used; the message gives it and the line to write.
         """
         if value is None and self.is_optional:
             return
@@ -68,7 +68,7 @@ class Argument:
 
 
 def _makes_callables(kind: type) -> bool:
-    """Say whether the instances of a class are functions, so that the class itself is hardly meant as one."""
+    """Return whether the instances of a class are callable; then the class itself is probably a mistake."""
     return any("__call__" in vars(base) for base in kind.__mro__)
 
 
@@ -127,7 +127,7 @@ _LEVELS = {"global": "fisher_bound", "local": "local_fisher_bound", "blockwise":
 
 
 def check_bounds(bounds: object, owner: object) -> None:
-    """Refuse anything but a sequence of functions ``bound(model, inputs, likelihood=..., input_std=...)``.
+    """Check that bounds are a sequence of functions ``bound(model, inputs, likelihood=..., input_std=...)``.
 
     Raises:
         TypeError: With what was given and what to write.
@@ -172,7 +172,7 @@ def _name(value: object) -> str:
 
 
 def check_tightening(tightening: object) -> None:
-    """Refuse anything but an object with the fields of :class:`fisher_reg.Tightening`.
+    """Check that an object has the fields of :class:`fisher_reg.Tightening`.
 
     Raises:
         TypeError: With what was given and what to write.
@@ -185,7 +185,7 @@ def check_tightening(tightening: object) -> None:
 
 
 def check_memory_budget(memory_budget: object, owner: object) -> None:
-    """Refuse anything but a positive number of bytes or None.
+    """Check that a memory budget is a positive number of bytes or None.
 
     Raises:
         ValueError: With what was given and what to write.

@@ -1,7 +1,7 @@
 r"""The Kullback-Leibler divergence of two predictions that nearly agree, without cancellation.
 
-:math:`\sum_k p_k \log(p_k / q_k)` has terms of the size of the change, and a sum of the size of its square: in single
-precision nothing is left of a small one. With :math:`d = \log q - \log p` it is
+The terms of :math:`\sum_k p_k \log(p_k / q_k)` have the size of the change, and their sum has the size of its square: a
+small divergence is lost to cancellation in single precision. With :math:`d = \log q - \log p` it is
 :math:`\sum_k p_k (e^{d_k} - 1 - d_k)`, since both distributions sum to one. No term of this sum is negative.
 """
 
@@ -16,17 +16,17 @@ from fisher_reg.left_out import change
 def categorical_divergence(logits: Tensor, moved: Tensor, difference: Tensor | None = None) -> Tensor:
     r"""Return :math:`\sum_k p_k (e^{d_k} - 1 - d_k)` with :math:`d = \log q - \log p`, in nats.
 
-    Its relative error is a few times that of the difference ``moved - logits``, also where ``p`` is saturated. A class
+    Its relative error is a few times that of the difference ``moved - logits``, also if ``p`` is saturated. A class
     with a logit of minus infinity has a probability of zero.
 
     Args:
         logits: ``(B, K)``, of :math:`p`.
         moved: ``(B, K)``, of :math:`q`.
-        difference: ``moved - logits`` where it is known better than from these two, which are rounded.
+        difference: ``moved - logits``, if a more accurate value than that of the two rounded tensors is available.
 
     Returns:
         ``(B,)``, with gradient to both. Zero, with a gradient of zero, where they are equal; infinite where ``moved``
-        leaves out a class that ``logits`` do not.
+        has a logit of minus infinity and ``logits`` has not.
 
     Example:
         >>> z = torch.tensor([[20.0, 0.0]])
@@ -37,7 +37,7 @@ def categorical_divergence(logits: Tensor, moved: Tensor, difference: Tensor | N
     log_p = logits.log_softmax(1)
     p, q = log_p.exp(), moved.softmax(1)
     is_possible = p > 0
-    # t = z' - z less its entry at the likeliest class; d = t - c with c = log sum_k p_k exp(t_k)
+    # t = z' - z minus its entry at the most probable class; d = t - c with c = log sum_k p_k exp(t_k)
     t = change(logits, moved) if difference is None else difference
     t = torch.where(is_possible, t - t.gather(1, likeliest), 0.0)
     log_raised = moved - moved.gather(1, likeliest) + log_p.gather(1, likeliest)
@@ -68,9 +68,9 @@ def _log_mean_exp(p: Tensor, t: Tensor, log_raised: Tensor, c_large: Tensor) -> 
 
     Args:
         p: Probabilities ``(B, K)``.
-        t: Changes of the logits ``(B, K)``, zero at the likeliest class, whose rounding therefore does not count.
-        log_raised: The logarithm of :math:`p_k e^{t_k}`, right also where :math:`p_k` underflows.
-        c_large: The same :math:`c`, with an absolute error of some roundings of the logits: good enough if it is large.
+        t: Changes of the logits ``(B, K)``, exactly zero at the most probable class.
+        log_raised: The logarithm of :math:`p_k e^{t_k}`, accurate also if :math:`p_k` underflows.
+        c_large: The same :math:`c`, with an absolute error of a few roundings of the logits: accurate enough if large.
     """
     grown = torch.where((t >= 1) | (p == 0), log_raised.clamp_max(1).exp() - p, p * torch.expm1(t.clamp_max(1)))
     growth = grown.sum(1, keepdim=True)

@@ -1,22 +1,22 @@
-"""What can go wrong with a network, by kind, so that a caller can tell the kinds apart."""
+"""The errors of a network as classes, so that a caller can distinguish them."""
 
 from __future__ import annotations
 
 
 class NonFiniteError(ValueError):
-    """Something that must be finite is NaN or infinite."""
+    """A value that must be finite is NaN or infinite."""
 
 
 class NonFiniteLogitsError(NonFiniteError):
-    """The model returned logits for which no Fisher matrix exists: NaN, or infinite (but to leave a class out)."""
+    """The model returned logits that are NaN or infinite (minus infinity is allowed for a class that is left out)."""
 
 
 class NonFiniteJacobianError(NonFiniteError):
-    """The logits are finite and their derivatives are not."""
+    """The logits are finite, but their derivatives are not."""
 
 
 class ForwardError(RuntimeError):
-    """The model raised an error, which is the cause; the message says what was called with what, and the remedy."""
+    """The model raised an error, which is the cause; the message describes the call and gives a remedy."""
 
 
 class LogitsShapeError(ValueError):

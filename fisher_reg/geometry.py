@@ -1,4 +1,4 @@
-r"""In which norm a perturbation of the input is measured, and the norm that is dual to it."""
+r"""Norms of perturbations of the input, and their dual norms."""
 
 from __future__ import annotations
 

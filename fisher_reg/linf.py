@@ -1,4 +1,4 @@
-"""How much can a small change of every input entry move a prediction: the Fisher matrix in the linf norm."""
+"""The largest effect of a small change of every input entry: the Fisher matrix in the linf norm."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ def fisher_linf_norm(
         = \max_{\|u\|_2 = 1} \|A^\top u\|_1^2, \qquad F = A^\top A .
 
     ``value / 2 * eps**2`` is, to second order, the largest KL divergence that a perturbation with entries up to ``eps``
-    can cause, as far as the search has found it: what :func:`fisher_reg.fisher_spectral_norm` says of a Euclidean
-    length, said of the size that attacks on images are usually given. For F of rank 1, as of two classes, it is
+    can cause, if the search has found the maximum. It is the analogue of :func:`fisher_reg.fisher_spectral_norm` for
+    the norm in which attacks on images are usually limited. For F of rank 1, for example with two classes, it is
     :math:`p_1 p_2 \|\nabla_x (z_1 - z_2)\|_1^2`. With :math:`d` input entries
     :math:`\lambda_{\max} \le \lambda_\infty \le d\, \lambda_{\max}`.
 
-    Cost: up to ten classes ``K`` backward and one forward-mode pass at most; for more about a dozen backward and three
-    forward-mode passes, at most 16 and 5 (see :class:`SignIteration`).
+    Cost: with at most ten classes, at most ``K`` backward passes and one forward-mode pass; with more classes about a
+    dozen backward and three forward-mode passes, at most 16 and 5 (see :class:`SignIteration`).
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
         inputs: ``(B, *S)``.
-        solver: With the numbers of steps and of starts.
+        solver: The solver, with its numbers of steps and of starts.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation. With it perturbations are those of the pixels: every
             pixel changes by at most 1.
         side_inputs: More arguments of the model.
-        generator: Source of the random starts; by default a fixed one.
+        generator: Source of the random starts; by default a generator with a fixed seed.
 
     Returns:
         Fields with leading axis ``B``; ``perturbation`` is ``(B, *S)``. ``value`` is in nats per squared input unit,
         carries no gradient, and never exceeds the maximum beyond round-off, since ``perturbation`` attains it. It is a
-        lower bound without a certificate: to find the maximum is NP-hard. On random matrices with 3 to 10 classes and
+        lower bound without a guarantee: finding the maximum is NP-hard. On random matrices with 3 to 10 classes and
         up to 10 entries it is the maximum in more than 99 % of the cases.
 
     Raises:
-        TypeError: For a class or a name where an object is meant, as in ``solver=SignIteration``.
+        TypeError: For a class or a name in place of an object, as in ``solver=SignIteration``.
         ValueError: As in :func:`fisher_reg.fisher_spectral_norm`.
         NonFiniteJacobianError: If finite logits have NaN or infinite derivatives.
 

@@ -1,4 +1,4 @@
-r"""How far the quadratic picture of the divergence holds: :math:`\mathrm{KL} \approx \lambda \epsilon^2 / 2`."""
+r"""Accuracy of the quadratic approximation of the divergence, :math:`\mathrm{KL} \approx \lambda \epsilon^2 / 2`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fisher_reg.left_out import present
 from fisher_reg.operator import InputFisher
 
 LARGEST_KL = 0.1
-"""Nats that the eigenvalue predicts at the largest step: enough to change a prediction that is not certain."""
+"""Divergence in nats that the eigenvalue predicts at the largest step: enough to change an uncertain prediction."""
 
 LARGEST_STEP = 0.05
-"""Of the length of the input less its mean: what an attack on an image may use, about half a unit at 32 x 32 pixels."""
+"""Share of the length of the input minus its mean: typical for an attack, about half a unit at 32 x 32 pixels."""
 
 
 def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left: Tensor) -> Tensor:
     r"""Return :math:`\mathrm{KL}(p_x \| p_{x + \epsilon v}) / (\lambda \epsilon^2 / 2)` per example, at one forward.
 
-    The length :math:`\epsilon` is where the denominator is :data:`LARGEST_KL`, but at most :data:`LARGEST_STEP`. Of the
-    two directions :math:`\pm v` the one is taken in which the entropy of the prediction grows:
+    The length :math:`\epsilon` is such that the denominator is :data:`LARGEST_KL`, but at most :data:`LARGEST_STEP`. Of
+    the two directions :math:`\pm v`, the one in which the entropy of the prediction grows is used:
     :math:`dH = -\langle z, d\mu \rangle` for the mean :math:`\mu` of the outputs, and
     :math:`d\mu = \Sigma J v \propto L^\top u` along :math:`v`.
 
@@ -30,10 +30,10 @@ def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left:
         left: :math:`u`, ``(B, K)``.
 
     Returns:
-        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite.
+        ``(B,)``; NaN where the eigenvalue is zero or the perturbed logits are not finite.
     """
     logits, v = fisher.logits.detach(), eigenvector.flatten(1)
-    # the entropy falls along v where <z, d mu> > 0
+    # the entropy decreases along v where <z, d mu> > 0
     sign = 1.0 - 2.0 * ((present(logits) * fisher.likelihood.unwhiten(logits, left)).sum(1) > 0).to(logits)
     length = torch.minimum((2 * LARGEST_KL / eigenvalue).sqrt(), _largest_step(fisher, v))
     is_known = (eigenvalue > 0) & length.isfinite()
@@ -45,7 +45,7 @@ def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left:
 
 
 def _largest_step(fisher: InputFisher, v: Tensor) -> Tensor:
-    """Return the largest step along ``v`` ``(B,)``; infinite for an input that is the same everywhere."""
+    """Return the largest step along ``v`` ``(B,)``; infinite for a constant input."""
     x = fisher.inputs.detach().flatten(1)
     size = (x - x.mean(1, keepdim=True)).norm(dim=1)
     per_step = fisher.in_input_units(v).flatten(1).norm(dim=1)

@@ -1,4 +1,4 @@
-r"""How much of the divergence that a perturbation can cause one step finds: the check of a single-step penalty."""
+r"""The ratio of the divergences after one step and after several: a check of a single-step penalty."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepDivergences:
 
     @property
     def ratio(self) -> Tensor:
-        """``single / several`` in [0, 1]; NaN where nothing was found, or what was found is not finite."""
+        """``single / several`` in [0, 1]; NaN where ``several`` is zero or not finite."""
         is_known = (self.several > 0) & self.several.isfinite()
         return torch.where(is_known, self.single / self.several, torch.nan)
 
@@ -52,27 +52,27 @@ def single_step_ratio(
     .. math:: \frac{\mathrm{KL}(p_x \,\|\, p_{x + \epsilon v})}{\max_i \mathrm{KL}(p_x \,\|\, p_{x + \delta_i})}
 
     with the direction :math:`v` of :class:`fisher_reg.KLPenalty`. The search begins at
-    :math:`\delta_0 = \epsilon v / 2` and goes half-way to the steepest point of the ball each time (Frank and Wolfe),
-    :math:`\delta_{i+1} = (\delta_i + \epsilon s_i) / 2` for the steepest perturbation :math:`s_i` of norm 1 there; the
-    single step's end is among the candidates. The larger of both is a lower bound of the largest divergence in the
-    ball, so that the ratio is at least that of the single step to it.
+    :math:`\delta_0 = \epsilon v / 2`. Each step goes half-way to the steepest point of the ball (Frank and Wolfe),
+    :math:`\delta_{i+1} = (\delta_i + \epsilon s_i) / 2` for the steepest perturbation :math:`s_i` of norm 1 at
+    :math:`\delta_i`. The end of the single step is one of the candidates. The denominator is a lower bound of the
+    largest divergence in the ball, so the ratio is at least that of the single step to this divergence.
 
-    A network that is trained against the end of one step can become flat there alone: catastrophic overfitting
-    (arXiv 2001.03994, 2007.02617). The ratio then falls. It is 1 for a linear function of two classes.
+    A network that is trained with perturbations of one step can become flat only at their ends: catastrophic
+    overfitting (arXiv 2001.03994, 2007.02617). The ratio then decreases. It is 1 for a linear function of two classes.
 
     Args:
         model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
         inputs: ``(B, *S)``.
         step: Length :math:`\epsilon` in the geometry, in the input unit (in pixels with ``input_std``).
         geometry: :class:`fisher_reg.L2` or :class:`fisher_reg.LInf`.
-        num_steps: How often the search moves, at least 1.
+        num_steps: Number of steps of the search, at least 1.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
         side_inputs: More arguments of the model.
 
     Returns:
-        ``(B,)`` in [0, 1], without gradient; NaN where neither search found a divergence above zero, or what they found
-        is not finite. Cost: ``num_steps + 3`` forwards and ``num_steps + 1`` backward passes to the inputs.
+        ``(B,)`` in [0, 1], without gradient; NaN where no divergence above zero was found, or one that is not finite.
+        Cost: ``num_steps + 3`` forwards and ``num_steps + 1`` backward passes to the inputs.
 
     Raises:
         ValueError: If ``step`` or ``num_steps`` is not positive, and as in :func:`fisher_reg.fisher_spectral_norm`.
@@ -98,14 +98,14 @@ def step_divergences(
     """Search from an operator's inputs, by one step and by several; see :func:`single_step_ratio`."""
     direction = geometry.steepest(fisher.slope(towards_runner_up(fisher)))
     single = _divergence(fisher, step * direction)
-    # the divergence has no slope at x: without a direction the search must begin elsewhere
+    # the gradient of the divergence is zero at x: without a direction the search must begin elsewhere
     has_none = ~direction.any(1, keepdim=True)
     moved = step / 2 * torch.where(has_none, geometry.steepest(torch.ones_like(direction)), direction)
     largest = single
     for _ in range(num_steps):
         found, slope = _with_slope(fisher, moved)
         largest = torch.maximum(largest, found)
-        # a point between two of the ball is in it, whatever the norm: no projection
+        # a ball is convex, so the midpoint is in it: no projection
         moved = (moved + step * geometry.steepest(slope)) / 2
     return StepDivergences(single, torch.maximum(largest, _divergence(fisher, moved)))
 
@@ -124,7 +124,7 @@ def _divergence(fisher: InputFisher, displacement: Tensor) -> Tensor:
 
 
 def _with_slope(fisher: InputFisher, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the divergence ``(B,)`` at a displacement ``(B, d)`` and its slope ``(B, d)`` there."""
+    """Return the divergence ``(B,)`` at a displacement ``(B, d)`` and its gradient ``(B, d)`` there."""
     with torch.enable_grad():
         leaf = displacement.detach().requires_grad_()
         divergence = fisher.likelihood.divergence(fisher.logits.detach(), fisher.logits_at(leaf))

@@ -1,4 +1,4 @@
-"""Numbers per example in a few numbers."""
+"""Summary statistics of numbers per example."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def own_inputs(inputs: Array) -> Tensor:
     check_inputs(points)
     if points.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"Differences of predictions on {points.dtype} inputs are nothing but rounding; convert inputs and network "
+            f"Differences of predictions on {points.dtype} inputs are only rounding errors; convert inputs and network "
             "to float32."
         )
     return points.detach().clone(memory_format=torch.contiguous_format)

@@ -208,7 +208,7 @@ def recording_rules(recording: Recording, identity_of: IdentityOf, moves_running
         if not call.training:
             return proceed()
         if moves_running_statistics:
-            if torch.is_grad_enabled():  # other forwards say nothing of the loss
+            if torch.is_grad_enabled():  # other forwards are not part of the loss
                 recording.add(call, identity_of)
             return proceed()
         return call.with_statistics(*recording.add(call, identity_of))

@@ -32,7 +32,7 @@ def called(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
 
 
 def _is_own(error: Exception) -> bool:
-    """Say whether this package refuses what the model does: functions of torch that our rules call raise no such."""
+    """Return whether this package raised the error: torch functions that a rule calls raise no ``ValueError``."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -389,12 +389,12 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
 
 
 _NEW: Any = object().__reduce_ex__(4)[0]
-"""What a plain object says that it is made anew by; one with means of its own says something else."""
+"""The function by which a plain object is reconstructed; an object with its own ``__reduce__`` has another one."""
 
 _LARGE = 2**20  # bytes of an array that is taken for data, which no forward writes to
 
 _TRAINER_PACKAGES = frozenset({"accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"})
-"""Their objects (a trainer, a data module, a logger) stand around a model and are no part of its function."""
+"""Packages whose objects (a trainer, a data module, a logger) are not part of the function of a model."""
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, tuple, set, frozenset, deque})
 _CALLABLES = frozenset(

@@ -53,7 +53,7 @@ class ChannelsLast:
 
 
 def _is_last(images: Tensor) -> bool:
-    # with one channel both layouts are contiguous, and only the strides tell torch which one is meant
+    # with one channel both layouts are contiguous, and torch distinguishes them only by the strides
     return images.is_contiguous(**_LAST) and images.stride(1) == 1
 
 

@@ -98,7 +98,7 @@ def _clear_flag_of_cudnn(stack: ExitStack) -> None:
     # torch.backends.cudnn.flags, which a model may open, reads the flag, and raises if the operations differ from it.
     # It already raises in a program that has set them one by one: then the flag is not changed.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.9 says once that the flag is old
+        warnings.simplefilter("ignore")  # torch 2.9 warns once that the flag is deprecated
         try:
             is_allowed = _C._get_cudnn_allow_tf32()
         except RuntimeError:

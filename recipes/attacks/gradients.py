@@ -89,7 +89,7 @@ class CarliniWagner:
 
 @dataclass(frozen=True)
 class MinimalPerturbation:
-    """Search for the nearest adversarial example, Euclidean (DDN, arXiv 1811.09600), by foolbox; nothing to tune.
+    """Search for the nearest adversarial example in the Euclidean norm (DDN, arXiv 1811.09600), by foolbox.
 
     Attributes:
         num_steps: Forward and backward passes.

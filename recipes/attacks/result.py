@@ -23,7 +23,7 @@ class AttackResult:
         misclassified: Whether the network misclassifies them, ``(B,)``.
         euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
         masked: Images ``(B,)`` that are still classified correctly and where the gradient of the cross-entropy is
-            exactly zero, so that no gradient-based attack can change them. An unchanged image alone is no sign of this:
+            exactly zero, so that no gradient-based attack can change them. An unchanged image is no proof of this:
             most attacks return the given image where they fail.
     """
 

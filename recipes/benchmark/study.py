@@ -62,7 +62,7 @@ class Method:
         name: Its name in the tables.
         source: The package or paper that it comes from.
         estimate: Maps a network and images ``(B, C, H, W)`` to eigenvalues ``(B,)``.
-        batched: Whether it works on a batch at once.
+        batched: Whether it processes a whole batch in one call.
     """
 
     name: str

@@ -104,7 +104,7 @@ def rank_correlations(score: Array, nearness: Array, known: Array, draws: Array)
 
 
 def _image_draws(networks: Sequence[pd.DataFrame], num_resamples: int) -> list[Array]:
-    """Return the images ``(R + 1, n)`` of each draw, the first being all as they are; alike in a data set."""
+    """Return the images ``(R + 1, n)`` of each draw, the first one all in order; shared by networks of a data set."""
     draws: dict[str, Array] = {}
     for part in networks:
         dataset = part.dataset.iloc[0]
@@ -149,6 +149,6 @@ def _summary(values: Array, models: Sequence[tuple[Array, Array]], chance: float
 
 
 def _mean(values: Array) -> float:
-    """Return the mean of what is defined."""
+    """Return the mean of the defined values."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else np.nan

@@ -38,7 +38,7 @@ from recipes.competitors.measures import (
 )
 
 SATURATED = 0.999
-"""Confidence above which p (1 - p), and λ with it, is small whatever the network does to its input."""
+"""Confidence above which p (1 - p), and therefore λ, is small for any Jacobian of the network."""
 _CHUNK = 100
 _MAX_PIXELS = 2**22  # of the images whose activations and derivatives are held at once
 _CONFIDENT = 8.0

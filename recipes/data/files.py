@@ -64,7 +64,7 @@ class ImageFiles(ImageData):
         """Index the files.
 
         Returns:
-            The splits and what they look like.
+            The splits and their specification.
 
         Raises:
             FileNotFoundError: If a file is missing.

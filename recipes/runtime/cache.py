@@ -134,6 +134,6 @@ def _memory(folder: Path) -> Any:
     return joblib.Memory(folder, verbose=0).cache(_done, ignore=["settings", "work", "folder"])
 
 
-# joblib deletes what it kept of a function when the text of the function changes: leave this one as it is.
+# joblib deletes the cached results of a function when its source text changes: do not edit this function.
 def _done(key: str, settings: Settings, work: Work, folder: Path) -> Result:
     return work(settings, folder)

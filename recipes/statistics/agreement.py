@@ -23,7 +23,7 @@ Merge = Callable[[Array], Array]
 INTERVAL = (0.025, 0.975)
 SIGNIFICANCE = 0.05
 MIN_MODELS = 3
-"""Two models stand in the same order by chance every other time."""
+"""The order of two models agrees by chance with probability 1/2."""
 _BATCH = 2000  # permutations held at once
 
 
@@ -94,7 +94,7 @@ def _drawn(groups: Sequence[Pair], generator: np.random.Generator) -> list[Pair]
 
 
 def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> float:
-    """Permute the models of the second order, in all groups alike and each with all its seeds.
+    """Permute the models of the second ranking: the same permutation for all groups and all seeds of a model.
 
     Returns:
         The two-sided p-value, exact where there are few models.

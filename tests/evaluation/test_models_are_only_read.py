@@ -145,7 +145,7 @@ REFUSALS = {
         **_refused(_ALL_BUT_CHECK, "random, also in evaluation"),
         **_refused((*_CERTIFIED, "blockwise bound"), "random, also in evaluation"),
     },
-    "bfloat16": _refused(("black box",), "nothing but rounding"),
+    "bfloat16": _refused(("black box",), "only rounding errors"),
     "multi_head_attention": _NO_CONSTANT,
     **dict.fromkeys(("transformer_layer", "transformer"), _NO_CONSTANT),
     **dict.fromkeys(("frozen_script", "optimized_script"), _refused((*BOUNDS, "bound penalty"), "TorchScript")),
