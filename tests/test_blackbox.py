@@ -166,7 +166,7 @@ def test_bad_inputs_are_refused_before_any_query():
     def never(x):
         raise AssertionError
 
-    with pytest.raises(ValueError, match="rounding; convert inputs and network to float32"):
+    with pytest.raises(ValueError, match="rounding errors; convert inputs and network to float32"):
         blackbox_spectral_norm(never, torch.zeros(2, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="floating-point tensor"):
         blackbox_spectral_norm(never, torch.zeros(2, 3, dtype=torch.uint8))
