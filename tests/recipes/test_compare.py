@@ -426,7 +426,7 @@ def test_confident_images_are_compared_with_others_of_the_same_network():
     assert bins.num_examples.tolist() == [160, 80]
     networks, _ = _rows()
     said = [text for text in findings(analyse(networks, examples, ATTACKS, 5)) if text.startswith("Saturation")]
-    assert "as if the adversarial examples of the confident ones lay 1e+02 times as far" in said[0]
+    assert "By λ, the adversarial examples of the confident images should be 1e+02 times as far away" in said[0]
 
 
 def test_masked_images_are_said():
