@@ -13,7 +13,7 @@ from fisher_reg.sampling import normal, signs
 
 
 class ProbedOperator(Protocol):
-    """What a probe needs of an operator."""
+    """The methods of an operator that a probe uses."""
 
     def starts(self, count: int) -> Tensor:
         """At most ``count`` vectors ``(B, count, K)``."""
@@ -25,7 +25,7 @@ class ProbedOperator(Protocol):
 class Probe(Protocol):
     """Draws vectors whose second moment is the identity.
 
-    The same random numbers serve all examples, so that no estimate depends on what else is in the batch.
+    All examples use the same random numbers, so that no estimate depends on the other examples in the batch.
     """
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None) -> Tensor:
@@ -47,7 +47,7 @@ class Rademacher(Probe):
 
 @dataclass(frozen=True)
 class StandardNormal(Probe):
-    """Independent standard normal numbers: a variance that depends on the eigenvalues alone."""
+    """Independent standard normal numbers: their variance depends only on the eigenvalues."""
 
     def draw(self, operator: ProbedOperator, generator: torch.Generator | None = None) -> Tensor:
         """Return one vector per example, ``(B, K)``."""

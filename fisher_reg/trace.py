@@ -1,4 +1,4 @@
-r"""Trace of :math:`F = A^\top A`: what a solver knows of it exactly, and random probes of the rest."""
+r"""Trace of :math:`F = A^\top A`: exact on the search space of a solver, and random probes on its complement."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Hutchinson(TraceEstimator):
     .. math:: \mathrm{tr} F = \sum_i \theta_i + \mathrm{E} \|A^\top (I - W^\top W)\, \epsilon\|^2
 
     with the Ritz values :math:`\theta_i` of the search space :math:`W`. Unbiased, since :math:`\epsilon` is independent
-    of the space, and never below the largest Ritz value. The samples see only what the space leaves: on trained
-    networks a few per cent of the trace. The same probes serve every example.
+    of the space, and never below the largest Ritz value. Only the trace on the complement is sampled: on trained
+    networks a few per cent of the whole. All examples use the same probes.
 
-    Costs ``num_samples`` backward passes beside those of the solver.
+    Costs ``num_samples`` backward passes in addition to those of the solver.
 
     References: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; Meyer, Musco, Musco,
     Woodruff (2021), "Hutch++", for the space.
@@ -33,8 +33,8 @@ class Hutchinson(TraceEstimator):
         num_samples: Probes per example.
         probe: :class:`Rademacher`, :class:`StandardNormal` or :class:`SampledLabels`, which state the variances of a
             sample without a search space.
-        solver: Of the search space; None leaves it out, so that the trace is sampled whole. Exact derivatives make the
-            space, and with it the estimate, the same to round-off whatever else is in the batch.
+        solver: Solver that gives the search space; None for no search space, so that the whole trace is sampled. With
+            exact derivatives the estimate of an example depends on the rest of the batch only by round-off.
     """
 
     num_samples: int = 8
@@ -55,10 +55,10 @@ class Hutchinson(TraceEstimator):
     def trace_beside(
         self, operator: FactoredOperator, result: EigenResult, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Sample what ``result``, of the same operator, leaves of the trace.
+        """Return the trace, sampled only outside the search space of ``result``, which is of the same operator.
 
         Returns:
-            ``(B,)``; where nothing is left, as by :class:`fisher_reg.Exact`, without a pass.
+            ``(B,)``; without a pass if the space is complete, as that of :class:`fisher_reg.Exact`.
         """
         known = result.known_trace
         space = result.search_space
