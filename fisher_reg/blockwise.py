@@ -98,7 +98,7 @@ class _Segment:
 
     @property
     def name(self) -> str:
-        """Where it begins."""
+        """The place in the network where it begins."""
         return where(self.nodes[0])
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Short texts of results: one line for ``repr``, a small table for ``print``."""
+"""Results as text: one line for ``repr``, a small table for ``print``."""
 
 from __future__ import annotations
 

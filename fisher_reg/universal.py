@@ -138,8 +138,8 @@ def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration)
         values, vectors = torch.linalg.eigh(0.5 * (basis @ products.mT + products @ basis.mT))  # V F V'
         best = vectors[:, -len(starts) :].flip(1).mT
         y, images = best @ basis, best @ products
-        theta = (y * images).sum(1, keepdim=True).clamp_min(0)
-        rest = images - theta * y
+        theta = (y * images).sum(1, keepdim=True).clamp_min(0)  # theta = y' F y
+        rest = images - theta * y  # residual vector F y - theta y
         residual = rest.norm(dim=1)
         converged = bool(residual[0] <= solver.rtol * theta[0])
         # a residual that is only rounding error gives no new direction
@@ -248,7 +248,7 @@ class _MeanFisher:
         return totals / self._num_inputs
 
     def image(self, vector: Tensor, value: Tensor) -> Tensor:
-        r"""Return :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, of unit length: one pass. Zero where the value is."""
+        r"""Return the unit vector :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, zero if the value is: one pass."""
         tangent, end = vector.to(self.dtype), 0
         length = math.sqrt(self._num_inputs * float(value)) or 1.0
         image = tangent.new_empty(self._num_outputs)

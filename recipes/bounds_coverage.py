@@ -88,7 +88,7 @@ def measure(entry: DictConfig, config: DictConfig, device: torch.device) -> dict
     try:
         network = instantiate(entry.network, _convert_="all", num_classes=config.num_classes).double()
         network = varied(network, images).to(device)
-    except Exception as error:  # another version of the library may know other names and arguments
+    except Exception as error:  # another version of the library may have other names and arguments
         return row | {"status": f"not built: {_described(error)}", "seconds": time.perf_counter() - begin}
     row["num_parameters"] = sum(parameter.numel() for parameter in network.parameters())
     images = images[: config.num_images].to(device)

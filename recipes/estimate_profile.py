@@ -53,7 +53,7 @@ def estimate_profile(config: DictConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Profile every case, write the files, and return the rows of both tables."""
     folder = Path(config.output_dir)
     passes, operations = list[dict[str, Any]](), list[dict[str, Any]]()
-    plain = OmegaConf.create(OmegaConf.to_container(config))  # takes keys that the data group leaves out
+    plain = OmegaConf.create(OmegaConf.to_container(config))  # allows keys that the data group does not have
     for case in track(config.cases, "profile", lambda case: str(case.name)):
         case_config: Any = OmegaConf.merge(plain, {"model": config.networks[case.network], "data": case.data})
         data = prepared_data(case_config)

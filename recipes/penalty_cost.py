@@ -48,7 +48,7 @@ class StepTimer(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """Note the time."""
+        """Record the start time."""
         _synchronize(pl_module)
         self.begin = time.perf_counter()
 

@@ -221,7 +221,7 @@ def report(summary: dict[str, float], folder: Path) -> None:
         rows.append((key.replace("_", " "), "1" if "over_formula" in key else expected, value))
     console = Console()
     shown = pd.DataFrame(rows, columns=["quantity", "theory", "measured"])
-    print_table(console, "what theory says, and what the network does", shown)
+    print_table(console, "theory and measurement", shown)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 

@@ -1,6 +1,6 @@
 """Test whether singular vectors of the last epoch make a measurement cheaper: ``python -m recipes.warm_starts``.
 
-A network is trained, and after each epoch the same validation images are measured by several searches:
+A network is trained, and after each epoch the same validation images are measured by several variants of the solver:
 
 - ``cold``: the default solver, whose guess is the contrast of the two most probable classes
 - ``warm``: the same with the left singular vector of the previous epoch as its guess, made orthogonal to ``sqrt(p)``,

@@ -73,7 +73,7 @@ class CarliniWagner:
     num_searches: int = 1
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were found; the given images where none was found."""
         attack = foolbox.attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.num_searches,
             steps=self.num_steps,
@@ -98,7 +98,7 @@ class MinimalPerturbation:
     num_steps: int = 100
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were found; the given images where none was found."""
         with _foolbox(network, images) as model:
             return foolbox.attacks.DDNAttack(steps=self.num_steps).run(model, images.detach().clone(), labels.clone())
 

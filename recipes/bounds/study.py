@@ -75,7 +75,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
 
 
 def _parts(config: Settings) -> dict[str, tuple[list[Settings], Work]]:
-    """Return the pieces of each part that is switched on, and their work."""
+    """Return the tasks of each part that is switched on, and the function that does one task."""
     parts: dict[str, tuple[list[Settings], Work]] = {}
     if config["tightness"]:
         parts["tightness"] = config["families"], tightness
@@ -125,49 +125,47 @@ def report(frames: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def tables(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return the tables for people, cells as text, by title."""
+    """Return the tables with cells as text, by title."""
     result = {}
     if "tightness" in frames:
         for level, rows in frames["tightness"].groupby("level", sort=False):
-            result[f"The {level} bound, step by step: log10 and decades (max, median, mean over images)."] = (
-                pd.DataFrame(
-                    {
-                        "network": rows.network,
-                        "step": rows.step,
-                        "log10": rows.log10_bound.map(_decades),
-                        "gained": rows.gained.map(_decades),
-                        "since baseline": rows.gained_since_baseline.map(_decades),
-                        "gap of max": rows.gap_of_max.map(_decades),
-                        "gap of median": rows.gap_of_median.map(_decades),
-                        "mean gap": rows.mean_gap.map(_decades),
-                        "s": rows.seconds.map("{:.2f}".format),
-                    }
-                )
+            result[f"The {level} bound, step by step: log10 of the bound and of its ratio to lambda."] = pd.DataFrame(
+                {
+                    "network": rows.network,
+                    "step": rows.step,
+                    "log10": rows.log10_bound.map(_decades),
+                    "gained": rows.gained.map(_decades),
+                    "since baseline": rows.gained_since_baseline.map(_decades),
+                    "gap of max": rows.gap_of_max.map(_decades),
+                    "gap of median": rows.gap_of_median.map(_decades),
+                    "mean gap": rows.mean_gap.map(_decades),
+                    "s": rows.seconds.map("{:.2f}".format),
+                }
             )
         gaps = frames["segments"].pivot(index="num_segments", columns="network", values="mean_gap")
         gaps = gaps[frames["segments"].network.unique()].sort_index(ascending=False)
         cells = gaps.map(_decades)
-        result["The blockwise bound by number of segments: mean gap in decades."] = pd.concat(
+        result["The blockwise bound by number of segments: mean gap in log10."] = pd.concat(
             [pd.DataFrame({"segments": gaps.index.astype(str)}, index=gaps.index), cells], axis=1
         )
     if "balls" in frames:
         rows = frames["balls"]
-        result["Bounds in a ball: log10, decades below the global bound, and points that tried to exceed them."] = (
-            pd.DataFrame(
-                {
-                    "network": rows.network,
-                    "radius": rows.radius,
-                    "global": rows.log10_global.map(_decades),
-                    "in the ball": rows.log10_bound.map(_decades),
-                    "gained, mean": rows.gained_mean.map(_decades),
-                    "gained, median": rows.gained_median.map(_decades),
-                    "found by attack": rows.log10_attacked.map(_decades),
-                    "attacks": rows.num_attacked.map("{:,}".format),
-                    "exceeded": rows.num_violations.map(str),
-                    "by": rows.evidence,
-                    "s": rows.seconds.map("{:.1f}".format),
-                }
-            )
+        result[
+            "Bounds in a ball: log10, log10 gained over the global bound, and attacks that tried to exceed them."
+        ] = pd.DataFrame(
+            {
+                "network": rows.network,
+                "radius": rows.radius,
+                "global": rows.log10_global.map(_decades),
+                "in the ball": rows.log10_bound.map(_decades),
+                "gained, mean": rows.gained_mean.map(_decades),
+                "gained, median": rows.gained_median.map(_decades),
+                "found by attack": rows.log10_attacked.map(_decades),
+                "attacks": rows.num_attacked.map("{:,}".format),
+                "exceeded": rows.num_violations.map(str),
+                "by": rows.evidence,
+                "s": rows.seconds.map("{:.1f}".format),
+            }
         )
     if "networks" in frames:
         rows = frames["networks"]

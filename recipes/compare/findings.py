@@ -32,7 +32,7 @@ def _accuracy(found: Analysis) -> list[str]:
     texts = [f"{len(found.networks)} networks; accuracy on all test images: {ranges}."]
     missed = int((found.examples.correct & ~found.examples[f"misclassified_{NEAREST}"]).sum())
     if missed:
-        texts.append(f"No adversarial example was found for {missed} images; they count as the farthest ones.")
+        texts.append(f"No adversarial example was found for {missed} images; their distance counts as infinite.")
     return texts
 
 
@@ -58,7 +58,7 @@ def _powers(question: str, table: pd.DataFrame) -> list[str]:
         said = [_said(part, name) for name in ("lambda", "lambda_tempered")]
         if ranked.index[0] not in ("lambda", "lambda_tempered"):
             said.append(f"the largest of {len(ranked)}, chosen afterwards: {_said(part, ranked.index[0])}")
-        goal = "nearness of the nearest adversarial example" if target == "distance" else f"to {target}"
+        goal = "nearness of the nearest adversarial example" if target == "distance" else f"by {target}"
         texts.append(f"{question} ({goal}, {part.statistic.iloc[0]}): {'; '.join(text for text in said if text)}.")
     return texts
 
@@ -79,7 +79,7 @@ def _distances(distances: pd.DataFrame) -> list[str]:
         law = "" if math.isnan(constant) else f" (c has median {row.c:.2g}, {row.c_low:.2g} to {row.c_high:.2g})"
         texts.append(
             f"Distance to the nearest adversarial example over {row.title}{law}: median {row.median_ratio:.2f}, and "
-            f"90 % of the images of a network lie within {row.spread:.2f} decades."
+            f"90 % of the images of a network lie within {row.spread:.2f} orders of magnitude."
         )
     return texts
 
@@ -93,7 +93,7 @@ def _confident(found: Analysis) -> list[str]:
     ]
     middle = table.drop(columns=NETWORK).median()
     falls = ", ".join(
-        f"{middle[f'confident_misclassified_{name}']:.0%} to {name} "
+        f"{middle[f'confident_misclassified_{name}']:.0%} by {name} "
         f"(others {middle[f'other_misclassified_{name}']:.0%})"
         for name in attacks
     )
@@ -111,7 +111,7 @@ def _confident(found: Analysis) -> list[str]:
 
 def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
     first, last = saturation.iloc[0], saturation.iloc[-1]
-    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} to {name}" for name in attacks)
+    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
     return (
         f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
         f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; of these images the "

@@ -72,9 +72,9 @@ METRICS = {
     "margin": Metric("margin of the logits", "nats", -1),
     "linearised_distance": Metric("linearised distance", "pixel", -1),
     "clever": Metric("CLEVER", "pixel", -1),
-    "log10_blockwise": Metric("blockwise bound (log₁₀)", "decades", 1),
-    "log10_local": Metric("local bound (log₁₀)", "decades", 1),
-    "log10_global": Metric("global bound (log₁₀)", "decades", 1),
+    "log10_blockwise": Metric("blockwise bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_local": Metric("local bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_global": Metric("global bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
 }
 """In the order of the tables."""
 

@@ -98,7 +98,8 @@ class ArrayData(ImageData):
         channels = own_channels if self.num_channels is None else self.num_channels
         if channels != own_channels and (own_channels, channels) != (1, 3):
             raise ValueError(
-                f"num_channels={channels}, but the images have {own_channels}; only one channel can be made three."
+                f"num_channels={channels}, but the images have {own_channels}; only a single channel can be repeated "
+                "to three."
             )
         splits: dict[str, Split]
         if (size, channels) == (own_size, own_channels):

@@ -155,7 +155,7 @@ def _check_classes(split: str, labels: Tensor, num_classes: int, names: Sequence
     if missing:
         named = [f"{label} ({names[label]})" if names else str(label) for label in missing]
         raise ValueError(
-            f"The {split} images show {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
+            f"The {split} images have {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
             f"{', …' if len(present) + 10 < num_classes else ''}. Add {split} images of them, or take them out of all "
             "splits and number the labels from 0 without gaps."
         )

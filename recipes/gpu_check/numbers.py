@@ -51,8 +51,8 @@ from recipes.models.zoo import Normalize
 CPU = torch.device("cpu")
 Question = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
-EXACT = 1e-3  # round-off of float32 through a deep network, other kernels, other order of sums
-ITERATED = 2e-2  # the default solver's tolerance is 1 %, on each side
+EXACT = 1e-3  # round-off of float32 in a deep network: other kernels, other order of summation
+ITERATED = 2e-2  # the tolerance of the default solver is 1 % on each device
 FINITE_STEP = 1e-2  # differences of logits over a step, and gradients of gradients
 
 
@@ -167,7 +167,7 @@ def numbers() -> Iterator[Number]:
 
 
 def reference(network: nn.Module, images: Tensor, labels: Tensor, some: list[Number]) -> dict[str, Tensor | str]:
-    """Return the numbers of a network by name; instead of one that raises, its error."""
+    """Return the numbers of a network by name; where one raises, its error instead."""
     found: dict[str, Tensor | str] = {}
     for number in some:
         try:

@@ -75,7 +75,7 @@ def check_numbers(config: DictConfig, device: torch.device, rows: Rows) -> None:
     some, begin = list(numbers()), time.perf_counter()
     for name, network in config.networks.items():
         if time.perf_counter() - begin > config.max_seconds.numbers:
-            raise TimeoutError(f"max_seconds.numbers={config.max_seconds.numbers} were over before {name}.")
+            raise TimeoutError(f"max_seconds.numbers={config.max_seconds.numbers} were used up before {name}.")
         rows += [
             {"network": name, **row} for row in compare(_small(config, network, images), images, labels, some, device)
         ]
@@ -89,7 +89,7 @@ def compare(
     device: torch.device,
     expected: dict[str, Tensor | str] | None = None,
 ) -> Rows:
-    """Return a row per number: on the device, against ``expected``, by default the CPU's."""
+    """Return a row per number: on the device, compared with ``expected`` (by default the numbers on the CPU)."""
     if expected is None:
         expected = reference(network.to(CPU), images, labels, some)
     found = reference(network.to(device), images.to(device), labels.to(device), some)
@@ -134,7 +134,7 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = DictConfig(resolved(config))  # takes keys that the configuration leaves out
+        settings = DictConfig(resolved(config))  # allows keys that the configuration does not have
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:
@@ -172,7 +172,7 @@ def markdown(sections: dict[str, dict[str, Any]]) -> str:
         if section["error"] is not None:
             parts.append(f"Error: {section['error']}\n")
         if section["rows"]:
-            cells = pd.DataFrame(section["rows"], dtype=object)  # which leaves whole numbers whole
+            cells = pd.DataFrame(section["rows"], dtype=object)  # integers stay integers
             parts.append(markdown_table(cells.map(_shown)) + "\n")
     return "\n".join(parts)
 

@@ -164,7 +164,7 @@ _NUM_CLASSES = 10
 
 def _memory_of_a_step(config: DictConfig, network: nn.Module, name: str, batch: list[Tensor]) -> dict[str, float]:
     device = batch[0].device
-    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # which would be compiled once more
+    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # otherwise it would be compiled again
         return {}
     step = partial(fit, config, _NUM_CLASSES, network, config.methods[name].callback, batch, 1, [])
     return {"peak_memory_mb": peak_memory(step, device) / 2**20}

@@ -46,11 +46,11 @@ class ResumePoint(Checkpoint):
     # Lightning logs the means of an epoch after the hook above: only then is the log complete for this checkpoint.
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put what was saved in place of the older file."""
+        """Replace the older file by the saved one."""
         self._publish(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put what was saved in place of the older file."""
+        """Replace the older file by the saved one."""
         self._publish(trainer)
 
     def _publish(self, trainer: pl.Trainer) -> None:

@@ -1,4 +1,4 @@
-"""One network of ``recipes.compare_penalties``: trained with a method, measured, and attacked again by AutoAttack."""
+"""One network of ``recipes.compare_penalties``: trained with a method, measured, and attacked by AutoAttack."""
 
 from __future__ import annotations
 

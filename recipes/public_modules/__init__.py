@@ -19,7 +19,7 @@ class Public:
         batch: A batch with the structure of its data.
         network: From inputs ``(B, *S)`` to logits ``(B, K)``, written by hand with the parts of ``module``.
         inputs: Returns the inputs ``(B, *S)`` of the batch.
-        names: Functions that ``needs`` may call.
+        names: Functions that the arguments in ``needs`` may call.
     """
 
     module: pl.LightningModule

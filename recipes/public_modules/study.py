@@ -1,4 +1,4 @@
-"""Attach both callbacks to public LightningModules, unchanged: ``python -m recipes.public_modules``.
+"""Attach both callbacks to unchanged public LightningModules: ``python -m recipes.public_modules``.
 
 Each of ``modules`` in ``conf/public_modules.yaml`` is built with random weights, in a small configuration, and trained
 for two steps on batches of random numbers with the structure of its data. First the callbacks get no argument that
@@ -90,7 +90,7 @@ def tried(entry: DictConfig, config: DictConfig) -> dict[str, Any]:
     try:
         row["batch"] = described(_built(entry, config).batch)
         trained(_built(entry, config), config, callbacks=[])
-    except Exception as error:  # another version of the package may know other names and arguments
+    except Exception as error:  # another version of the package may have other names and arguments
         return row | {"status": f"does not train by itself: {_line(error)}"}
     found = attached(_built(entry, config), {}, config)
     row["untouched"] = found.message or "works"

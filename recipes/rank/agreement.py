@@ -99,21 +99,19 @@ def verdict(result: dict[str, Any]) -> str:
     tau, low, high, p = (result[key] for key in ("tau", "tau_low", "tau_high", "tau_p"))
     bound, things = f"the {result['level']} bound", result["over"]
     if math.isnan(tau):
-        return (
-            f"tau is undefined: {bound} or {result['target']} is the same for all {things}, so that there is no order."
-        )
+        return f"tau is undefined: {bound} or {result['target']} is the same for all {things}."
     if 2 / math.factorial(result["num_models"]) > SIGNIFICANCE:
-        return f"{result['num_models']} models are too few: no order of the {things} can be told from chance."
+        return f"{result['num_models']} models are too few: no ranking of the {things} can be significant."
     said = f"tau = {tau:.2f} [{low:.2f}, {high:.2f}], p = {p:.2g}: "
     if low <= 0 <= high:
         return f"{said}{bound} does not rank these {things} by {result['target']}."
     if p > SIGNIFICANCE:
-        return f"{said}{result['num_models']} models are too few to tell the order of {bound} from chance."
+        return f"{said}{result['num_models']} models are too few for a significant ranking by {bound}."
     if high < 0:
-        return f"{said}{bound} ranks these {things} backwards by {result['target']}."
+        return f"{said}{bound} ranks these {things} in the opposite order of {result['target']}."
     if tau > 1 - 1e-9:
-        return f"{said}{bound} ranks these {things} by {result['target']}, every pair in order."
-    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs stand in the same order"
+        return f"{said}{bound} ranks these {things} by {result['target']}, with every pair in the same order."
+    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs are in the same order"
     return f"{said}{bound} ranks these {things} in part by {result['target']}: {agreeing}."
 
 
@@ -126,12 +124,14 @@ def reproducibility(rows: pd.DataFrame, target: str) -> float:
 def notes(rows: pd.DataFrame) -> list[str]:
     """Return notes for readers of the numbers."""
     found = [
-        "lambda_median_few and lambda_max_few: over the images of the blockwise bound alone.",
+        "lambda_median_few and lambda_max_few: over the images of the blockwise bound only.",
         "Intervals: bootstrap over models, and seeds within them. p: permutations of models. Neither is corrected for "
         f"the number of comparisons ({len(COMPARISONS)} in each group).",
     ]
     if rows.seed.nunique() == 1:
-        found.append("One seed per model: the intervals hold the choice of the models, not the chance of training.")
+        found.append(
+            "One seed per model: the intervals account for the choice of the models, not for the seed of the training."
+        )
     else:
         taus = [f"{reproducibility(rows, target):.2f} ({target})" for target in ("lambda_median", "lambda_max")]
         found.append(f"Two seeds agree in the order of the models by lambda to tau = {' and '.join(taus)} on average.")

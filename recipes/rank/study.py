@@ -118,7 +118,7 @@ def check(config: DictConfig, networks: list[Settings]) -> None:
     """
     names = [model.name for model in config.models]
     if len(names) < MIN_MODELS:
-        raise ValueError(f"An order needs at least {MIN_MODELS} models; got {names}. Add some to models=[…].")
+        raise ValueError(f"A ranking needs at least {MIN_MODELS} models; got {names}. Add some to models=[…].")
     for key, values in (("models", names), ("seeds", list(config.seeds))):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{key} must have at least one entry, and none twice; got {values}.")

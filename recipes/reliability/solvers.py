@@ -160,7 +160,7 @@ def _train(network: nn.Module, data: ImageData) -> None:
 
 
 def _linear(count: int, seed: int, likelihood: Likelihood) -> Iterator[Examples]:
-    """Rows of different lengths, logits of different size, more and fewer inputs than classes."""
+    """Linear models with rows of different norms, logits of different size, more and fewer inputs than classes."""
     generator = torch.Generator().manual_seed(seed)
     settings = list(product((7, 10, 20, 50, 100, 200), (5, 20, 100, 300), (0.0, 1.0, 2.0), (0.1, 1.0, 5.0)))
     for number, (num_classes, num_inputs, spread, scale) in enumerate(settings):
@@ -172,7 +172,7 @@ def _linear(count: int, seed: int, likelihood: Likelihood) -> Iterator[Examples]
 
 
 def _decoupled() -> Iterator[Examples]:
-    """One input per class, one of them with a larger weight, at any rank of the probabilities."""
+    """One input per class; the class of the larger weight has any rank among the probabilities."""
     for num_classes, slope in product((10, 30, 100, 300, 1000), (1e-3, 1e-2, 0.1, 1.0)):
         ranks = sorted({1, 2, 3, 5, num_classes // 4, num_classes // 2, num_classes - 1})
         pairs = list(product((2.0, 6.0, 20.0), ranks))

@@ -27,9 +27,9 @@ from recipes.runtime.environment import environment
 from recipes.runtime.progress import track
 
 TITLES = {
-    "interval": "Interval on synthetic spectra: promised and observed failures",
+    "interval": "Interval on synthetic spectra: guaranteed and observed failure rates",
     "ritz": "Ritz values and lower ends against exact eigenvalues",
-    "solvers": "Solvers on networks, and on models made to mislead them",
+    "solvers": "Solvers on networks and on difficult models",
     "black_box": "Estimate by queries: +-2 standard errors",
 }
 
@@ -67,7 +67,10 @@ def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
 
 def as_markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Return the tables as a page."""
-    parts = ["# How far the numbers can be trusted", "Made by `python -m recipes.reliability`."]
+    parts = [
+        "# Errors of the estimates on problems with known exact values",
+        "Made by `python -m recipes.reliability`.",
+    ]
     for name, rows in tables.items():
         frame = pd.DataFrame(rows)
         parts += [f"## {TITLES[name]}", markdown_table(frame)]

@@ -81,11 +81,11 @@ class Counted:
         return self.passes.timed(BACKWARD, self.share, lambda: self.operator.adjoint(cotangent))
 
     def labels(self, generator: torch.Generator | None) -> Tensor:
-        """Cost nothing."""
+        """Return labels; no pass is counted."""
         return self.operator.labels(generator)
 
     def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
-        """Cost nothing."""
+        """Return the slope; no pass is counted."""
         return self.operator.slope_along(cotangent, row)
 
     def restrict(self, keep: Tensor) -> Counted | None:

@@ -33,7 +33,7 @@ class Local(Engine):
 
     @contextmanager
     def open(self, num_processes: int) -> Generator[None, None, None]:
-        """Start the workers when they are needed; joblib keeps them for the next piece of work."""
+        """Start the workers when they are needed; joblib keeps them for the next call."""
         with joblib.parallel_config("loky", n_jobs=num_processes):
             yield
 
