@@ -15,6 +15,8 @@ Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``)::
 
 A sweeper minimises ``objective`` (:mod:`recipes.models.objectives`). A job that Slurm has put back into its queue goes
 on from its last checkpoint. One training on several devices is Lightning's: ``trainer.devices=4 trainer.strategy=ddp``.
+
+Takes about a minute on two CPU cores, and 15 seconds with ``experiment=smoke``; ``trainer=gpu`` was not measured.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from recipes.data.base import ImageData
 from recipes.data.chosen import prepared_data
 from recipes.models.classifier import Classifier
 from recipes.models.objectives import Objective
+from recipes.models.progress import ProgressLines
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
 from recipes.runtime.command import command, command_line, in_folder, overrides
@@ -153,7 +156,11 @@ def assembled(config: DictConfig, folder: Path, stopped: Stopped) -> Training:
     point = ResumePoint(folder / "checkpoints")
     callbacks += [point] if regularizer is None else [regularizer, point]
     loggers = [_logger(item, stopped) for item in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False)
+    shown: dict[str, bool] = {}
+    if not Console().is_terminal and "enable_progress_bar" not in config.trainer:
+        callbacks.append(ProgressLines())
+        shown = {"enable_progress_bar": False}
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, **shown)
     if trainer.is_global_zero:
         for logger in loggers:
             if isinstance(logger, CSVLogger):

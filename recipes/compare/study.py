@@ -10,6 +10,9 @@ Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.cs
 five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
 ``cache_dir`` under its settings, its data, the source that it uses, and the versions of torch and fisher-reg: a run
 that was killed goes on where it was, a training at its last epoch, and a change does anew only what depends on it.
+
+Takes about a quarter of an hour on two CPU cores, and half an hour with ``experiment=compare/cpu``, both with
+``num_processes=2``; ``experiment=compare/paper`` was not measured.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from recipes.data.base import ImageData
 from recipes.data.chosen import check_noise, prepared_data
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
@@ -119,7 +122,6 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
         instantiate(attack)
     instantiate(config.effort)
-    quiet()
     for name, data_config in config.datasets.items():
         data = prepared_data(merged({"data": data_config, "seed": 0}))
         num_test = len(data.splits["test"])

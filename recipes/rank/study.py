@@ -19,6 +19,8 @@ Leaves ``rank.csv`` (a row per network), ``rank.json`` (correlations, verdicts),
 run folder, and ``rank.csv`` where it was interrupted, too. Finished networks are kept in ``cache_dir`` under their
 settings, their data, the versions of torch and fisher-reg, and the source that they use: a run that was killed goes on
 where it was.
+
+Takes about half an hour on two CPU cores, and half of that with ``num_processes=2``.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from recipes.reporting.files import settings_of, write
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
@@ -56,7 +58,6 @@ _SETTINGS = ("data", "trainer", "optimizer", "solver", "num_images", "num_blockw
 @command("rank")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    quiet()
     rank(config)
 
 
