@@ -10,6 +10,8 @@ residual branches that begin as zero would hide what the bound says of them. Eve
 
 Leaves in Hydra's run folder ``coverage.csv`` (a row per model), ``coverage.json`` (with versions, settings, shares and
 refusals) and ``coverage.md``. A refusal names the first operation without a rule; there may be more behind it.
+
+Takes about three quarters of an hour on two CPU cores, with timm and transformers.
 """
 
 from __future__ import annotations

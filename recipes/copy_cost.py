@@ -5,6 +5,8 @@ the median of the quotients of the two times. ``copied_mb`` are the tensors of t
 network.
 
 Leaves ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) in Hydra's run folder.
+
+Takes about six minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Put a benchmark's numbers into a document: ``python -m recipes.performance_table benchmark.csv README.md``.
 
 Replaces what stands between the lines ``<!-- performance -->`` and ``<!-- /performance -->``.
+
+Leaves the rest of the document as it is. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import pandas as pd
 
 from recipes.benchmark.study import DEFAULT
 from recipes.reporting.tables import markdown_table
+from recipes.runtime.help import plain
+from recipes.runtime.mistakes import end
 
 PEERS = ("paper, white box", "curvlinops, eigsh", "plenoptic, power", "plenoptic, SVD")
 _PLACE = re.compile(r"(?<=<!-- performance -->\n).*?(?=<!-- /performance -->)", re.DOTALL)
@@ -20,12 +24,18 @@ _PLACE = re.compile(r"(?<=<!-- performance -->\n).*?(?=<!-- /performance -->)", 
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=plain(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("numbers", type=Path, help="benchmark.csv of recipes.benchmark")
     parser.add_argument("document", type=Path, help="the Markdown file to change")
     arguments = parser.parse_args()
-    text = arguments.document.read_text(encoding="utf-8")
-    arguments.document.write_text(inserted(text, pd.read_csv(arguments.numbers)), encoding="utf-8")
+    try:
+        text = arguments.document.read_text(encoding="utf-8")
+        changed = inserted(text, pd.read_csv(arguments.numbers))
+    except (FileNotFoundError, ValueError) as error:
+        end(str(error))
+    arguments.document.write_text(changed, encoding="utf-8")
 
 
 def inserted(text: str, rows: pd.DataFrame) -> str:

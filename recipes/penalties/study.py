@@ -9,6 +9,9 @@ instead of buying robustness. A method that is null is left out.
 Leaves ``penalties.csv`` (a row per network), ``penalties.md``, ``penalties.json`` and ``penalties.png`` in Hydra's run
 folder. Finished networks are kept in ``cache_dir``, so that a run that was killed goes on where it was; a run that was
 interrupted leaves the first two of the networks that it finished.
+
+Takes about half an hour on two CPU cores, and AutoAttack at the end was not measured; nor was
+``experiment=compare_penalties/cifar10_gpu``.
 """
 
 from __future__ import annotations
