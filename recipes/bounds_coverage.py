@@ -11,6 +11,8 @@ otherwise residual branches that are initialised with zero would not affect the 
 Writes ``coverage.csv`` (a row per model), ``coverage.json`` (with versions, settings, shares and refusals) and
 ``coverage.md`` to Hydra's run folder. A refusal names the first operation without a rule; later operations may also
 have none.
+
+Takes about three quarters of an hour on two CPU cores, with timm and transformers.
 """
 
 from __future__ import annotations

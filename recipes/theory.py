@@ -12,6 +12,8 @@ Three statements, each with the rate at which its error must decrease:
 Writes ``theory.csv`` (the curves), ``theory.png`` and ``theory.json`` (the slopes) to Hydra's run folder. Everything is
 computed in float64 on test images with a little noise: without it flat backgrounds are exactly at the kinks of max
 pooling, where no expansion holds.
+
+Takes about a minute and a half on two CPU cores.
 """
 
 from __future__ import annotations

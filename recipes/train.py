@@ -20,6 +20,8 @@ Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``), in a 
 
 A sweeper minimises ``objective`` (:mod:`recipes.models.objectives`). A job that Slurm has requeued resumes from its
 last checkpoint. For one training on several devices use Lightning: ``trainer.devices=4 trainer.strategy=ddp``.
+
+Takes about a minute on two CPU cores, and 15 seconds with ``experiment=smoke``; ``trainer=gpu`` was not measured.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ from recipes.data.chosen import prepared_data
 from recipes.models import board
 from recipes.models.classifier import Classifier
 from recipes.models.objectives import Objective
+from recipes.models.progress import ProgressLines
 from recipes.models.resuming import ResumePoint, Stopped, restore_log, stopped_at
 from recipes.models.runs import check_unused, run_config
 from recipes.reporting.files import DOTS_PER_INCH
@@ -162,7 +165,11 @@ def assembled(config: DictConfig, folder: Path, stopped: Stopped) -> Training:
     point = ResumePoint(folder / "checkpoints")
     callbacks += [point] if regularizer is None else [regularizer, point]
     loggers = [_logger(item, stopped) for item in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False)
+    shown: dict[str, bool] = {}
+    if not Console().is_terminal and "enable_progress_bar" not in config.trainer:
+        callbacks.append(ProgressLines())
+        shown = {"enable_progress_bar": False}
+    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, **shown)
     if trainer.is_global_zero:
         for logger in loggers:
             if isinstance(logger, CSVLogger):

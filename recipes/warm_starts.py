@@ -13,6 +13,8 @@ quotient, three for each exact forward-mode pass. ``error_p95`` and ``error_max`
 
 Writes ``warm_starts.csv`` (every epoch), ``warm_starts.md`` (means over the epochs from the second one on) and
 ``warm_starts.json`` (settings) to Hydra's run folder.
+
+Takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations

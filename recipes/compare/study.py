@@ -11,6 +11,9 @@ Writes to Hydra's run folder ``networks.csv`` (a row per network), ``examples.cs
 five figures, and the self-contained page ``compare.html``. Each stage of each network is cached in ``cache_dir`` by its
 settings, its data, the source that it uses, and the versions of torch and fisher-reg: an interrupted run resumes where
 it was, a training at its last epoch, and a change repeats only the work that depends on it.
+
+Takes about a quarter of an hour on two CPU cores, and half an hour with ``experiment=compare/cpu``, both with
+``num_processes=2``; ``experiment=compare/paper`` was not measured.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from recipes.data.base import ImageData
 from recipes.data.chosen import check_noise, prepared_data
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
@@ -118,7 +121,6 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
         instantiate(attack)
     instantiate(config.effort)
-    quiet()
     for name, data_config in config.datasets.items():
         data = prepared_data(merged({"data": data_config, "seed": 0}))
         num_test = len(data.splits["test"])

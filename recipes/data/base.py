@@ -38,6 +38,9 @@ class ImageData(pl.LightningDataModule):
         num_workers: Number of worker processes per loader.
         train_transform: Augmentation of one image ``(C, H, W)`` of a training batch, from :mod:`torchvision.transforms`
             for example; ``splits["train"]`` itself is not changed.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
     """
 
     spec: ImageSpec
@@ -48,6 +51,8 @@ class ImageData(pl.LightningDataModule):
         self, batch_size: int = 64, num_workers: int = 0, train_transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1; got {batch_size}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.train_transform = train_transform

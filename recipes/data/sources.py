@@ -156,7 +156,7 @@ class TorchvisionArrays(ArrayData):
 
         Raises:
             ValueError: If a file is damaged; the message names it.
-            RuntimeError: Without the files and a connection; the message names their folder.
+            FileNotFoundError: Without the files and a connection; the message says where they belong.
         """
         failure = None
         try:
@@ -174,7 +174,7 @@ class TorchvisionArrays(ArrayData):
                 "run again with an internet connection to download them, or copy them again."
             ) from failure
         if failure is not None:
-            raise RuntimeError(
+            raise FileNotFoundError(
                 f"{self.name} is not in {Path(self.root).resolve()}, which lacks {wrong[0] if wrong else 'files'}, and "
                 f"could not be downloaded ({failure}). Connect to the internet once, copy the files there, or use "
                 "data=digits, which needs no download."

@@ -41,7 +41,7 @@ class ResumePoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
-        trainer.save_checkpoint(self._next)
+        trainer.save_checkpoint(self._next, weights_only=False)
 
     # Lightning logs the means of an epoch after the hook above: only then is the log complete for this checkpoint.
 

@@ -8,6 +8,8 @@ package that is not installed has a row with this status.
 
 Writes to Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
 settings) and ``public_modules.md``.
+
+Takes about two minutes on two CPU cores, the more the more packages are installed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning.loggers.logger import DummyLogger
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,6 +45,7 @@ from recipes.reporting.files import show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment, installed
+from recipes.runtime.progress import track
 from recipes.runtime.settings import resolved
 
 _EQUAL = 0.05  # the tolerance of the default solver
@@ -64,9 +66,8 @@ def public_modules(config: DictConfig) -> pd.DataFrame:
         for part in ("", ".utilities.rank_zero", ".pytorch.utilities.rank_zero"):
             logging.getLogger(name + part).setLevel(logging.ERROR)
     rows: list[dict[str, Any]] = []
-    for entry in config.modules:
+    for entry in track(config.modules, "modules", lambda entry: f"{entry.package} {entry.name}"):
         rows.append(tried(entry, config))
-        Console().print(f"{entry.package} {entry.name}: {rows[-1]['status']}", highlight=False, soft_wrap=True)
         pd.DataFrame(rows).to_csv(folder / "public_modules.csv", index=False)
     frame = pd.DataFrame(rows)
     settings = resolved(config)

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from recipes.runtime import arguments
+from recipes.runtime.help import with_help
 from recipes.runtime.mistakes import end, told
 
 _PACKAGE = Path(__file__).parents[1]
@@ -32,7 +33,8 @@ def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[...
     """Return ``hydra.main`` for one of the configurations in :data:`CONF`.
 
     Options are written without ``+``, and unknown names are errors (:mod:`recipes.runtime.arguments`). A mistake of the
-    user ends the command with one line (:mod:`recipes.runtime.mistakes`).
+    user ends the command with one line (:mod:`recipes.runtime.mistakes`). ``--help`` shows the docstring of the recipe
+    (:mod:`recipes.runtime.help`).
 
     Args:
         config_name: Name of the YAML and of the module.
@@ -47,7 +49,7 @@ def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[...
         @functools.wraps(task)
         def main() -> None:
             try:
-                sys.argv[1:] = arguments.completed(CONF, config_name, prepare(sys.argv[1:]))
+                sys.argv[1:] = arguments.completed(CONF, config_name, prepare(with_help(task, sys.argv[1:])))
             except (ValueError, FileNotFoundError) as error:
                 if os.environ.get("HYDRA_FULL_ERROR"):
                     raise

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +19,7 @@ from rich.console import Console
 
 from recipes.runtime.cache import Result, Settings, Work, is_kept, kept
 from recipes.runtime.engines import Engine
+from recipes.runtime.noise import quiet
 from recipes.runtime.progress import Progress
 
 
@@ -104,16 +103,6 @@ def folders(config: DictConfig) -> tuple[Path, Path]:
     for path in made:
         path.mkdir(parents=True, exist_ok=True)
     return made
-
-
-def quiet() -> None:
-    """Silence the start-up messages and hints of Lightning and foolbox, which are repeated for each network.
-
-    If the package ``lightning`` is also installed, the package that was imported last prints them.
-    """
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
 
 
 def _piece(

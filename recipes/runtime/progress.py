@@ -20,7 +20,8 @@ _FOREVER = 1e9  # rich forgets steps after 30 s by default, and steps take minut
 class Progress:
     """The progress of ``total`` steps, of which ``done`` are already done.
 
-    In a terminal it is a bar; otherwise a line after the first and the last step, and every 30 seconds between.
+    In a terminal it is a bar; otherwise a line at the beginning, after the first and the last step, and every 30
+    seconds between.
 
     Args:
         title: Title of the work.
@@ -43,10 +44,20 @@ class Progress:
         self._begin, self._last_line = time.monotonic(), -_FOREVER
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Show what is to be done."""
+        self._bar.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: {self._done} of {self._total}", soft_wrap=True, highlight=False)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
         self._bar.stop()
 
     def describe(self, description: str) -> None:

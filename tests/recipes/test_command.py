@@ -107,10 +107,10 @@ def test_flags_and_sweeps_pass_through():
 
 def test_folders_of_a_sweep_are_named_by_what_is_swept():
     done = arguments.completed(
-        CONF, "train", ["-m", "data.num_train=300,400", "seed=1", "~callbacks", "hydra.verbose=true"]
+        CONF, "train", ["-m", "data.num_train=300,400", "seed=1", "~callbacks.monitor", "hydra.verbose=true"]
     )
-    assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks']"
-    assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks"]
+    assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks.monitor']"
+    assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks.monitor"]
     assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
 
 

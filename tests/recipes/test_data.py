@@ -231,7 +231,7 @@ def offline(monkeypatch):
 def test_a_failed_download_says_what_is_missing_and_where_the_files_belong(tmp_path, name):
     first = {"MNIST": "train-images-idx3-ubyte", "CIFAR10": "data_batch_1", "CIFAR100": "train"}[name]
     message = f"{name} is not in .*, which lacks .*/{first}, and could not be downloaded(.|\n)*data=digits"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(FileNotFoundError, match=message):
         TorchvisionArrays(name, str(tmp_path)).prepare_data()
 
 
