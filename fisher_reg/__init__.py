@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     )
     from fisher_reg.metrics import FisherSpectralNorm, FisherTrace
     from fisher_reg.version import __version__
-else:  # what needs Lightning or torchmetrics, whose imports take longer than that of torch
+else:  # names that need Lightning or torchmetrics, whose imports take longer than that of torch
     __getattr__, __dir__ = lazy_names(
         __name__,
         {

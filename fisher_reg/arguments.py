@@ -1,6 +1,6 @@
-"""Refuse a class or a name where an object is meant, with the line to write instead.
+"""Checks of arguments: an error for a class or a name instead of an object, with the line to write.
 
-Objects of the user's own are accepted wherever they have the methods that are called.
+User-defined objects are accepted if they have the required methods.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Argument:
-    """What an argument must be.
+    """The requirements of an argument.
 
     Attributes:
-        name: Of the argument.
-        examples: What one may write, the most usual one first.
-        methods: What the object must have; without any it is called itself.
+        name: Name of the argument.
+        examples: Possible expressions, the most common one first.
+        methods: The required methods; if empty, the object must be callable.
         is_optional: Whether None is allowed.
     """
 
@@ -29,14 +29,14 @@ class Argument:
     is_optional: bool = False
 
     def check(self, value: object, owner: object = None) -> None:
-        """Refuse what cannot be used.
+        """Raise an error for an invalid value.
 
         Args:
-            value: What was given.
-            owner: An object, or the name of a function, to be named in the message.
+            value: The argument.
+            owner: An object, or the name of a function, to name in the message.
 
         Raises:
-            TypeError: With what was given and what to write.
+            TypeError: With the argument and the line to write.
         """
         if value is None and self.is_optional:
             return
@@ -63,12 +63,12 @@ class Argument:
             meant = [example for example in self.examples if _alike(value, example)]
             written = meant[0] if meant else written
         if isinstance(value, str | int) and not self.methods:
-            written = re.sub(r"\['\w+'\]", lambda _: f"[{value!r}]", written)  # the key or the place is told
+            written = re.sub(r"\['\w+'\]", lambda _: f"[{value!r}]", written)  # the value is the key or the index
         return f"{self.name}={written}"
 
 
 def _makes_callables(kind: type) -> bool:
-    """Say whether the instances of a class are functions, so that the class itself is hardly meant as one."""
+    """Return whether the instances of a class are callable, so that the class itself is probably a mistake."""
     return any("__call__" in vars(base) for base in kind.__mro__)
 
 
@@ -127,17 +127,17 @@ _LEVELS = {"global": "fisher_bound", "local": "local_fisher_bound", "blockwise":
 
 
 def check_bounds(bounds: object, owner: object) -> None:
-    """Refuse anything but a sequence of functions ``bound(model, inputs, likelihood=..., input_std=...)``.
+    """Raise an error unless ``bounds`` are functions ``bound(model, inputs, likelihood=..., input_std=...)``.
 
     Raises:
-        TypeError: With what was given and what to write.
+        TypeError: With the argument and the line to write.
     """
     name = owner if isinstance(owner, str) else type(owner).__name__
     needs = f"{name} needs bounds to be a sequence of functions such as (fisher_bound, local_fisher_bound)"
     if bounds is None:
         raise TypeError(f"{needs}; got None. Write bounds=() for none.")
     if isinstance(bounds, str | Mapping) or not isinstance(bounds, Iterable):
-        raise TypeError(f"{needs}; got {_name(bounds)}, which is no sequence. Write bounds=({_bound_for(bounds)},).")
+        raise TypeError(f"{needs}; got {_name(bounds)}, not a sequence. Write bounds=({_bound_for(bounds)},).")
     for bound in bounds:
         if isinstance(bound, type) or not callable(bound):
             raise TypeError(f"{needs}; got {_given(bound)} in it. Write bounds=({_bound_for(bound)},).")
@@ -151,7 +151,7 @@ def check_bounds(bounds: object, owner: object) -> None:
 def _takes_what_a_bound_takes(bound: Any) -> bool:
     try:
         signature = inspect.signature(bound)
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin has no signature
         return True
     try:
         signature.bind(None, None, likelihood=None, input_std=None)
@@ -172,10 +172,10 @@ def _name(value: object) -> str:
 
 
 def check_tightening(tightening: object) -> None:
-    """Refuse anything but an object with the fields of :class:`fisher_reg.Tightening`.
+    """Raise an error unless the object has the fields of :class:`fisher_reg.Tightening`.
 
     Raises:
-        TypeError: With what was given and what to write.
+        TypeError: With the argument and the line to write.
     """
     if isinstance(tightening, type) or not all(hasattr(tightening, name) for name in ("folded", "dense", "merged")):
         raise TypeError(
@@ -185,10 +185,10 @@ def check_tightening(tightening: object) -> None:
 
 
 def check_memory_budget(memory_budget: object, owner: object) -> None:
-    """Refuse anything but a positive number of bytes or None.
+    """Raise an error unless the budget is a positive number of bytes or None.
 
     Raises:
-        ValueError: With what was given and what to write.
+        ValueError: With the argument and the line to write.
     """
     is_number = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
     if memory_budget is None or (is_number and memory_budget > 0):  # type: ignore[operator]

@@ -41,15 +41,15 @@ def blockwise_fisher_bound(
 
     .. math:: \|F(x)\|_2 \le \lambda_\max(F_m(h_{m-1})) \prod_{i<m} \|\partial h_i / \partial h_{i-1}\|_2^2 ,
 
-    where :math:`F_m` is the Fisher matrix of the last segment with respect to its own input. Segments end where one
-    value carries all that comes later: after a layer of a plain network, after a residual or dense block. The
-    inequality is certain, its right side is not: each factor is found by iteration, from below. With one segment this
-    is the estimate of :func:`fisher_reg.fisher_spectral_norm` itself.
+    where :math:`F_m` is the Fisher matrix of the last segment with respect to its own input. A segment ends at a value
+    that all later values depend on only through it: after a layer of a plain network, or after a residual or dense
+    block. The inequality is proven, but its right side is an estimate: each factor is computed by iteration, from
+    below. With one segment the result is the estimate of :func:`fisher_reg.fisher_spectral_norm`.
 
     Args:
-        model: The network; its evaluation behaviour is bounded, and it is left as it was found.
+        model: The network. It is evaluated in evaluation mode and not modified.
         inputs: ``(B, *S)``.
-        num_segments: How many, of about as many layers each; by default one per layer or block.
+        num_segments: Number of segments, with about the same number of layers; by default one per layer or block.
         likelihood: The output distribution.
         input_std: As in :func:`fisher_reg.fisher_spectral_norm`.
 
@@ -59,7 +59,7 @@ def blockwise_fisher_bound(
 
     Raises:
         NoBoundError: If the network cannot be traced.
-        ValueError: If there are fewer segments than asked for.
+        ValueError: If the network has fewer segments.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -89,7 +89,7 @@ def blockwise_fisher_bound(
 
 @dataclass(frozen=True)
 class _Segment:
-    """The part of a traced network from after the value of one node up to another one's."""
+    """The part of a traced network between the values of two nodes."""
 
     trace: Trace
     start: fx.Node
@@ -98,11 +98,11 @@ class _Segment:
 
     @property
     def name(self) -> str:
-        """Where it begins."""
+        """The place in the network where it begins."""
         return where(self.nodes[0])
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        values: dict[fx.Node, Any] = {self.start: hidden.clone()}  # a layer in place may not change a leaf
+        values: dict[fx.Node, Any] = {self.start: hidden.clone()}  # an in-place layer must not change a leaf
 
         def fetch(argument: Any) -> Any:
             return fx.map_arg(argument, lambda node: values.get(node, self.trace.values[node]))
@@ -125,7 +125,7 @@ def _callee(trace: Trace, node: fx.Node, arguments: tuple[Any, ...]) -> Callable
 
 
 def _segments(trace: Trace) -> list[_Segment]:
-    """Cut the graph at every value that carries all that comes later, before each layer with weights."""
+    """Split the graph, before layers with weights, at each value that all later values depend on."""
     nodes = [node for node in trace.graph.nodes if node.op != "output"]
     order = {node: index for index, node in enumerate(trace.graph.nodes)}
     varying: set[fx.Node] = set()
@@ -158,7 +158,7 @@ def _segments(trace: Trace) -> list[_Segment]:
 
 
 def _has_weights(trace: Trace, node: fx.Node) -> bool:
-    """Say whether the node is a layer of its own: one with weights, but no batch norm, which is part of a layer."""
+    """Return whether the node is a layer with weights; a batch norm belongs to the layer before it."""
     if node.op == "call_module":
         module = trace.modules[str(node.target)]
         is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,4 +1,4 @@
-"""Is this the function that is meant? What can be verified of a model before its numbers are believed."""
+"""Verification of a model before its Fisher matrix is measured."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from fisher_reg.sampling import fixed_generator, normal
 _AGREES = 0.02
 """Largest difference of a derivative from its difference quotient, relative to their size."""
 _NUM_FOR_STATISTICS = 8
-"""Examples in a check of batch norm in training."""
+"""Number of examples in a check of batch norm in training mode."""
 _NUM_DIRECTIONS = 4
-"""Directions of the difference quotients; two forwards each."""
+"""Number of directions of the difference quotients; two forwards each."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Finding:
     """One property of a model.
 
     Attributes:
-        name: What was verified.
-        passed: Whether it holds; None where it could not be verified.
-        detail: What was seen.
-        remedy: What to do where it does not hold.
+        name: Name of the property.
+        passed: Whether it holds; None if it could not be verified.
+        detail: The observation.
+        remedy: What to do if it does not hold.
     """
 
     name: str
@@ -57,17 +57,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was verified of a model; printed as a small table.
+    """The verified properties of a model; printed as a small table.
 
     Attributes:
-        findings: The properties, in the order in which they were verified.
+        findings: The properties, in the order of verification.
     """
 
     findings: tuple[Finding, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """Whether no property failed."""
         return all(finding.passed is not False for finding in self.findings)
 
     @property
@@ -100,25 +100,25 @@ def check_model(
     side_inputs: SideInputs = None,
     is_training: bool = False,
 ) -> ModelCheck:
-    """Verify that a model is a function whose Fisher matrix means something, with a remedy where it is not.
+    """Verify that the Fisher matrix of a model is well defined, and give a remedy for each failure.
 
-    - *logits*: finite floating-point logits ``(B, K)`` come back, in the precision of the inputs
+    - *logits*: the model returns finite floating-point logits ``(B, K)``, in the precision of the inputs
     - *not probabilities*: the rows are not already probabilities
-    - *full precision*: no half precision or autocast inside that could not be undone
+    - *full precision*: there is no half precision or autocast inside that could not be undone
     - *path*: a differentiable path leads from the inputs to the logits
-    - *derivative*: derivatives agree with difference quotients along random directions; a part under ``no_grad``,
-      ``detach``, a quantised or straight-through part, or a wrong backward of a custom function shows here
+    - *derivative*: derivatives agree with difference quotients along random directions; this detects a part under
+      ``no_grad``, ``detach``, a quantised or straight-through part, or a wrong backward of a custom function
     - *independence*: the logits of an example do not depend on the others in the batch
-    - *repeatability*: two calls agree, without the noise being held fixed
-    - *part of a batch*: an example alone has the same logits; else every evaluation takes the whole batch
+    - *repeatability*: two calls agree, without a fixed random state
+    - *part of a batch*: an example alone has the same logits; otherwise every evaluation uses the whole batch
 
     Args:
-        model: As in :func:`fisher_reg.fisher_spectral_norm`; it is only read.
-        inputs: ``(B, *S)``. Only the first two are used where the model takes them, and two are enough; the first
-            eight of batch norm in training.
-        likelihood: What the logits parametrise.
+        model: As in :func:`fisher_reg.fisher_spectral_norm`; it is not modified.
+        inputs: ``(B, *S)``. Only the first two are used if the model takes them; with batch norm in training mode the
+            first eight.
+        likelihood: The output distribution that the logits parametrise.
         side_inputs: More arguments of the model.
-        is_training: Whether the function that is being trained is meant, instead of the deployed one.
+        is_training: Whether to verify the function that is being trained instead of the deployed one.
 
     Returns:
         The findings. Cost: about thirteen forwards and two backward passes, partly in double precision.
@@ -137,7 +137,7 @@ def check_model(
 
 
 class _Check:
-    """The findings about one model at one batch."""
+    """The findings for one model and one batch."""
 
     def __init__(
         self, model: LogitsFunction, inputs: Tensor, likelihood: Likelihood, side_inputs: SideInputs, is_training: bool
@@ -151,8 +151,8 @@ class _Check:
         self.logits = torch.empty(0)
 
     def _first_few(self, whole: WithSideInputs, inputs: Tensor) -> tuple[WithSideInputs, Tensor]:
-        # Two values normalised by their own statistics are close to -1 and 1 whatever they are: no quotient could
-        # confirm the derivative of such a step, and networks for large images end in one value per channel.
+        # Two values normalised by their own statistics are always close to -1 and 1, so that difference quotients
+        # cannot confirm the derivative; networks for large images end with one value per channel.
         takes_statistics = self.is_training and has_training_batch_norm(self.model)
         few = slice(0, _NUM_FOR_STATISTICS if takes_statistics else 2)
         if len(inputs) <= few.stop:
@@ -166,7 +166,7 @@ class _Check:
             return whole, inputs
 
     def run(self) -> list[Finding]:
-        """Verify one property after the other; those that need logits only where there are any."""
+        """Verify one property after the other; without valid logits only those that do not need them."""
         first = self._finds_logits()
         if first.passed is False:
             return [first]
@@ -176,14 +176,12 @@ class _Check:
         return [first, self._no_probabilities(), self._full_precision(), path, derivative, *(find() for find in rest)]
 
     def _finds_logits(self) -> Finding:
-        remedy = (
-            "Give inputs that the model takes, and return logits; LogitsOf(model, logits_fn) gets them out of others."
-        )
+        remedy = "Pass inputs that the model accepts, and return logits; LogitsOf(model, logits_fn) extracts them."
         try:
             self.point = self.inputs.clone().requires_grad_()
             self.logits = self.function(self.point)
             check_logits(self.logits, len(self.inputs), self.likelihood)
-        except Exception as error:  # whatever the user's forward raises, and what is wrong with its result
+        except Exception as error:  # any error of the user's forward, or of the check of its result
             return Finding("logits", False, f"{type(error).__name__}: {error}", remedy)
         return Finding("logits", True, f"{tuple(self.logits.shape)}, {self.logits.dtype}", remedy)
 
@@ -193,7 +191,7 @@ class _Check:
             "not probabilities",
             not looks,
             "the rows are non-negative and sum to one" if looks else "",
-            "Return the logits, before softmax or sigmoid: of probabilities every number is far too small.",
+            "Return the logits, before softmax or sigmoid: with probabilities every number is far too small.",
         )
 
     def _full_precision(self) -> Finding:
@@ -237,18 +235,18 @@ class _Check:
     def _error_of_the_derivative(self) -> float | None:
         """Compare ``<w, J v>`` with a central difference quotient, for a random ``w`` and a few ``v``.
 
-        One number could agree by chance; the root of the mean square over directions hardly can.
-        A forward may round to float32 inside, which leaves the quotient in double precision nothing but noise, so that
-        the better of two precisions counts.
+        One number could agree by chance; the root mean square over directions is very unlikely to.
+        A forward may round to float32 inside, so that the quotient in double precision is only rounding error.
+        Therefore the smaller error of two precisions is returned.
 
         Returns:
-            The relative error; None if no quotient can be taken.
+            The relative error; None if there is no quotient.
         """
         errors = []
         for dtype, step in ((torch.float64, 1e-6), (self.inputs.dtype, 1e-3)):
             try:
                 errors.append(self._error_in(dtype, step))
-            except Exception:  # a forward that does not work in double precision, whatever it raises
+            except Exception:  # the forward may raise any error in double precision
                 continue
             if errors[-1] <= _AGREES:
                 break
@@ -257,7 +255,7 @@ class _Check:
     def _error_in(self, dtype: torch.dtype, step: float) -> float:
         generator = fixed_generator()
         w = normal(self.logits.detach(), generator).to(dtype)
-        w = w.masked_fill(self.logits.isneginf(), 0.0)  # a class that is left out does not move
+        w = w.masked_fill(self.logits.isneginf(), 0.0)  # logits of -inf do not change
         function = self._in_precision(dtype)
         point = self.inputs.to(dtype).requires_grad_()
         (row,) = torch.autograd.grad(function(point), point, w)  # J' w
@@ -297,7 +295,7 @@ class _Check:
         assert isinstance(evaluated, EvaluatedModel)
         with torch.no_grad():
             passed = self._close(self.function(self.inputs), self.logits)
-        detail = "" if passed else "two calls differ, though each was given the same random state"
+        detail = "" if passed else "two calls differ, although each had the same random state"
         if passed and not self.is_training:
             try:
                 refuse_random(evaluated, self.logits, lambda: self.function(self.inputs))
@@ -318,9 +316,9 @@ class _Check:
             with torch.no_grad():
                 alone = self.function.part(slice(0, 1))(self.inputs[:1])
             passed = self._close(alone, self.logits[:1])
-        except Exception:  # whatever the user's forward raises for a batch of another size
+        except Exception:  # the user's forward may raise any error for a batch of another size
             passed = False
-        detail = "" if passed else "not on its own: every evaluation takes the whole batch"
+        detail = "" if passed else "not alone: every evaluation uses the whole batch"
         return Finding("part of a batch", True if passed else None, detail, "")
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""How many examples are evaluated at once, so that the graph and the rows of a solver stay within a memory budget.
+"""Splitting of a batch into parts, so that the graph and the rows of a solver fit into a memory budget.
 
-A pass without gradient forgets each activation as soon as the next layer has read it. A Fisher pass keeps them, since
-each product with the transpose of A is a backward pass through the same graph. So a batch that fits under ``no_grad``
-may not fit here, and is cut before its forward.
+A pass without gradient frees each activation after the next layer has used it. A Fisher pass keeps the activations,
+since each product with the transpose of A is a backward pass through the same graph. A batch that fits under
+``no_grad`` may therefore not fit, and is split before its forward.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from fisher_reg.solvers import Exact
 T = TypeVar("T")
 
 DEFAULT_MEMORY_BUDGET = 4 * 2**30
-"""Bytes of graph and rows at once, unless told otherwise; on a CUDA device at most half of the memory that is free."""
+"""Default number of bytes of graph and rows; on a CUDA device at most half of the free memory."""
 
 _FEWEST_EXAMPLES = 16
-"""Batches below are not measured: a trial costs the forwards of three examples, here 2 % of an estimate at most."""
+"""Smaller batches are not measured: a trial costs the forwards of three examples, here at most 2 % of an estimate."""
 
 _KEPT_PER_NUMBER = 1024
-"""Numbers that a graph is taken to keep per number of the inputs; a batch that fits even so is not measured.
+"""Assumed number of saved numbers per input number; a batch that fits with this assumption is not measured.
 
-At 3 x 224 x 224 pixels DenseNet-121 and ViT-B/16 keep 112 and 123, ResNet-50 69; wide networks for small images keep
-more. In float32 the default budget is then 341 images of 3 x 32 x 32, and any batch of 16 or more of 3 x 224 x 224.
+At 3 x 224 x 224 pixels the graphs of DenseNet-121 and ViT-B/16 save 112 and 123, ResNet-50 69; wide networks for small
+images save more. In float32 and with the default budget, batches of more than 341 images of 3 x 32 x 32 are measured,
+and all batches of 16 or more images of 3 x 224 x 224.
 """
 
 _FREE_SHARE = 0.5
@@ -57,11 +58,11 @@ _FREE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Batch:
-    """What an estimate is taken of, and how.
+    """The model, the inputs and the settings of an estimate.
 
     Attributes:
-        opens: Opens the operator of the other attributes.
-        model: As of :func:`fisher_reg.fisher_spectral_norm`, like the following ones.
+        opens: Opens the operator, given the other attributes.
+        model: As in :func:`fisher_reg.fisher_spectral_norm`, like the following attributes.
         inputs: ``(B, *S)``.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
@@ -83,14 +84,14 @@ class Batch:
         generator: torch.Generator | None = None,
         num_eigenpairs: int = 0,
     ) -> list[T]:
-        """Return what ``run`` makes of each part of the batch; all parts draw the same numbers.
+        """Return the result of ``run`` for each part of the batch; all parts draw the same random numbers.
 
         Args:
-            run: What is done with an operator.
-            method: From the number of outputs to the solver or estimator, which says how many vectors are kept.
-            memory_budget: As of :func:`fisher_reg.fisher_spectral_norm`.
-            generator: What ``run`` draws from.
-            num_eigenpairs: Vectors that are kept beside those of the solver.
+            run: Function of an operator.
+            method: From the number of outputs to the solver or estimator, which determines the number of vectors.
+            memory_budget: As in :func:`fisher_reg.fisher_spectral_norm`.
+            generator: The generator of ``run``.
+            num_eigenpairs: Number of vectors in memory in addition to those of the solver.
 
         Returns:
             A list, in the order of the examples.
@@ -110,29 +111,29 @@ class Batch:
         results = list[T]()
         for part in parts if len(parts) > 1 else ():
             found = self._run_on(part, run, expected[part])
-            if not found:  # right numbers come before a small graph
+            if not found:  # correct numbers are more important than a small graph
                 with self.operator() as fisher:
                     return [run(fisher)]
             results += found
         return results or self._run_whole(run, num_rows, budget)
 
     def operator(self, part: slice | None = None) -> AbstractContextManager[InputFisher]:
-        """Open the operator of a part of the batch, or of all of it."""
+        """Open the operator of a part of the batch, or of the whole batch."""
         inputs, side_inputs = self.inputs, self.side_inputs
         if part is not None:
             inputs, side_inputs = inputs[part], select(side_inputs, part, len(inputs))
         return self.opens(self.model, inputs, self.likelihood, self.input_std, side_inputs)
 
     def _parts(self, num_rows: Callable[[int], int], budget: int) -> list[slice]:
-        """Return the parts that fit into the budget, as far as a trial of two examples tells."""
+        """Return parts that fit into the budget, according to a trial with two examples."""
         whole = [slice(len(self.inputs))]
-        # with sharded weights each forward is one of all processes, and they may have other numbers of examples
+        # with sharded weights each forward is a collective operation, and processes may have different batch sizes
         if is_sharded(self.model) or not is_worth_measuring(self.inputs, budget):
             return whole
         try:
             with self.operator(slice(2)) as two:
                 per_example = bytes_per_example(two, num_rows(two.logits.shape[1]))
-        except Exception:  # whatever the user's forward raises for two examples
+        except Exception:  # the user's forward may raise any error for two examples
             return whole
         return whole if per_example is None else sizes(len(self.inputs), per_example, budget)
 
@@ -145,7 +146,7 @@ class Batch:
         return logits
 
     def _run_on(self, part: slice, run: Callable[[InputFisher], T], expected: Tensor) -> list[T]:
-        """Run on a part; the list is empty where the model does not give it the logits that it has in the batch."""
+        """Run on a part; the list is empty if its logits differ from those in the whole batch."""
         try:
             with self.operator(part) as fisher:
                 return [run(fisher)] if _agrees(fisher.logits, expected) else []
@@ -162,7 +163,7 @@ class Batch:
 
 
 def _restarted(run: Callable[[InputFisher], T], generator: torch.Generator | None) -> Callable[[InputFisher], T]:
-    """Return ``run`` with a generator that begins each time where it is now, as for a batch in one part."""
+    """Return ``run`` with a generator that is reset to its current state before each call, as for an unsplit batch."""
     if generator is None:
         return run
     state = generator.get_state()
@@ -179,7 +180,7 @@ def _agrees(logits: Tensor, expected: Tensor) -> bool:
 
 
 def budget_on(device: torch.device, memory_budget: int | None) -> int:
-    """Return the bytes that may be used: what is given, else the default; nothing waits for the device."""
+    """Return the given number of bytes, else the default; without synchronisation."""
     if memory_budget is not None:
         return memory_budget
     if device.type != "cuda":
@@ -196,16 +197,16 @@ def is_worth_measuring(inputs: Tensor, budget: int) -> bool:
 
 
 def bytes_per_example(two: InputFisher, num_rows: int) -> int | None:
-    """Return what one more example adds to the graph and to the rows: the forward of one example.
+    """Return the bytes that one more example adds to the graph and to the rows. Cost: the forward of one example.
 
-    What does not depend on the number of examples, such as the weights, does not count.
+    Memory that does not depend on the number of examples, such as the weights, is not counted.
 
     Args:
         two: The operator of two examples.
-        num_rows: Vectors of ``d`` numbers that a solver keeps per example.
+        num_rows: Number of vectors of ``d`` numbers that a solver stores per example.
 
     Returns:
-        The bytes; None where the model does not give one example by itself the same logits.
+        The bytes; None if a single example does not have the same logits as in a batch of two.
     """
     one = two.restrict(torch.tensor([0], device=two.inputs.device))
     if one is None:
@@ -215,12 +216,12 @@ def bytes_per_example(two: InputFisher, num_rows: int) -> int | None:
 
 
 def sizes(count: int, per_example: int, budget: int) -> list[slice]:
-    """Cut ``count`` examples into the fewest parts within the budget, all of about the same size.
+    """Split ``count`` examples into the fewest parts within the budget, all of about the same size.
 
     Args:
-        count: How many examples there are.
-        per_example: Bytes that each takes.
-        budget: Bytes of a part; one example always is a part.
+        count: Number of examples.
+        per_example: Bytes per example.
+        budget: Largest number of bytes of a part; a part has at least one example.
 
     Returns:
         The parts, in order.
@@ -235,17 +236,17 @@ def sizes(count: int, per_example: int, budget: int) -> list[slice]:
 
 
 def rows_of(method: object, num_outputs: int) -> int:
-    """Return how many vectors of ``d`` numbers a solver or an estimator keeps per example."""
+    """Return the number of vectors of ``d`` numbers that a solver or an estimator stores per example."""
     if isinstance(method, Exact):
         return num_outputs
-    return int(getattr(method, "num_steps", _STEPS)) + 2  # one row per step, that of the start, and a product
+    return int(getattr(method, "num_steps", _STEPS)) + 2  # one row per step, one for the start, and one product
 
 
 _STEPS = 10
 
 
 def graph_bytes(output: Tensor) -> int:
-    """Return the bytes that the graph of a tensor keeps for its backward pass, each storage once."""
+    """Return the bytes that the graph of a tensor saves for its backward pass, each storage counted once."""
     storages: dict[int, int] = {}
     seen: set[Any] = set()
     nodes = [output.grad_fn]

@@ -1,30 +1,30 @@
-"""What can go wrong with a network, by kind, so that a caller can tell the kinds apart."""
+"""The errors of this package about networks, by kind."""
 
 from __future__ import annotations
 
 
 class NonFiniteError(ValueError):
-    """Something that must be finite is NaN or infinite."""
+    """A value that must be finite is NaN or infinite."""
 
 
 class NonFiniteLogitsError(NonFiniteError):
-    """The model returned logits for which no Fisher matrix exists: NaN, or infinite (but to leave a class out)."""
+    """The model returned logits without a Fisher matrix: NaN or infinite (-inf may exclude a class)."""
 
 
 class NonFiniteJacobianError(NonFiniteError):
-    """The logits are finite and their derivatives are not."""
+    """The logits are finite but their derivatives are not."""
 
 
 class ForwardError(RuntimeError):
-    """The model raised an error, which is the cause; the message says what was called with what, and the remedy."""
+    """The model raised an error, which is the cause; the message names the call, its arguments and a remedy."""
 
 
 class LogitsShapeError(ValueError):
-    """The model returned something else than logits ``(B, K)``."""
+    """The model did not return logits ``(B, K)``."""
 
 
 class NonFiniteWeightsError(NonFiniteError):
-    """A layer has NaN or infinite weights, for which no bound exists."""
+    """A layer has NaN or infinite weights, so that there is no bound."""
 
 
 class NoBoundError(NotImplementedError):

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when somebody asks for them (PEP 562)."""
+"""Names of a package that are imported at first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 def lazy_names(
     package: str, modules: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make the functions ``__getattr__`` and ``__dir__`` of a package with names that are imported late.
+    """Return the functions ``__getattr__`` and ``__dir__`` of a package with lazily imported names.
 
     Args:
         package: Its full name.
-        modules: From the name of a module in it to the names that the module provides. The modules are attributes of
-            the package too.
+        modules: From the name of a module in it to the names that the module provides. The modules are also attributes
+            of the package.
 
     Returns:
-        ``__getattr__``, which imports a name once and leaves it in the package, and ``__dir__``, which imports nothing.
+        ``__getattr__``, which imports a name once and stores it in the package, and ``__dir__``, which imports nothing.
     """
     homes = {name: module for module, names in modules.items() for name in (module, *names)}
 

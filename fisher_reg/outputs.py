@@ -1,4 +1,4 @@
-"""What a model returned, checked before anything is computed of it."""
+"""Checks of the output of a model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fisher_reg.likelihood import Bernoulli, Likelihood
 
 
 def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str = "The model") -> None:
-    """Refuse outputs that are not ``(B, K)`` logits, finite or minus infinity for classes that are left out.
+    """Raise an error unless the output is ``(B, K)`` logits, finite or minus infinity for excluded classes.
 
     Args:
-        logits: What the model returned.
+        logits: The output of the model.
         batch_size: B.
-        likelihood: What the logits parametrise.
-        call: What was called with what, to begin a message with.
+        likelihood: The output distribution that the logits parametrise.
+        call: Function and arguments, for the start of a message.
 
     Raises:
         LogitsShapeError: If the shape is not ``(B, K)``.
         ValueError: If ``K`` is too small for the likelihood, or the logits are integers.
-        NonFiniteLogitsError: If any logit is NaN or plus infinity, or minus infinity where the likelihood gives that no
-            meaning, or if a row has no finite logit; the message counts the examples.
+        NonFiniteLogitsError: If a logit is NaN or plus infinity, or minus infinity without a meaning for the
+            likelihood, or if a row has no finite logit; the message counts the examples.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch_size:
         raise LogitsShapeError(
@@ -41,8 +41,8 @@ def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str
         )
     if not logits.is_floating_point():
         raise ValueError(
-            f"{call} must return floating-point logits; it returned {logits.dtype}. Return the scores from before "
-            "argmax or round, or say how to get them with logits_fn."
+            f"{call} must return floating-point logits; it returned {logits.dtype}. Return the scores before "
+            "argmax or round, or extract them with logits_fn."
         )
     is_broken, sums_to_one, is_between = _seen(logits.detach(), likelihood)
     if is_broken:
@@ -50,12 +50,12 @@ def check_logits(logits: Any, batch_size: int, likelihood: Likelihood, call: str
     if _are_probabilities(sums_to_one, is_between, likelihood):
         warnings.warn(
             "The model returns probabilities and not logits: its rows are non-negative and sum to one, so that every "
-            "number comes out far too small. Return the values before softmax (sigmoid for Bernoulli).",
+            "number will be far too small. Return the values before softmax (sigmoid for Bernoulli).",
             stacklevel=2,
         )
     elif likelihood.shift_invariant and is_between:
         warnings.warn(
-            "All outputs lie between 0 and 1 and their rows do not sum to one, as those of a sigmoid do. If they are "
+            "All outputs lie between 0 and 1 and their rows do not sum to one, like those of a sigmoid. If they are "
             f"probabilities of {num_outputs} yes/no labels, return the values before the sigmoid and pass "
             "likelihood=Bernoulli(). If they are logits, this warning is wrong.",
             stacklevel=2,
@@ -74,8 +74,8 @@ def _describe(value: Any) -> str:
 
 
 def _remedy(value: Any, batch_size: int) -> str:
-    """Say how to get logits out of what a model returned."""
-    how, why = "module(x).logits", "If the logits are inside that, say how to get them"
+    """Return how to extract logits from the output of a model."""
+    how, why = "module(x).logits", "If it contains the logits, extract them"
     if isinstance(value, Tensor):
         why, how = _way_out_of_a_tensor(value, batch_size)
     elif not hasattr(value, "logits") and isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def _remedy(value: Any, batch_size: int) -> str:
 
 def _way_out_of_a_tensor(value: Tensor, batch_size: int) -> tuple[str, str]:
     if value.shape[:1] != (batch_size,):
-        why = "The first axis must be that of the examples. If forward takes the whole batch, or other inputs, say so"
+        why = "The first axis must be that of the examples. If forward needs the whole batch or other inputs, pass them"
         return why, "module((x, None))"
     if value.ndim == 1:
         why = (
@@ -113,9 +113,9 @@ def _may_be_logits(value: Any) -> bool:
 
 
 def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
-    """Return whether a logit is refused, whether the rows sum to one, and whether all lie between 0 and 1.
+    """Return whether a logit is invalid, whether the rows sum to one, and whether all lie between 0 and 1.
 
-    The three are read together, so that the host waits for the device once.
+    The three are read together, with one synchronisation.
     """
     of_rows = _broken(logits, likelihood).any(), _sum_to_one(logits), _lie_between(logits)
     is_broken, sums_to_one, is_between = torch.stack(of_rows).cpu().tolist()
@@ -123,7 +123,7 @@ def _seen(logits: Tensor, likelihood: Likelihood) -> tuple[bool, bool, bool]:
 
 
 def _broken(logits: Tensor, likelihood: Likelihood) -> Tensor:
-    """Return which examples ``(B,)`` have a logit that is refused."""
+    """Return which examples ``(B,)`` have an invalid logit."""
     is_left_out = logits.isneginf()
     is_refused = ~(logits.isfinite() | is_left_out)
     if getattr(likelihood, "leaves_out", False):
@@ -136,9 +136,9 @@ def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
     remedy = "Check the inputs and the weights for non-finite values."
     if bool(logits.isneginf().any()):
         if getattr(likelihood, "leaves_out", False):
-            remedy += " A logit of -inf leaves its class out; each example needs a finite one."
+            remedy += " A logit of -inf excludes its class; each example needs a finite one."
         else:
-            remedy += f" {type(likelihood).__name__} outputs cannot be left out by -inf."
+            remedy += f" {type(likelihood).__name__} outputs cannot be excluded by -inf."
     raise NonFiniteLogitsError(
         f"The logits of {int(broken.sum())} of {len(logits)} examples are NaN or infinite (the first is number "
         f"{int(broken.int().argmax())}). {remedy}"
@@ -146,16 +146,16 @@ def _refuse_non_finite(logits: Tensor, likelihood: Likelihood) -> None:
 
 
 def looks_like_probabilities(logits: Tensor, likelihood: Likelihood) -> bool:
-    """Say whether what should be logits ``(B, K)`` are probabilities.
+    """Return whether the outputs ``(B, K)`` are probabilities instead of logits.
 
     For one label out of K these are non-negative rows that sum to one; for K labels they are outputs of a sigmoid.
 
     Args:
         logits: ``(B, K)``.
-        likelihood: What they parametrise.
+        likelihood: The output distribution.
 
     Returns:
-        Whether they do. A numerical accident is very unlikely.
+        Whether they are. A coincidence is very unlikely.
     """
     _, sums_to_one, is_between = _seen(logits, likelihood)
     return _are_probabilities(sums_to_one, is_between, likelihood)
@@ -172,7 +172,7 @@ def _sum_to_one(logits: Tensor) -> Tensor:
 
 
 def _lie_between(logits: Tensor) -> Tensor:
-    # exact zeros are the work of a ReLU, and nearly equal numbers that of an untrained head
+    # exact zeros come from a ReLU, and nearly equal numbers from an untrained head
     smallest, largest = logits.aminmax()
     is_enough = logits.numel() >= 16
     return (smallest > 0) & (largest <= 1) & (largest - smallest > 0.1) & is_enough

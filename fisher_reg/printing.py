@@ -1,4 +1,4 @@
-"""Short texts of results: one line for ``repr``, a small table for ``print``."""
+"""Results as text: one line for ``repr``, a small table for ``print``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def short(value: Any) -> str:
-    """Return a few words for a value: arrays by their shape, functions by their name.
+    """Return a short text for a value: the shape of an array, the name of a function.
 
     Example:
         >>> import torch
@@ -30,7 +30,7 @@ def short(value: Any) -> str:
 
 
 def short_repr(self: Any) -> str:
-    """Return the ``repr`` of a dataclass in short: its numbers, and what differs from the defaults."""
+    """Return a short ``repr`` of a dataclass: its numbers, and the fields that differ from the defaults."""
     shown = [
         f"{field.name}={short(value)}"
         for field in dataclasses.fields(self)

@@ -30,7 +30,7 @@ def kl_ratio(fisher: InputFisher, eigenvalue: Tensor, eigenvector: Tensor, left:
         left: :math:`u`, ``(B, K)``.
 
     Returns:
-        ``(B,)``; NaN where the eigenvalue is zero or the moved logits are not finite.
+        ``(B,)``; NaN where the eigenvalue is zero or the perturbed logits are not finite.
     """
     logits, v = fisher.logits.detach(), eigenvector.flatten(1)
     # the entropy decreases along v where <z, d mu> > 0

@@ -1,6 +1,6 @@
-"""Random numbers with the shape, type and device of a tensor, drawn where the generator lives.
+"""Random numbers with the shape, type and device of a tensor, drawn on the device of the generator.
 
-Public: all of ``__all__``, for penalties and solvers that draw.
+Public: all of ``__all__``, for penalties and solvers that need random numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["fixed_generator", "normal", "signs", "uniform"]
 
 
 def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Return independent fair signs."""
+    """Return independent random signs."""
     return 2 * (uniform(like, generator) < 0.5).to(like) - 1
 
 
@@ -29,13 +29,12 @@ def normal(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def fixed_generator(seed: int = 0) -> torch.Generator:
-    """Return a generator that gives the same numbers each time, which estimates use unless told otherwise.
+    """Return a new generator with a fixed seed, the default of all estimates.
 
-    It lives on the CPU, so that an estimate has the same random numbers on every device: generators of other devices
-    give others.
+    It is on the CPU, so that an estimate has the same random numbers on every device.
 
     Args:
-        seed: Numbers that must be independent of each other need different ones.
+        seed: Use different seeds for numbers that must be independent.
 
     Returns:
         The generator.

@@ -1,4 +1,4 @@
-"""Numbers per example in a few numbers."""
+"""Summary statistics of numbers per example."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def summarize(values: Tensor) -> dict[str, Tensor]:
-    """Return mean, median, 95th percentile and maximum of ``(N,)`` values; NaN without any.
+    """Return mean, median, 95th percentile and maximum of ``(N,)`` values; NaN for no values.
 
-    A ``reduction`` of :class:`fisher_reg.FisherSpectralNorm`, and what the monitor logs.
+    Usable as the ``reduction`` of :class:`fisher_reg.FisherSpectralNorm`; the monitor logs these statistics.
 
     Args:
         values: ``(N,)``, floating point.

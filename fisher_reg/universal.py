@@ -1,7 +1,7 @@
-r"""The Fisher matrix of a whole data set: one direction that moves all predictions at once.
+r"""The mean Fisher matrix of a data set: its largest eigenvalue and the universal direction.
 
-The search runs on the input side, :math:`\mathbb{R}^d`, where nothing grows with the number of inputs: a product with
-the mean matrix is one pass through the data.
+The search works in the input space :math:`\mathbb{R}^d`, whose dimension does not depend on the number of inputs: a
+product with the mean matrix is one pass through the data.
 """
 
 from __future__ import annotations
@@ -39,35 +39,36 @@ def universal_spectral_norm(
     r"""Estimate :math:`\lambda_\max(\operatorname{mean}_x F(x))` over a data set, and its universal direction.
 
     ``eigenvalue / 2 * eps**2`` is, to second order, the largest mean KL divergence that *one* perturbation of length
-    ``eps``, the same for all inputs, can cause. It is not the mean of :func:`fisher_reg.fisher_spectral_norm`, where
-    each input has its own worst direction: since :math:`\lambda_\max` is convex,
+    ``eps``, the same for all inputs, can cause. In the mean of :func:`fisher_reg.fisher_spectral_norm` each input has
+    its own direction instead. Since :math:`\lambda_\max` is convex,
 
     .. math:: \lambda_\max(\operatorname{mean}_x F(x)) \le \operatorname{mean}_x \lambda_\max(F(x)) .
 
-    A symmetric block Lanczos iteration with full reorthogonalisation finds it. Each step goes once through all batches:
-    one forward of each, and a forward-mode and a backward pass for each of ``num_starts`` vectors, at least three. The
-    start takes two more times through all batches: random signs on all outputs, pulled back to the inputs, meet each
-    eigenvector in proportion to the root of its eigenvalue. Another time gives ``left_singular_vector``. As with
-    :class:`Lanczos`, a spectrum whose largest eigenvalues nearly coincide may still stop at the second.
+    It is computed by a symmetric block Lanczos iteration with full reorthogonalisation. Each step is one pass through
+    all batches: one forward of each batch, and a forward-mode and a backward pass for each of ``num_starts`` vectors,
+    at least three. The start vectors need two more passes: they are VJPs with random signs on all outputs, whose
+    components along the eigenvectors are proportional to the roots of the eigenvalues. One more pass gives
+    ``left_singular_vector``. If the largest eigenvalues nearly coincide, the iteration may stop at the second one.
 
     Memory: ``2 num_starts`` vectors of ``d`` numbers per step, one number per input, the ``N K`` numbers of
-    ``left_singular_vector``, and what one batch needs.
+    ``left_singular_vector``, and the memory of one batch.
 
     Args:
-        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not named here.
-        batches: Inputs ``(B, *S)``, or sequences that begin with them; iterable several times, each time with the same
-            inputs in the same order (a list, or a loader that neither shuffles nor augments), on the model's device.
-        solver: :class:`Lanczos` or :class:`PowerIteration`, which has a single start.
+        model: As in :func:`fisher_reg.fisher_spectral_norm`, like all arguments that are not explained here.
+        batches: Inputs ``(B, *S)``, or sequences whose first item they are; iterable several times, each time with the
+            same inputs in the same order (a list, or a loader without shuffling and augmentation), on the model's
+            device.
+        solver: :class:`Lanczos` or :class:`PowerIteration`, which has a single start vector.
         likelihood: The output distribution.
         input_std: Standard deviation of the input normalisation.
-        generator: Source of the start vector.
+        generator: Generator of the start vectors.
 
     Returns:
         Fields with a leading axis of length 1; ``eigenvector`` :math:`v` is ``(1, *S)``, and ``left_singular_vector``
         ``(1, N K)``. ``eigenvalue`` is :math:`\theta = v^\top F v` in nats per squared input unit, never above the true
         value beyond round-off; ``residual`` is :math:`\|F v - \theta v\|`, within which an eigenvalue lies.
-        ``converged`` says that it is small after at least one step from dense random starts; an upper end of
-        ``interval`` needs the trace, the mean of :func:`fisher_reg.fisher_trace`.
+        ``converged`` means that the residual is small after at least one step from dense random start vectors; an upper
+        end of ``interval`` needs the trace, the mean of :func:`fisher_reg.fisher_trace`.
 
     Raises:
         TypeError: For another solver.
@@ -114,7 +115,7 @@ def universal_spectral_norm(
 
 @dataclass(frozen=True)
 class _Found:
-    """The best pair of a search: ``vector`` ``(d,)`` is zero where the matrix is; ``ritz_values`` descend."""
+    """The top pair of a search: ``vector`` ``(d,)`` is zero for a zero matrix; ``ritz_values`` are descending."""
 
     value: Tensor
     vector: Tensor
@@ -126,7 +127,7 @@ class _Found:
 
 
 def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration) -> _Found:
-    """Rayleigh-Ritz on a space that grows by its best residuals (Lanczos), or on the last product alone."""
+    """Rayleigh-Ritz on a space that grows by the residuals of the top pairs (Lanczos), or on the last product only."""
     remembers = isinstance(solver, Lanczos)
     max_steps = solver.num_steps if isinstance(solver, Lanczos) else solver.max_iterations
     basis, products, num_products = starts[:0], starts[:0], 0
@@ -137,14 +138,14 @@ def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration)
         values, vectors = torch.linalg.eigh(0.5 * (basis @ products.mT + products @ basis.mT))  # V F V'
         best = vectors[:, -len(starts) :].flip(1).mT
         y, images = best @ basis, best @ products
-        theta = (y * images).sum(1, keepdim=True).clamp_min(0)
-        rest = images - theta * y
+        theta = (y * images).sum(1, keepdim=True).clamp_min(0)  # theta = y' F y
+        rest = images - theta * y  # residual vector F y - theta y
         residual = rest.norm(dim=1)
         converged = bool(residual[0] <= solver.rtol * theta[0])
-        # where only rounding is left of a residual there is nowhere to go
+        # a residual that is only rounding error gives no new direction
         rest = rest[residual > 100 * torch.finfo(mean.dtype).eps * theta[0]]
         new = mean.orthonormalised(rest, basis) if remembers else mean.rounded(images)
-        # a start that is nearly an eigenvector need not be the first one
+        # a start vector that is nearly an eigenvector need not be the top one
         if (converged and step > 0) or len(rest) == 0 or len(new) == 0:
             break
         if not remembers:
@@ -155,12 +156,12 @@ def _search(mean: _MeanFisher, starts: Tensor, solver: Lanczos | PowerIteration)
 
 
 _CHANGED = (
-    "The batches are not the same each time: another pass gave other logits than the first. Use a loader that neither "
-    "shuffles nor augments."
+    "The batches are not the same each time: a later pass gave other logits than the first. Use a loader without "
+    "shuffling and augmentation."
 )
 
-_NUM_STARTS = 3  # a single start stopped at the second of two near eigenvalues in one of ten trials
-_TILT = 0.03  # dense random part of the start: small against the rest, large against round-off
+_NUM_STARTS = 3  # a single start vector stopped at the second of two close eigenvalues in one of ten trials
+_TILT = 0.03  # dense random part of the start vectors: small relative to the rest, large relative to rounding
 _AGREES = 0.05  # |A v|^2 and v' F v, relative
 
 
@@ -182,7 +183,7 @@ class _MeanFisher:
         self._num_inputs = self._num_outputs = 0
 
     def starts(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Pull ``count`` sets of random signs on all outputs back to the inputs, in the first pass.
+        """Compute VJPs with ``count`` sets of random signs on all outputs, in the first pass.
 
         Returns:
             Unit vectors ``(count, d)``, each with a small dense random part.
@@ -205,11 +206,11 @@ class _MeanFisher:
 
         self._pass(pull)
         if total is None:
-            raise ValueError("batches is empty; there is nothing to take the mean of.")
+            raise ValueError("batches is empty, so that there is no mean.")
         return unit(total) + _TILT * unit(normal(total, generator))
 
     def orthonormalised(self, vectors: Tensor, basis: Tensor) -> Tensor:
-        """Return the unit components of ``vectors`` ``(n, d)`` outside ``basis``; those that are round-off fall out."""
+        """Return the unit components of ``vectors`` ``(n, d)`` outside ``basis``, without rounding errors."""
         count = len(basis)
         for vector in vectors:
             rest = unit(vector)
@@ -220,7 +221,7 @@ class _MeanFisher:
         return basis[count:]
 
     def rounded(self, vectors: Tensor) -> Tensor:
-        """Return unit vectors as the network sees them, in its precision."""
+        """Return unit vectors rounded to the precision of the network."""
         return unit(vectors).to(self.dtype).double()
 
     def product(self, vectors: Tensor) -> Tensor:
@@ -241,13 +242,13 @@ class _MeanFisher:
         self._pass(multiply)
         if bool(((squares - (vectors * totals).sum(1)).abs() > _AGREES * squares).any()):
             raise ValueError(
-                "Forward-mode and backward passes disagree. A model does that if its forward is random, or if a part "
-                "of it runs under torch.no_grad(), which forward-mode passes do not respect; use detach() there."
+                "Forward-mode and backward passes disagree. This happens if the forward is random, or if a part of the "
+                "model runs under torch.no_grad(), which forward-mode passes ignore; use detach() there."
             )
         return totals / self._num_inputs
 
     def image(self, vector: Tensor, value: Tensor) -> Tensor:
-        r"""Return :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, of unit length: one pass. Zero where the value is."""
+        r"""Return the unit vector :math:`u = A v / \sqrt{N \theta}` ``(N K,)``, zero if the value is: one pass."""
         tangent, end = vector.to(self.dtype), 0
         length = math.sqrt(self._num_inputs * float(value)) or 1.0
         image = tangent.new_empty(self._num_outputs)
@@ -280,7 +281,7 @@ def _total(rows: Tensor) -> Tensor:
 
 
 def _mark(logits: Tensor) -> Tensor:
-    """Return one number per input ``(B,)``, a random projection of its logits, to recognise them."""
+    """Return one number per input ``(B,)``, a random projection of its logits, for comparison with later passes."""
     direction = normal(logits[0].double(), fixed_generator())
     return present(logits).double() @ direction
 

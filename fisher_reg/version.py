@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("fisher-reg")
-except PackageNotFoundError:  # the source was put on the path and not installed: nothing states its version
+except PackageNotFoundError:  # the source is on the path but not installed, so that its version is unknown
     __version__ = "0+unknown"

@@ -1,1 +1,1 @@
-"""Runnable recipes: build from a Hydra config, call the library, write files. No mathematics."""
+"""Runnable recipes: they build objects from a Hydra config, call the library, and write files."""

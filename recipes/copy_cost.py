@@ -1,10 +1,12 @@
-"""What the copy costs that an estimate runs instead of the user's module: ``python -m recipes.copy_cost``.
+"""Measure the cost of the copy that an estimate runs instead of the user's module: ``python -m recipes.copy_cost``.
 
 In each round a network of torchvision is copied and its default estimate is taken, one after the other. ``share`` is
-the median of the quotients of the two times. ``copied_mb`` are the tensors of the copy that it does not share with the
+the median of the ratio of the two times. ``copied_mb`` is the size of the tensors that the copy does not share with the
 network.
 
-Leaves ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) in Hydra's run folder.
+Writes ``copy_cost.csv`` and ``copy_cost.json`` (with versions and settings) to Hydra's run folder.
+
+Takes about six minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def copy_cost(config: DictConfig) -> pd.DataFrame:
 
 
 def measure(name: str, network: DictConfig, config: DictConfig, device: torch.device) -> dict[str, str | float]:
-    """Return the row of one network, with the weights that it begins with."""
+    """Return the row of one network, with its initial weights."""
     torch.manual_seed(config.seed)
     model: nn.Module = instantiate(network).to(device).eval()
     images = torch.rand(config.num_images, 3, config.image_size, config.image_size, device=device)

@@ -1,7 +1,7 @@
-"""Put the runs of a sweep into one table: ``python -m recipes.summarize outputs/train/… results.csv``.
+"""Collect the runs of a sweep in one table: ``python -m recipes.summarize outputs/train/… results.csv``.
 
-Reads every ``summary.json`` below the folder, writes one row per run to the CSV file, and prints means and standard
-errors over seeds as a Markdown table.
+Reads every ``summary.json`` below the folder and prints means and standard errors over seeds as a Markdown table.
+Leaves the CSV file, with one row per run. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from recipes.reporting.tables import baseline_first, markdown_table, with_error
+from recipes.runtime.help import plain
+from recipes.runtime.mistakes import end
 
 GROUP = ["data", "model", "penalty", "penalty_weight"]
 SHOWN = {
@@ -27,11 +29,16 @@ SHOWN = {
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=plain(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="a sweep's folder")
     parser.add_argument("output", type=Path, help="the CSV file to write")
     arguments = parser.parse_args()
-    runs = read_runs(arguments.folder)
+    try:
+        runs = read_runs(arguments.folder)
+    except FileNotFoundError as error:
+        end(str(error))
     runs.to_csv(arguments.output, index=False, float_format="%.6g")
     print(as_markdown(runs))
 

@@ -1,17 +1,19 @@
 """Check the mathematics on a trained network: ``python -m recipes.theory model=vgg``.
 
-Three statements, each with the rate at which its error must fall:
+Three statements, each with the rate at which its error must decrease:
 
-1. F is the variance of the input gradients of the logits over the labels that the network draws: the error of n sampled
-   labels falls as n^(-1/2).
+1. F is the covariance of the input gradients of the logits over labels drawn under the network: the error of n sampled
+   labels decreases as n^(-1/2).
 2. KL(p_x || p_{x+d}) = d'Fd / 2 + O(|d|^3), along the top eigenvector and along random directions: KL grows with slope
    2, its relative deviation from the quadratic form with slope 1, and ``breaks_at`` is the length at which the median
    deviation passes 10 %, interpolated in the logarithms between the two measured lengths around it.
-3. The trace estimators have the variances that their formulas say.
+3. The trace estimators have the variances of their formulas.
 
-Leaves ``theory.csv`` (the curves), ``theory.png`` and ``theory.json`` (the slopes) in Hydra's run folder. Everything is
-computed in float64 on test images with a little noise: flat backgrounds lie exactly on the kinks of max pooling, where
-no expansion holds.
+Writes ``theory.csv`` (the curves), ``theory.png`` and ``theory.json`` (the slopes) to Hydra's run folder. Everything is
+computed in float64 on test images with a little noise: without it flat backgrounds are exactly at the kinks of max
+pooling, where no expansion holds.
+
+Takes about a minute and a half on two CPU cores.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from recipes.runtime.command import command
 from recipes.runtime.progress import track
 
 BREAKS = 0.1
-"""Relative deviation of the divergence from the quadratic form at which the expansion counts as broken."""
+"""Relative deviation of the divergence from the quadratic form above which the expansion is no longer valid."""
 
 
 @command("theory")
@@ -52,7 +54,7 @@ def main(config: DictConfig) -> None:
 
 
 def check(config: DictConfig) -> dict[str, float]:
-    """Check the statements, write the files, and return what ``theory.json`` holds."""
+    """Check the statements, write the files, and return the content of ``theory.json``."""
     check_noise(config.noise)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def label_variance(
 
 
 def divergence(network: nn.Module, images: Tensor, pairs: EigenResult, lengths: np.ndarray[Any, Any]) -> pd.DataFrame:
-    """Return the divergence over the quadratic form, by length of the step, along two kinds of direction."""
+    """Return the ratio of the divergence to the quadratic form, by step length, for two kinds of direction."""
     top = pairs.eigenvector[:, 0]
     random = torch.nn.functional.normalize(torch.randn_like(images).flatten(1)).view_as(images)
     rows = []
@@ -116,7 +118,7 @@ def divergence(network: nn.Module, images: Tensor, pairs: EigenResult, lengths: 
 def trace_variance(
     network: nn.Module, images: Tensor, pairs: EigenResult, num_probes: list[int], num_repeats: int
 ) -> pd.DataFrame:
-    """Return the root mean square error of the trace estimators over what their formula says."""
+    """Return the root mean square error of the trace estimators divided by that of their formula."""
     left = pairs.left_singular_vector
     gram = left.mT @ (pairs.eigenvalue[:, :, None] * left)
     trace = pairs.eigenvalue.sum(1)
@@ -138,7 +140,7 @@ def trace_variance(
 
 
 def summarize(curves: pd.DataFrame) -> dict[str, float]:
-    """Fit the slopes in the logarithms of the medians over images, below the length at which the expansion breaks."""
+    """Fit the slopes of the logarithms of the medians over images, for lengths at which the expansion is valid."""
     medians = _medians(curves)
     summary = {"label_variance_slope": _slope(medians["label variance", "labels"])}
     for name in ("top eigenvector", "random direction"):
@@ -221,7 +223,7 @@ def report(summary: dict[str, float], folder: Path) -> None:
         rows.append((key.replace("_", " "), "1" if "over_formula" in key else expected, value))
     console = Console()
     shown = pd.DataFrame(rows, columns=["quantity", "theory", "measured"])
-    print_table(console, "what theory says, and what the network does", shown)
+    print_table(console, "theory and measurement", shown)
     console.print(f"Files: {folder}", soft_wrap=True)
 
 

@@ -1,18 +1,20 @@
-"""Do the singular vectors of the last epoch make the next measurement cheaper? ``python -m recipes.warm_starts``.
+"""Test whether singular vectors of the last epoch make a measurement cheaper: ``python -m recipes.warm_starts``.
 
-A network is trained, and after each epoch the same validation images are measured by several searches:
+A network is trained, and after each epoch the same validation images are measured by several variants of the solver:
 
-- ``cold``: the default solver, whose guess is the contrast of the two likeliest classes
-- ``warm``: the same with the left singular vector of the epoch before as its guess, made orthogonal to ``sqrt(p)``, the
-  direction that the outputs cannot move in
-- ``perfect``: the same with the left singular vector of this very network, which no warm start can better
-- ``cold, 1 step`` and ``warm, 1 step``: ended after one step, so that most intervals stay wide
+- ``cold``: the default solver, whose guess is the contrast of the two most probable classes
+- ``warm``: the same with the left singular vector of the previous epoch as its guess, made orthogonal to ``sqrt(p)``,
+  which is not in the range of ``A``
+- ``perfect``: the same with the left singular vector of the current network, the best possible warm start
+- ``cold, 1 step`` and ``warm, 1 step``: stopped after one step, so that most intervals stay wide
 
 ``passes`` is the cost per image in forwards: one for the graph, one for each backward pass and for each difference
 quotient, three for each exact forward-mode pass. ``error_p95`` and ``error_max`` are relative to the exact eigenvalue.
 
-Leaves ``warm_starts.csv`` (every epoch), ``warm_starts.md`` (means over the epochs from the second one on) and
-``warm_starts.json`` (settings) in Hydra's run folder.
+Writes ``warm_starts.csv`` (every epoch), ``warm_starts.md`` (means over the epochs from the second one on) and
+``warm_starts.json`` (settings) to Hydra's run folder.
+
+Takes about a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def _of_a_network(name: str, config: DictConfig) -> list[dict[str, Any]]:
 
 
 class _Searches(pl.Callback):
-    """Measures the same images after each epoch, in each way."""
+    """Measures the same images after each epoch with each search."""
 
     def __init__(self, name: str, images: Tensor) -> None:
         self.name = name

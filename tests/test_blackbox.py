@@ -149,7 +149,7 @@ def test_the_network_gets_no_gradient_and_no_new_mode():
     ("answer", "message"),
     [
         (lambda x: x[:, :3], "sum of a row differs from one by .* pass lambda x: predict\\(x\\).softmax"),
-        (lambda x: torch.full((len(x), 3), 0.3), "off one by 0.1"),
+        (lambda x: torch.full((len(x), 3), 0.3), "differs from one by 0.1"),
         (lambda x: torch.tensor([[1.5, -0.5]]).expand(len(x), -1), "smallest value is -0.5"),
         (lambda x: torch.full((len(x), 2), torch.nan), "NaN or infinite"),
         (lambda x: torch.ones(len(x)), r"\(B, K\) with B = 4 and K >= 2; it returned \(4,\)"),

@@ -7,7 +7,7 @@ from torch import nn
 from fisher_reg import Bernoulli, Categorical, Gaussian, KLPenalty, MarginTempered, fisher_spectral_norm
 from fisher_reg.outputs import check_logits
 
-SIGMOID = r"between 0 and 1.*as those of a sigmoid.*9 yes/no labels.*likelihood=Bernoulli\(\)"
+SIGMOID = r"between 0 and 1.*like those of a sigmoid.*9 yes/no labels.*likelihood=Bernoulli\(\)"
 
 
 def _network(*last):

@@ -26,7 +26,7 @@ def blackbox_spectral_norm(
     progress: Progress | None = None,
     generator: torch.Generator | None = None,
 ) -> BlackBoxResult:
-    r"""Estimate the largest eigenvalue of the input-space Fisher matrix from predictions alone, per example.
+    r"""Estimate the largest eigenvalue of the input-space Fisher matrix from predictions only, per example.
 
     Args:
         predict: Maps inputs ``(B, *S)`` to probabilities ``(B, K)``: a network in evaluation mode followed by softmax,

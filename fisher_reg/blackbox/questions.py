@@ -68,7 +68,7 @@ class Questions:
         """Return the length ``(B,)`` of the longest step that stays within the bounds for every pixel."""
         if self.low is None or self.high is None:
             return self.inputs.new_full((len(self.inputs),), torch.inf)
-        room = (self.high - self.low) * self.std / (2 * _REACH)
+        room = (self.high - self.low) * self.std / (2 * _REACH)  # largest h with 2 sqrt(3) h / sigma <= high - low
         return room.expand_as(self.inputs).flatten(1).amin(1)
 
     def _per_example(self, numbers: Tensor) -> Tensor:

@@ -50,13 +50,14 @@ class BlackBoxMax:
             direction = questions.unit_direction(generator)
             ahead = service.roots(questions.around(size, size, direction))
             behind = service.roots(questions.around(size, -size, direction))
+            # v' F v = |J_g v|^2 with J_g v = (g(x + h v) - g(x - h v)) / (2 h)
             quotients.append(((ahead - behind) / (2 * self.step)).square().sum(1))
         values = torch.stack(quotients).to(size)
         return BlackBoxResult(
             eigenvalue=values.amax(0),
             standard_error=torch.full_like(size, torch.nan),
             bias_bound=torch.full_like(size, torch.nan),
-            trace=values.mean(0) * questions.inputs[0].numel(),
+            trace=values.mean(0) * questions.inputs[0].numel(),  # tr F = d E[v' F v]
             step=size,
             num_queries=self.num_questions,
             reason=("",) * len(size),

@@ -58,12 +58,12 @@ def resolve(
     moves = torch.stack(  # (L, B, n, K)
         [torch.stack([service.roots(questions.point(h, v)) - base for v in directions], 1) for h in lengths]
     )
-    y = moves / lengths[:, :, None, None]
+    y = moves / lengths[:, :, None, None]  # y_i = (g(x + h_i v) - g(x)) / h_i
     error, inner = _errors(y).min(0)
     each = torch.arange(len(base), device=base.device)
     step, ahead = lengths[inner + 1, each], y[inner + 1, each]
     behind = torch.stack([service.roots(questions.point(step, -v)) - base for v in directions], 1) / step[:, None, None]
-    evenness = _energy((ahead + behind) / 2) / _energy(ahead)
+    evenness = _energy((ahead + behind) / 2) / _energy(ahead)  # even part: (y(v) + y(-v)) / 2
     ignores = torch.zeros_like(error, dtype=torch.bool)
     if not questions.are_bounded:
         middle = len(lengths) // 2
@@ -79,7 +79,7 @@ def resolve(
 def _errors(y: Tensor) -> Tensor:
     """Return the relative energy of the error at the inner lengths, ``(L - 2, B)``, of quotients ``(L, B, n, K)``."""
     difference = _energy(y[1:] - y[:-1]) / _energy(y[1:])  # D_i
-    errors = difference[:-1] / RATIO**2 + difference[1:] / (RATIO - 1) ** 2
+    errors = difference[:-1] / RATIO**2 + difference[1:] / (RATIO - 1) ** 2  # D_{i-1} / r^2 + D_i / (r - 1)^2
     return errors.nan_to_num(torch.inf, torch.inf)
 
 

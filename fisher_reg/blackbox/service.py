@@ -49,7 +49,7 @@ class Service:
         p = torch.cat([self._answer(part) for part in question.split(self._batch_size)])
         self.num_asked += 1
         self._progress(self.num_asked, self._total)
-        return 2 * _completed(p.clamp_min(0)).sqrt()
+        return 2 * _completed(p.clamp_min(0)).sqrt()  # g = 2 sqrt(p)
 
     def _answer(self, part: Tensor) -> Tensor:
         own = part.clone(memory_format=torch.contiguous_format)  # predict may change it in place

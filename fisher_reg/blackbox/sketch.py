@@ -87,7 +87,7 @@ class BlackBox:
         sketch = [] if found is None else [found.columns]
         while service.num_asked < self.num_queries:
             answer = service.roots(questions.point(step, questions.direction(generator)))
-            sketch.append(((answer - base) / step[:, None])[:, None])
+            sketch.append(((answer - base) / step[:, None])[:, None])  # y = (g(x + h v) - g(x)) / h
         return self._result(torch.cat(sketch, 1), spread, step, found)
 
     def _piloted(
@@ -109,10 +109,10 @@ class BlackBox:
         eigenvalue, centred = _jackknife(sketch), _centred(sketch)
         energy = centred.square().sum(2)
         trace = energy.sum(1) / count
-        extra = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness
+        extra = torch.zeros_like(trace) if found is None else 4 * found.error + _KINKS * found.evenness  # 4 E + V / 2
         reason = _reasons(sketch, spread, found)
         missing = torch.tensor([bool(why) for why in reason], device=trace.device)
-        per_column = trace / eigenvalue.clamp_min(torch.finfo(trace.dtype).tiny) / count
+        per_column = trace / eigenvalue.clamp_min(torch.finfo(trace.dtype).tiny) / count  # r / m
         numbers = {
             "eigenvalue": eigenvalue,
             "standard_error": eigenvalue * (2 / count + extra).sqrt(),
@@ -151,7 +151,7 @@ def _variance(base: Tensor) -> Tensor:
     """Return ``1 - |p|^2`` of ``g = 2 sqrt(p)``, computed without the largest p, which may round to one."""
     p = (base / 2).square()
     others = p.scatter(1, p.argmax(1, keepdim=True), 0)
-    rest = others.sum(1)
+    rest = others.sum(1)  # q = 1 - p_1, so that 1 - |p|^2 = q (2 - q) - sum_{k > 1} p_k^2
     return (rest * (2 - rest) - others.square().sum(1)).clamp_min(0)
 
 
@@ -185,7 +185,7 @@ def _jackknife(sketch: Tensor) -> Tensor:
         return whole
     group = torch.arange(num_columns, device=sketch.device) % num_groups
     left_out = torch.stack([_top(sketch[:, group != one]) for one in range(num_groups)]).mean(0)
-    corrected = num_groups * whole - (num_groups - 1) * left_out
+    corrected = num_groups * whole - (num_groups - 1) * left_out  # n T - (n - 1) mean_i T_{-i}
     return torch.where(corrected > 0, corrected, whole)  # with few columns the correction can exceed the value
 
 

@@ -41,9 +41,9 @@ class LambdaControl:
         if not 0 < self.target < math.inf:
             raise ValueError(f"target_lambda must be positive and finite; got {self.target}.")
         self.begin = self.weight
-        self.begin_anew()
+        self.reset()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Reset the weight and the measurements of an earlier training."""
         self.weight = self.begin
         self._measured_at = -1

@@ -191,7 +191,7 @@ class GradientGuard:
     measure_every: int | None = 50
     is_measuring: bool = field(default=False, init=False)
     num_penalised: int = field(default=0, init=False)
-    _told: set[str] = field(default_factory=set, init=False)
+    _warned: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if self.max_ratio is not None and not 0 < self.max_ratio < math.inf:
@@ -199,10 +199,10 @@ class GradientGuard:
         if self.measure_every is not None and self.measure_every < 1:
             raise ValueError(f"FisherRegularizer needs gradient_ratio_every >= 1 or None; got {self.measure_every}.")
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Reset the count of penalised steps."""
         self.num_penalised = 0
-        self._told.clear()
+        self._warned.clear()
 
     def count(self) -> None:
         """Count a penalised step, also a skipped one, so that all processes measure at the same step."""
@@ -247,7 +247,9 @@ class GradientGuard:
         """
         if cut.obstacle is not None:
             if self.max_ratio is not None:
-                self.tell("obstacle", f"max_gradient_ratio has no effect on {type(module).__name__}: {cut.obstacle}.")
+                self.warn_once(
+                    "obstacle", f"max_gradient_ratio has no effect on {type(module).__name__}: {cut.obstacle}."
+                )
             assert not isinstance(taken, SeparateGradient)
             return Guarded(taken)
         gradient = taken if isinstance(taken, SeparateGradient) and taken.is_finite else None
@@ -274,7 +276,7 @@ class GradientGuard:
                 of_loss = torch.autograd.grad(scaled, cut.parameters, retain_graph=True, allow_unused=True)
                 of_penalty = cut.nothing if gradient is None else gradient.at_parameters(cut, scale)
         except RuntimeError as error:
-            self.tell("obstacle", f"The gradients of loss and penalty cannot be compared: {error}")
+            self.warn_once("obstacle", f"The gradients of loss and penalty cannot be compared: {error}")
         norms = [_norm_of_mean(module.trainer, gradients, cut.parameters) for gradients in (of_penalty, of_loss)]
         ratio = coefficient * norms[0] / (norms[1] / scale)
         return None if math.isnan(ratio.item()) else ratio
@@ -288,12 +290,14 @@ class GradientGuard:
     def report(self, ratio: float) -> None:
         """Warn once if the gradient is much larger than that of the loss."""
         if ratio > _WARN_ABOVE:
-            self.tell("ratio", _DWARFED.format(ratio=ratio) + (_LIMITED if self.max_ratio is not None else _REMEDIES))
+            self.warn_once(
+                "ratio", _DWARFED.format(ratio=ratio) + (_LIMITED if self.max_ratio is not None else _REMEDIES)
+            )
 
-    def tell(self, what: str, message: str) -> None:
+    def warn_once(self, what: str, message: str) -> None:
         """Warn once per fit."""
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             rank_zero_warn(message)
 
 

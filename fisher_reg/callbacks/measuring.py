@@ -353,19 +353,19 @@ def with_names(known: Mapping[int, Level], found: Mapping[int, Level]) -> dict[i
 
 def messages(values: Values) -> dict[str, str]:
     """Return the warnings after a measurement, by their kind."""
-    said = dict(values.troubles)
-    if "examples" in said:
+    warnings = dict(values.troubles)
+    if "examples" in warnings:
         left_out = int((~values.column("eigenvalue").isfinite()).sum())
         begin = f"leaves out {left_out} of the {len(values.places)} examples of its probe, which cannot be measured"
-        said["examples"] = f"{begin}. The first failure: {said['examples']}"
+        warnings["examples"] = f"{begin}. The first failure: {warnings['examples']}"
     ratios = values.column("kl_ratio")
     ratios = ratios[ratios.isfinite()]
     if len(ratios) and ratios.median() < _MASKS:
-        said["masking"] = _MASKING.format(float(ratios.median()))
+        warnings["masking"] = _MASKING.format(float(ratios.median()))
     missed = single_step.warning(*map(values.column, single_step.COLUMNS))
     if missed is not None:
-        said["single step"] = missed
-    return said
+        warnings["single step"] = missed
+    return warnings
 
 
 _MASKS = 0.2

@@ -215,7 +215,7 @@ class FisherMonitor(Callback):
         self.given = None if probe is None else self._given(probe, inputs_fn)
         self.history: list[dict[str, Any]] = []
         self._warned: set[str] = set()
-        self._begin_anew()
+        self._reset()
 
     def __repr__(self) -> str:
         samples = "all" if self.given is None and self.num_samples is None else self.num_samples
@@ -227,7 +227,7 @@ class FisherMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Raise an error for a fit without data to measure on; start a new probe, since the data may be new."""
-        self._begin_anew()
+        self._reset()
         self._keys_begin_with = self._own_prefix(trainer)
         if stage != "fit":
             return
@@ -335,7 +335,7 @@ class FisherMonitor(Callback):
         if kept is not None:
             self.history = list(kept)
 
-    def _begin_anew(self) -> None:
+    def _reset(self) -> None:
         """Reset the state that depends on the network and the data."""
         self._probe = Probe(self.num_samples)
         self._keys_begin_with = self.prefix

@@ -46,13 +46,13 @@ class Place:
     batch_fraction: float
     use_running_statistics: bool
     logits_fn: LogitsFn | None
-    _told: bool = field(default=False, init=False)
+    _logged: bool = field(default=False, init=False)
     _takes_parts: bool = field(default=True, init=False)
     _tolerated: dict[torch.dtype, bool] = field(default_factory=dict, init=False)
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Reset the state of an earlier fit."""
-        self._told = False
+        self._logged = False
         self._takes_parts = True
         self._tolerated.clear()
 
@@ -69,7 +69,7 @@ class Place:
             return False
         obstacle = standing_obstacle(module) if side_inputs is None else "the model takes side inputs"
         if obstacle is not None:
-            self.tell(obstacle)
+            self.log_once(obstacle)
         return obstacle is None
 
     def half_precision(self, module: pl.LightningModule, inputs: Tensor) -> torch.dtype | None:
@@ -123,7 +123,7 @@ class Place:
             if recording is not None:
                 return self.by_itself(_trained(due, Noise(due.inputs.device), recording), due, options)
         except UnrecordedError:
-            self.tell("batch norms of the training step were not observed")
+            self.log_once("batch norms of the training step were not observed")
         with differentiable(due.inputs) as inputs:
             model = _trained(due, Noise(due.inputs.device), None)
             model.recording = called(WithSideInputs(model.record, due.side_inputs, len(inputs)), inputs)
@@ -144,7 +144,7 @@ class Place:
         if obstacle is None and self.differentiates_twice and seen.recording.calls:
             obstacle = "second derivatives would go through the batch statistics of the training step"
         if obstacle is not None:
-            self.tell(obstacle)
+            self.log_once(obstacle)
         return obstacle is None
 
     def at_the_step(self, due: Due, seen: Observation, options: dict[str, Any]) -> Tensor:
@@ -190,7 +190,7 @@ class Place:
         size = of_the_step.nan_to_num(neginf=0.0).abs().max().item()
         does = torch.allclose(own.detach().to(of_the_step), of_the_step, rtol=tolerance, atol=tolerance * size)
         if not does:
-            self.tell("the logits of a part of the batch differ from those in the step")
+            self.log_once("the logits of a part of the batch differ from those in the step")
         return does
 
     def by_itself(self, model: nn.Module, due: Due, options: dict[str, Any]) -> Tensor:
@@ -212,10 +212,10 @@ class Place:
         count = max(1, round(self.batch_fraction * len(due.inputs)))
         return torch.randperm(len(due.inputs), generator=options["generator"])[:count].to(due.inputs.device)
 
-    def tell(self, obstacle: str) -> None:
+    def log_once(self, obstacle: str) -> None:
         """Log once per fit why the forward of the step is not reused."""
-        if not self._told:
-            self._told = True
+        if not self._logged:
+            self._logged = True
             rank_zero_info(f"FisherRegularizer runs a forward of its own: {obstacle}.")
 
 

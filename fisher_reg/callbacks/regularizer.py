@@ -205,10 +205,10 @@ class FisherRegularizer(Callback):
             return
         refuse_unseen_batch_norm(pl_module)
         self._checked = False
-        self.place.begin_anew()
-        self.guard.begin_anew()
+        self.place.reset()
+        self.guard.reset()
         if self.control is not None:
-            self.control.begin_anew()
+            self.control.reset()
         self._step = PenalisedStep.of(trainer, pl_module)
         self._step.regularizers.append(self)
 

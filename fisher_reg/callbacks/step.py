@@ -111,7 +111,7 @@ class PenalisedStep:
         self.taps: dict[object, Tap] = {}
         self.pending: list[functools.partial[Tensor]] = []
         self.num_backward = 0
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.replaced = {name: vars(self.strategy)[name] for name in _WRAPPED if name in vars(self.strategy)}
         self.training_step = self.strategy.training_step
         self.backward = self.strategy.backward
@@ -193,24 +193,24 @@ class PenalisedStep:
         ]
         self.pending = []
         if missed:
-            self.tell(
+            self.warn_once(
                 "missed",
                 "The penalty was not added: this module optimises manually, and its training_step did not call "
                 "self.manual_backward(loss) as often as FisherRegularizer(backward_pass=...) needs, but "
                 f"{self.num_backward} times. Call it instead of loss.backward(), and choose one of the calls.",
             )
         elif self.module.trainer.global_step == step:
-            self.tell(
+            self.warn_once(
                 "accumulated",
                 "A batch was penalised without a step of the optimizer after it. If training_step "
                 "divides its loss by k to accumulate gradients over k batches, divide the weight of FisherRegularizer "
                 "by k too: in manual optimisation the callback cannot observe the division.",
             )
 
-    def tell(self, what: str, message: str) -> None:
+    def warn_once(self, what: str, message: str) -> None:
         """Warn once per fit."""
-        if what not in self.told:
-            self.told.add(what)
+        if what not in self.warned:
+            self.warned.add(what)
             rank_zero_warn(message)
 
     def observed(self, due: list[Due], seen: Observation) -> ExitStack:

@@ -41,7 +41,7 @@ class FullPrecision(Rules):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer one call."""
+        """Run one call."""
         if self.undoes_casts and kwargs and kwargs.get("dtype") in HALF:
             kwargs = kwargs | {"dtype": torch.float32}
         if torch.is_autocast_enabled(self.device_type) and not any(_is_half(item) for item in args):

@@ -39,7 +39,7 @@ class Rules(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer one call."""
+        """Run one call."""
         chosen = self.rules.get(function, function)
         if self.needs_graph and is_checkpointed():
             with torch.autograd.graph.saved_tensors_hooks(itself, itself):
@@ -76,7 +76,7 @@ def attention_by_math(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot-product attention from elementary operations, which have second derivatives and a forward mode."""
+    """Scaled dot-product attention from elementary operations, which support second derivatives and forward mode."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
     output, _ = torch.ops.aten._scaled_dot_product_attention_math(

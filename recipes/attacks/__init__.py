@@ -1,7 +1,7 @@
-"""Attacks of kept libraries on a classifier of pixels in [0, 1], as values: ``attack(network, images, labels)``.
+"""Attacks of maintained libraries on a classifier of pixels in [0, 1]: ``attack(network, images, labels)``.
 
-Radii and distances are in pixel units, since normalisation is the network's first layer. Nothing is kept between calls:
-an example is made for the network that it is tried on.
+Radii and distances are in pixel units, since normalisation is the network's first layer. There is no state between
+calls: adversarial examples are always computed for the attacked network.
 """
 
 from recipes.attacks.base import Attack, check_pixels

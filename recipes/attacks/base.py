@@ -1,4 +1,4 @@
-"""What an attack is: ``attack(network, images, labels)``, on pixels in [0, 1]."""
+"""The interface of an attack: ``attack(network, images, labels)``, on pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-_ROUND_OFF = 1e-6  # by which resized images may leave [0, 1]
+_ROUND_OFF = 1e-6  # tolerance for resized images, which may slightly leave [0, 1]
 
 
 class Attack(Protocol):
     """Maps a network, images ``(B, C, H, W)`` in [0, 1] and labels ``(B,)`` to attacked images in [0, 1].
 
-    The network is attacked in evaluation mode and left as it was found.
+    The network is attacked in evaluation mode, and its state is restored.
     """
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class Attack(Protocol):
 
 
 def check_ball(norm: float, epsilon: float) -> None:
-    """Refuse a ball that means nothing.
+    """Raise an error for an invalid ball.
 
     Raises:
         ValueError: If the norm is not 2 or infinity, or the radius not positive.
@@ -36,7 +36,7 @@ def check_ball(norm: float, epsilon: float) -> None:
 
 
 def check_pixels(images: Tensor) -> None:
-    """Refuse images that are not pixels.
+    """Raise an error for images that are not pixels.
 
     Raises:
         ValueError: If a value is outside [0, 1] or not a number.
@@ -44,7 +44,7 @@ def check_pixels(images: Tensor) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= -_ROUND_OFF and high <= 1 + _ROUND_OFF):
         raise ValueError(
-            f"Images must be pixels in [0, 1], so that a radius means what it says; they are in [{low:g}, {high:g}]. "
+            f"Images must be pixels in [0, 1], since radii are in pixel units; they are in [{low:g}, {high:g}]. "
             "Divide by 255, and put the normalisation inside the network: "
             "torch.nn.Sequential(recipes.models.Normalize(mean, std), network)."
         )
@@ -56,7 +56,7 @@ def attackable(network: nn.Module) -> Generator[nn.Module, None, None]:
     modes = [module.training for module in network.modules()]
     weights = [(weight, weight.requires_grad, weight.grad) for weight in network.parameters()]
     try:
-        for weight, _, _ in weights:  # the libraries call backward(), which would add to their gradients, at a cost
+        for weight, _, _ in weights:  # the libraries call backward(), which would add to these gradients
             weight.requires_grad_(False)
         with torch.inference_mode(False), torch.enable_grad():
             yield network.eval()

@@ -1,4 +1,4 @@
-"""Auto-PGD, Square, and their ensemble: those of the adversarial-robustness-toolbox, which foolbox lacks."""
+"""Auto-PGD, Square, and their ensemble, from the adversarial-robustness-toolbox, since foolbox does not have them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class AutoProjectedGradient:
-    """Auto-PGD (arXiv 2003.01690), whose steps adapt: nothing to tune; by the adversarial-robustness-toolbox.
+    """Auto-PGD (arXiv 2003.01690), with adaptive step sizes and no other parameters, by the toolbox.
 
-    First the cross-entropy, then, on what that left and for three classes or more, the ratio of differences of logits,
-    which no scale of the logits masks.
+    It uses the cross-entropy first. For three classes or more, the survivors are attacked with the difference-of-logits
+    ratio, which is invariant under the scale of the logits.
 
     Attributes:
         norm: 2 or infinity.
@@ -53,13 +53,13 @@ class AutoProjectedGradient:
 class AutoAttack:
     """A short AutoAttack (arXiv 2003.01690): the losses of :class:`AutoProjectedGradient`, then Square.
 
-    Square needs no gradient and so sees through masked ones.
+    Square needs no gradient, so that gradient masking does not affect it.
 
     Attributes:
         norm: 2 or infinity.
         epsilon: Radius, in pixel units.
         num_steps: Ascent steps of each loss.
-        num_queries: Of Square.
+        num_queries: Number of queries of Square.
     """
 
     norm: float
@@ -85,7 +85,7 @@ class AutoAttack:
 
 @contextlib.contextmanager
 def _toolbox(network: nn.Module, images: Tensor) -> Generator[PyTorchClassifier, None, None]:
-    """Yield the network as a classifier of the toolbox, whose NumPy generator follows torch's; restore it."""
+    """Yield the network as a classifier of the toolbox, with NumPy seeded from torch; restore the state afterwards."""
     logging.getLogger("art").setLevel(logging.ERROR)
     with attackable(network):
         state = np.random.get_state()
@@ -119,7 +119,7 @@ def _on_survivors(
     images: np.ndarray,
     labels: np.ndarray,
 ) -> np.ndarray:
-    """Attack anew, from the given images, those that are still classified correctly; keep what is misclassified."""
+    """Attack again, from the given images, those that are still classified correctly; keep misclassified ones."""
     left = np.flatnonzero(classifier.predict(attacked).argmax(1) == labels)
     if len(left) == 0:
         return attacked

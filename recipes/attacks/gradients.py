@@ -1,6 +1,6 @@
-"""Attacks by gradients: projected gradients, Carlini and Wagner's, and the search for minimal perturbations.
+"""Gradient-based attacks: projected gradients, Carlini and Wagner's, and the search for minimal perturbations.
 
-They are foolbox's: it keeps images on the device, and has DDN, which the adversarial-robustness-toolbox lacks.
+They are from foolbox, which keeps images on the device and has DDN, unlike the adversarial-robustness-toolbox.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recipes.attacks.base import attackable, check_ball
 
-_STEP = 2.5  # of all steps together, in radii, as in Madry et al. (arXiv 1706.06083)
+_STEP = 2.5  # total length of all steps, in radii, as in Madry et al. (arXiv 1706.06083)
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class ProjectedGradient:
     Attributes:
         norm: 2 or infinity.
         epsilon: Radius, in pixel units.
-        num_steps: Ascent steps.
-        step_size: Length of a step; by default 2.5 radii over the number of steps.
+        num_steps: Number of ascent steps.
+        step_size: Length of a step; by default 2.5 radii divided by the number of steps.
 
     Raises:
-        ValueError: If the norm is another, or the radius not positive; so too in the other attacks in a ball.
+        ValueError: For another norm or a radius that is not positive, as in the other attacks in a ball.
     """
 
     norm: float
@@ -57,14 +57,14 @@ class ProjectedGradient:
 class CarliniWagner:
     r"""Carlini and Wagner's attack in the Euclidean norm (arXiv 1608.04644), by foolbox.
 
-    Adam on :math:`\|\delta\|^2 + c \max(z_y - \max_{k \ne y} z_k, 0)`. It has no radius: what it succeeds on it moves
-    as little as it can.
+    Adam on :math:`\|\delta\|^2 + c \max(z_y - \max_{k \ne y} z_k, 0)`. It has no radius: it minimises the distance of a
+    successful perturbation.
 
     Attributes:
         constant: The first :math:`c`.
         num_steps: Steps of Adam for each :math:`c`.
-        step_size: Of Adam, in the arctanh of the pixels.
-        num_searches: How many :math:`c` are tried, by bisection; 1 keeps the first.
+        step_size: Step size of Adam, in the arctanh of the pixels.
+        num_searches: Number of values of :math:`c`, found by bisection; 1 uses only the first.
     """
 
     constant: float = 1.0
@@ -73,7 +73,7 @@ class CarliniWagner:
     num_searches: int = 1
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were found; the given images where none was found."""
         attack = foolbox.attacks.L2CarliniWagnerAttack(
             binary_search_steps=self.num_searches,
             steps=self.num_steps,
@@ -83,22 +83,22 @@ class CarliniWagner:
         )
         with _foolbox(network, images) as model:
             attacked = attack.run(model, images.detach().clone(), labels.clone())
-        missed = attacked.flatten(1).abs().amax(1) == 0  # foolbox gives black images where it finds nothing
+        missed = attacked.flatten(1).abs().amax(1) == 0  # foolbox returns black images for failures
         return torch.where(missed.view(-1, 1, 1, 1), images, attacked)
 
 
 @dataclass(frozen=True)
 class MinimalPerturbation:
-    """Search for the nearest adversarial example, Euclidean (DDN, arXiv 1811.09600), by foolbox; nothing to tune.
+    """Search for the nearest adversarial example in the Euclidean norm (DDN, arXiv 1811.09600), by foolbox.
 
     Attributes:
-        num_steps: Forward and backward passes.
+        num_steps: Number of forward and backward passes.
     """
 
     num_steps: int = 100
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the nearest adversarial examples that were met, and the given ones where there were none."""
+        """Return the nearest adversarial examples that were found; the given images where none was found."""
         with _foolbox(network, images) as model:
             return foolbox.attacks.DDNAttack(steps=self.num_steps).run(model, images.detach().clone(), labels.clone())
 

@@ -1,4 +1,4 @@
-"""What an attack did to each image."""
+"""The result of an attack for each image."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _CHUNK = 100
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack did to a batch, by its examples.
+    """The result of an attack on a batch.
 
     Attributes:
         images: Attacked images ``(B, C, H, W)``.
         misclassified: Whether the network misclassifies them, ``(B,)``.
         euclidean: Euclidean distance to the given images in pixel units, ``(B,)``.
-        masked: Survivors ``(B,)`` where the gradient of the cross-entropy is exactly zero, so that no attack that
-            follows it could do anything. Most attacks give back what they do not change: that alone is no sign.
+        masked: Survivors ``(B,)`` with an exactly zero gradient of the cross-entropy, against which gradient-based
+            attacks have no effect. An unchanged image alone does not show masking, since most attacks return the image
+            if they fail.
     """
 
     images: Tensor
@@ -38,13 +39,13 @@ class AttackResult:
 
 
 def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tensor) -> AttackResult:
-    """Attack images ``(B, C, H, W)`` in chunks, see what became of them, and warn where gradients seem masked.
+    """Attack images ``(B, C, H, W)`` in chunks, evaluate the results, and warn of masked gradients.
 
     Returns:
         Fields with leading axis ``B``.
 
     Raises:
-        ValueError: If the images are not pixels in [0, 1]: a radius would not mean what it says.
+        ValueError: If the images are not pixels in [0, 1], since radii are in pixel units.
     """
     check_pixels(images)
     parts = []
@@ -63,7 +64,7 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
     if bool(result.masked.any()):
         advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, whose Square needs none"
         warnings.warn(
-            f"{type(attack).__name__} could do nothing to {int(result.masked.sum())} of the "
+            f"{type(attack).__name__} had no effect on {int(result.masked.sum())} of the "
             f"{int((~result.misclassified).sum())} images that survived it: the gradient is exactly zero there. Masked "
             f"gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
             stacklevel=2,

@@ -1,1 +1,1 @@
-"""Us and our peers, measured side by side: ``python -m recipes.benchmark``."""
+"""Benchmark of this package and others: ``python -m recipes.benchmark``."""

@@ -1,14 +1,16 @@
-"""Measure us against our peers, side by side in one run: ``python -m recipes.benchmark``.
+"""Compare this package with others in one run: ``python -m recipes.benchmark``.
 
-Every case is a network that is trained first. On its test images all methods take turns, each right after a forward
-pass without gradient of the whole batch: once to warm up, unless that takes longer than all rounds may, and then in
-timed rounds. ``forwards`` is the median of the quotients of the two times, per image. Errors are relative to the exact
-eigenvalue. Methods that know no batch run on ``num_peer_images``. ``memory_ratio`` is the peak of the memory that a
-call allocates over that of a training step (forward and backward) on the images that the method handles at once; on a
-CPU, where it takes a trace of every allocation, it is left out for calls that take more than ``max_seconds``.
+Every case is a network that is trained first. On its test images all methods alternate, each directly after a forward
+pass without gradient of the whole batch: once as warm-up, unless that takes longer than the limit for all rounds, and
+then in timed rounds. ``forwards`` is the median ratio of the two times, per image. Errors are relative to the exact
+eigenvalue. Methods without batches run on ``num_peer_images``. ``memory_ratio`` is the peak of the memory that a call
+allocates divided by that of a training step (forward and backward) on the images that the method handles at once; on a
+CPU, where every allocation must be traced, it is left out for calls that take more than ``max_seconds``.
 
-Leaves ``benchmark.csv``, ``benchmark.json`` (with versions and settings) and ``benchmark.png`` in Hydra's run folder.
-``python -m recipes.benchmark --config-name benchmark_gpu`` is the large one.
+Writes ``benchmark.csv``, ``benchmark.json`` (with versions and settings) and ``benchmark.png`` to Hydra's run folder.
+``python -m recipes.benchmark --config-name benchmark_gpu`` is a larger version.
+
+Takes about three minutes on two CPU cores; ``benchmark_gpu`` was not measured.
 """
 
 from __future__ import annotations
@@ -57,13 +59,13 @@ Estimate = Callable[[nn.Module, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to the eigenvalues.
+    """A method for the eigenvalues.
 
     Attributes:
-        name: What tables call it.
-        source: Whose it is.
+        name: Name in tables.
+        source: Its package.
         estimate: Maps a network and images ``(B, C, H, W)`` to eigenvalues ``(B,)``.
-        batched: Whether it works on a batch at once.
+        batched: Whether it processes a whole batch at once.
     """
 
     name: str
@@ -77,7 +79,7 @@ def _ours(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
 
 
 def _interval(model: nn.Module, images: Tensor, num_exact: int = 16) -> Tensor:
-    """Enclose the eigenvalues but for a probability of 1e-6, with certainty where that is cheaper: for few classes."""
+    """Enclose the eigenvalues except with probability 1e-6; with certainty for few classes, where that is cheaper."""
     with torch.no_grad():
         is_small = model(images[:1]).shape[1] <= num_exact
     solver = Exact() if is_small else Lanczos(num_steps=20, is_exact=True, failure_probability=1e-6)
@@ -147,7 +149,7 @@ def available_methods(names: list[str] | None) -> list[Method]:
     """Return the methods called ``names``, or all, without those whose package is missing.
 
     Raises:
-        ValueError: If there is no method of a name.
+        ValueError: If there is no method with a given name.
     """
     known = {method.name: method for method in METHODS}
     unknown = [name for name in names or () if name not in known]

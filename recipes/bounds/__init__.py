@@ -1,1 +1,1 @@
-"""How tight the upper bounds are, and how fast: ``python -m recipes.bounds``."""
+"""Tightness and run time of the upper bounds: ``python -m recipes.bounds``."""

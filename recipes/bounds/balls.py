@@ -1,9 +1,9 @@
-"""How far below the global bound the bounds in a ball lie, and how much larger the radii are.
+"""Comparison of bounds in balls with the global bound, and of certified radii with those of the global constant.
 
-For the first ``num_ball_images`` images of each network: :func:`fisher_reg.local_fisher_bound` at each of ``radii``
-beside :func:`fisher_reg.fisher_bound`; and :func:`fisher_reg.certified_radius` beside the radius that the global
-constant gives. Every bound is attacked: ``num_attacks`` points per image and radius, half of them random, half found by
-steps uphill on the largest eigenvalue.
+For the first ``num_ball_images`` images of each network, :func:`fisher_reg.local_fisher_bound` at each of ``radii`` is
+compared with :func:`fisher_reg.fisher_bound`, and :func:`fisher_reg.certified_radius` with the radius from the global
+constant. Every bound is tested at ``num_attacks`` points per image and radius, half of them random, half found by
+ascent of the largest eigenvalue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fisher_reg import Exact, certified_radius, fisher_bound, fisher_spectral_no
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
-"""Decades by which a bound may seem to lie below what it bounds."""
+"""Rounding tolerance of a bound below the eigenvalue, in log10."""
 
 
 def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: int) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: i
         network: In float64.
         images: ``(B, C, H, W)`` in pixels.
         radii: Euclidean, in pixels.
-        num_attacks: Points per image and radius.
+        num_attacks: Number of points per image and radius.
     """
     everywhere = fisher_bound(network, images).log10_value
     rows = []
@@ -70,13 +70,13 @@ def balls(network: nn.Module, images: Tensor, radii: list[float], num_attacks: i
 
 
 def strongest(network: nn.Module, images: Tensor, radius: float, num_attacks: int) -> Tensor:
-    """Return the log10 of the largest eigenvalue that was met within the radius of each image, ``(B,)``."""
+    """Return log10 of the largest eigenvalue found within the radius of each image, ``(B,)``."""
     generator = torch.Generator().manual_seed(0)
     best = torch.full((len(images),), -math.inf, dtype=torch.float64)
     point = images.clone()
     for number in range(num_attacks):
         noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
-        if number % 2:  # uphill from the last point, by a random direction that is kept if it raises the value
+        if number % 2:  # random step from the last point, accepted if it increases the value
             trial = _within(point + 0.3 * radius * _unit(noise), images, radius)
         else:
             trial = _within(images + radius * _unit(noise), images, radius)
@@ -88,7 +88,7 @@ def strongest(network: nn.Module, images: Tensor, radius: float, num_attacks: in
 
 
 def attack_classes(network: nn.Module, images: Tensor, radii: Tensor, num_attacks: int) -> int:
-    """Return for how many images a point at 0.999 of the radius has another class: gradient steps and random ones."""
+    """Return the number of images with another class at 0.999 of the radius, found by gradient and random steps."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         predicted = network(images).argmax(1)
@@ -101,7 +101,7 @@ def attack_classes(network: nn.Module, images: Tensor, radii: Tensor, num_attack
         fallen |= logits.argmax(1) != predicted
         (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, predicted, reduction="sum"), moving)
         point = images + size * _unit(point - images + 0.5 * size * _unit(gradient))
-        if number % 20 == 19:  # again from a random point of the sphere
+        if number % 20 == 19:  # restart from a random point of the sphere
             noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
             point = images + size * _unit(noise)
     return int(fallen.sum())

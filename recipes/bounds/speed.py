@@ -1,6 +1,6 @@
-"""How long the bounds of large networks take, and the norms of single convolutions beside other people's.
+"""Run time of the bounds of large networks, and of norms of single convolutions, compared with other packages.
 
-All weights are random: the times are typical, the values are not those of trained networks.
+All weights are random: the times are typical, but the values differ from those of trained networks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PEER = "orthogonium"
 
 @dataclass(frozen=True)
 class Norm:
-    """One way to the operator norm of a convolution.
+    """A method for the operator norm of a convolution.
 
     Attributes:
-        name: What tables call it.
-        source: The package it is from.
+        name: Name in tables.
+        source: Its package.
         compute: Maps the layer, the image size and the number of Gram iterations to the value.
     """
 
@@ -52,7 +52,7 @@ def _ours(conv: nn.Conv2d, size: int, num_iterations: int, dense: bool) -> float
 
 
 def _flattened(conv: nn.Conv2d, size: int, num_iterations: int) -> float:
-    """The norm of the kernel as a matrix, which torch's ``spectral_norm`` iterates to, and which is no bound."""
+    """The norm of the flattened kernel, to which torch's ``spectral_norm`` converges; it is not a bound."""
     return float(torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2))
 
 
@@ -61,7 +61,7 @@ def _orthogonium(conv: nn.Conv2d, size: int, num_iterations: int) -> float:
     """The Gram iteration of Delattre et al. (arXiv 2402.00240) for zero padding, which ignores the stride."""
     from orthogonium.layers.conv.singular_values import get_conv_sv
 
-    # The package multiplies the values of groups; the norm is the largest of them.
+    # the package multiplies the values of groups; the norm is the largest of them
     return max(map(float, get_conv_sv(conv, num_iterations, agg_groups=False, return_stab_rank=False)))
 
 
@@ -74,7 +74,7 @@ NORMS = (
 
 
 def available_norms() -> list[Norm]:
-    """Return the ways whose package is installed, and say which are missing."""
+    """Return the methods whose package is installed, and print the missing ones."""
     missing = sorted({norm.source for norm in NORMS if installed(norm.source) is None})
     if missing:
         Console().print(f"Not installed, left out: {', '.join(missing)}")
@@ -82,11 +82,10 @@ def available_norms() -> list[Norm]:
 
 
 def time_convolution(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
-    """Measure the norm of ``settings["piece"]``, one of ``convolutions``, in every way, after a call that warms up.
+    """Measure the norm of ``settings["piece"]``, one of ``convolutions``, with every method, after a warm-up call.
 
     Returns:
-        Rows of ``convolutions``, one per way; ``excess`` is relative to the reference, which is described by
-        :func:`reference_norm`.
+        Rows of ``convolutions``, one per method; ``excess`` is relative to :func:`reference_norm`.
     """
     config, case = merged(settings["config"]), merged(settings["piece"])
     device = chosen_device(config.device)
@@ -117,11 +116,11 @@ def time_convolution(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
 
 
 def reference_norm(conv: nn.Conv2d, size: int, max_dense_side: int) -> tuple[float, str]:
-    """Return the operator norm of a convolution without bias on square images, and how it was found.
+    """Return the operator norm of a convolution without bias on square images, and its method.
 
     Returns:
-        From the matrix of the operator if neither side is above ``max_dense_side`` (``"exact"``), and from a Lanczos
-        iteration, which has converged from below, otherwise (``"from below"``).
+        The norm of the dense matrix if both sides are at most ``max_dense_side`` (``"exact"``), otherwise that of a
+        converged Lanczos iteration, a lower bound (``"from below"``).
     """
     conv = deepcopy(conv).cpu().double().requires_grad_(False)
     shape = (conv.in_channels, size, size)
@@ -172,7 +171,7 @@ def time_network(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
 
 
 def without_zero_layers(network: nn.Module) -> nn.Module:
-    """Draw the linear layers that are set to zero, like the head of torchvision's transformers; their bound is zero."""
+    """Draw linear layers that are initialised with zero, like the head of torchvision's transformers."""
     for module in network.modules():
         if isinstance(module, nn.Linear) and not module.weight.any():
             module.reset_parameters()

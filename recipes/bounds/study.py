@@ -1,17 +1,19 @@
-"""Ask how tight the upper bounds are, and how fast: ``python -m recipes.bounds``.
+"""Measure tightness and run time of the upper bounds: ``python -m recipes.bounds``.
 
 Two parts, each with a switch in ``conf/bounds.yaml``:
 
 * ``tightness`` trains a network of each family and compares its bounds with lambda, the largest eigenvalue of the
   Fisher matrix at test images (:mod:`recipes.bounds.tightness`): the global and the local bound step by step, as
   improvements are added, and the blockwise one by the number of segments.
-* ``speed`` times the bounds of torchvision's large networks, and the norms of single convolutions beside other people's
-  (:mod:`recipes.bounds.speed`).
+* ``speed`` times the bounds of torchvision's large networks, and the norms of single convolutions, compared with other
+  packages (:mod:`recipes.bounds.speed`).
 
-Leaves in Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``balls.csv`` (per network and
+Writes to Hydra's run folder ``tightness.csv`` (a row per network, level and step), ``balls.csv`` (per network and
 radius, :mod:`recipes.bounds.balls`), ``segments.csv`` (per network and number of segments), ``networks.csv`` and
-``convolutions.csv``, and of them ``bounds.json`` (with versions, settings and the shares of the layers), ``bounds.md``
-and ``bounds.png``.
+``convolutions.csv``, and from these ``bounds.json`` (with versions, settings and the shares of the layers),
+``bounds.md`` and ``bounds.png``.
+
+Takes about ten minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -44,10 +46,10 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
     """Run the parts that are switched on and write the files; the CSV files grow with every network and convolution.
 
     Returns:
-        What the CSV files hold, by their stem; the networks with the shares of their layers.
+        The content of the CSV files, by their stem; the networks with the shares of their layers.
 
     Raises:
-        ValueError: For settings that :func:`recipes.bounds.tightness.check` refuses; before any work.
+        ValueError: For settings that :func:`recipes.bounds.tightness.check` rejects; before any work.
     """
     workers = Workers.of(config)
     workers.warn_of_timings()
@@ -75,7 +77,7 @@ def measure(config: DictConfig) -> dict[str, pd.DataFrame]:
 
 
 def _parts(config: Settings) -> dict[str, tuple[list[Settings], Work]]:
-    """Return the pieces of each part that is switched on, and their work."""
+    """Return the tasks of each part that is switched on, and the function that does one task."""
     parts: dict[str, tuple[list[Settings], Work]] = {}
     if config["tightness"]:
         parts["tightness"] = config["families"], tightness
@@ -94,7 +96,7 @@ def _described(settings: Settings) -> str:
 
 
 def _written(tables: list[dict[str, pd.DataFrame]], folder: Path) -> dict[str, pd.DataFrame]:
-    """Put the tables of all pieces together, write them, and return them."""
+    """Join the tables of all pieces, write them, and return them."""
     frames = {name: pd.concat([table[name] for table in tables], ignore_index=True) for name in tables[0]}
     for name, frame in frames.items():
         rows = frame.drop(columns="layers", errors="ignore")
@@ -103,7 +105,7 @@ def _written(tables: list[dict[str, pd.DataFrame]], folder: Path) -> dict[str, p
 
 
 def markdown(frames: dict[str, pd.DataFrame]) -> str:
-    """Return the tables, each under what it says, and the shares of the first network's layers."""
+    """Return the tables with their titles, and the shares of the first network's layers."""
     parts = []
     for title, table in tables(frames).items():
         parts.append(f"{title}\n\n" + markdown_table(table, is_right=True))
@@ -125,49 +127,47 @@ def report(frames: dict[str, pd.DataFrame], folder: Path) -> None:
 
 
 def tables(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return the tables for people, cells as text, by title."""
+    """Return the tables with cells as text, by title."""
     result = {}
     if "tightness" in frames:
         for level, rows in frames["tightness"].groupby("level", sort=False):
-            result[f"The {level} bound, step by step: log10 and decades (max, median, mean over images)."] = (
-                pd.DataFrame(
-                    {
-                        "network": rows.network,
-                        "step": rows.step,
-                        "log10": rows.log10_bound.map(_decades),
-                        "gained": rows.gained.map(_decades),
-                        "since baseline": rows.gained_since_baseline.map(_decades),
-                        "gap of max": rows.gap_of_max.map(_decades),
-                        "gap of median": rows.gap_of_median.map(_decades),
-                        "mean gap": rows.mean_gap.map(_decades),
-                        "s": rows.seconds.map("{:.2f}".format),
-                    }
-                )
+            result[f"The {level} bound, step by step: log10 of the bound and of its ratio to lambda."] = pd.DataFrame(
+                {
+                    "network": rows.network,
+                    "step": rows.step,
+                    "log10": rows.log10_bound.map(_decades),
+                    "gained": rows.gained.map(_decades),
+                    "since baseline": rows.gained_since_baseline.map(_decades),
+                    "gap of max": rows.gap_of_max.map(_decades),
+                    "gap of median": rows.gap_of_median.map(_decades),
+                    "mean gap": rows.mean_gap.map(_decades),
+                    "s": rows.seconds.map("{:.2f}".format),
+                }
             )
         gaps = frames["segments"].pivot(index="num_segments", columns="network", values="mean_gap")
         gaps = gaps[frames["segments"].network.unique()].sort_index(ascending=False)
         cells = gaps.map(_decades)
-        result["The blockwise bound by number of segments: mean gap in decades."] = pd.concat(
+        result["The blockwise bound by number of segments: mean gap in log10."] = pd.concat(
             [pd.DataFrame({"segments": gaps.index.astype(str)}, index=gaps.index), cells], axis=1
         )
     if "balls" in frames:
         rows = frames["balls"]
-        result["Bounds in a ball: log10, decades below the global bound, and points that tried to exceed them."] = (
-            pd.DataFrame(
-                {
-                    "network": rows.network,
-                    "radius": rows.radius,
-                    "global": rows.log10_global.map(_decades),
-                    "in the ball": rows.log10_bound.map(_decades),
-                    "gained, mean": rows.gained_mean.map(_decades),
-                    "gained, median": rows.gained_median.map(_decades),
-                    "found by attack": rows.log10_attacked.map(_decades),
-                    "attacks": rows.num_attacked.map("{:,}".format),
-                    "exceeded": rows.num_violations.map(str),
-                    "by": rows.evidence,
-                    "s": rows.seconds.map("{:.1f}".format),
-                }
-            )
+        result[
+            "Bounds in a ball: log10, log10 gained over the global bound, and attacks that tried to exceed them."
+        ] = pd.DataFrame(
+            {
+                "network": rows.network,
+                "radius": rows.radius,
+                "global": rows.log10_global.map(_decades),
+                "in the ball": rows.log10_bound.map(_decades),
+                "gained, mean": rows.gained_mean.map(_decades),
+                "gained, median": rows.gained_median.map(_decades),
+                "found by attack": rows.log10_attacked.map(_decades),
+                "attacks": rows.num_attacked.map("{:,}".format),
+                "exceeded": rows.num_violations.map(str),
+                "by": rows.evidence,
+                "s": rows.seconds.map("{:.1f}".format),
+            }
         )
     if "networks" in frames:
         rows = frames["networks"]

@@ -1,9 +1,9 @@
-"""How far the bounds of trained networks lie above lambda, the largest eigenvalue of the Fisher matrix at test images.
+"""Tightness of the bounds of trained networks relative to lambda, the largest Fisher eigenvalue at test images.
 
-Gaps are in decades, and compare like with like: the largest bound with the largest lambda, the median with the median,
-and the mean over images of log10 with that of lambda. The global bound is the same at every image. The blockwise one is
-found by iteration from below, so that its gap may be slightly negative. All are computed in float64, on images with a
-little noise, which keeps them off the kinks of max pooling.
+A gap is log10 of the ratio of bound to lambda: of the largest bound to the largest lambda, of the medians, or the mean
+over images. The global bound is the same at every image. The blockwise bound is computed by iteration from below, so
+that its gap may be slightly negative. All are computed in float64, on images with a little noise, which avoids the
+kinks of max pooling.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from recipes.runtime.settings import merged
 from recipes.runtime.timing import timed
 
 _ROUND_OFF = 1e-6
-"""Decades by which a bound may seem to lie below what it bounds."""
+"""Rounding tolerance of a bound below the eigenvalue, in log10."""
 
 
 def check(config: DictConfig) -> None:
-    """Refuse what would fail after a training.
+    """Raise an error for settings that would fail after a training.
 
     Raises:
         ValueError: For settings that :func:`cumulative` or this part cannot use.
@@ -79,7 +79,7 @@ def tightness(settings: Settings, _: Path) -> dict[str, pd.DataFrame]:
 
 
 def _steps(config: DictConfig) -> dict[str, dict[str, Tightening]]:
-    """Return the tightening of each step, for each level that takes it."""
+    """Return the tightening of each step, for each level that uses it."""
     settings = cumulative(config.ladder)
     return {
         level: {step.name: settings[step.name] for step in config.ladder if level in step.get("levels", LEVELS)}
@@ -88,7 +88,7 @@ def _steps(config: DictConfig) -> dict[str, dict[str, Tightening]]:
 
 
 def cumulative(steps: Sequence[Mapping[str, Any]]) -> dict[str, Tightening]:
-    """Return the tightening at each step: what the steps so far set; before the first everything is off.
+    """Return the tightening at each step: the union of the steps so far; before the first step everything is off.
 
     Args:
         steps: ``{"name": ..., "tightening": {field: value, ...}}`` each.
@@ -128,7 +128,7 @@ def ladder(
         lambdas: Their log10 lambda, ``(B,)``.
         steps: For each level, the tightening at each of its steps.
         baseline: Name of the step that gains are counted from.
-        num_rounds: Calls per step, of which the median time counts.
+        num_rounds: Number of calls per step; their median time is reported.
     """
     parts = []
     for level, bound in LEVELS.items():
@@ -163,7 +163,7 @@ def gaps(bounds: Tensor | float, lambdas: Tensor) -> dict[str, float]:
         lambdas: ``(B,)``.
 
     Returns:
-        The mean bound, the gaps, and how often a bound was below its lambda, beyond round-off.
+        The mean bound, the gaps, and the number of bounds below their lambda, beyond rounding.
 
     Example:
         >>> gaps(2.0, torch.tensor([0.0, 1.0]))["mean_gap"]
@@ -196,7 +196,7 @@ def draw(rows: pd.DataFrame, curves: pd.DataFrame) -> Figure:
     left.set(ylabel="log₁₀ of the bound over λ, largest of each", title="certified bounds, step by step")
     right.set(xlabel="segments", ylabel="log₁₀ of the bound over λ, mean", title="blockwise bound, not certified")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_yscale("log")  # from a few decades of a small network to dozens of a transformer
+    left.set_yscale("log")  # log10 of the ratio: from 1 for a small network to 100 for a transformer
     left.yaxis.set_major_formatter(LogFormatter())
     left.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(3, 0.5)))
     left.grid(alpha=0.3, which="both")

@@ -1,1 +1,1 @@
-"""The experiment of arXiv 2606.04767, redone: ``python -m recipes.compare``."""
+"""A replication of the experiment of arXiv 2606.04767: ``python -m recipes.compare``."""

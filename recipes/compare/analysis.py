@@ -1,13 +1,12 @@
-"""Which networks fall by each metric, how far the nearest adversarial examples are, and where λ fails.
+"""Analysis of how well the metrics predict adversarial examples and their distances, and where λ does not.
 
 * Per image (:mod:`recipes.compare.powers`): how well a metric orders the images of a network.
-* Per model: Spearman's rho and Kendall's tau between the metric (the median over the images that are classified
-  correctly, which the attacks are judged on, too) and the success of an attack, within each data set, averaged over
-  data sets. Means over seeds are of decades where a metric is positive. The bootstrap draws models with their training
-  and seeds within them, the same for all data sets; p-values permute them. Both are for these architectures, trainings
-  and images.
-* The p-values of a table are corrected together by Benjamini and Yekutieli's procedure, which holds whatever the tests
-  have to do with one another. Positive always means: a larger sensitivity goes with an easier fall.
+* Per model: Spearman's rho and Kendall's tau between the metric (the median over the correctly classified images, on
+  which the attacks are also evaluated) and the success of an attack, within each data set, averaged over data sets. For
+  positive metrics, means over seeds are means of log10. The bootstrap draws models with their training and seeds within
+  them, the same for all data sets; p-values permute them. Both are for these architectures, trainings and images.
+* The p-values of a table are corrected together by Benjamini and Yekutieli's procedure, which is valid for any
+  dependence of the tests. Positive always means that a larger sensitivity goes with easier attacks.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ from recipes.competitors.measurement import METRICS, SATURATED
 from recipes.statistics.agreement import Pair, Statistic, agreement, grid, interval, mean_over_seeds, p_value, rho, tau
 
 NEAREST = "minimal"
-"""The attack whose distances count as those of the nearest adversarial examples."""
+"""The attack whose distances are used as those of the nearest adversarial examples."""
 CONFIDENCE_BINS = (0.0, 0.9, 0.99, SATURATED, 1.0)
 PREDICTORS = {
     "lambda": "√(2c/λ)",
     "lambda_tempered": "√(2c/λ), λ at equal margins",
     "linearised_distance": "linearised distance",
 }
-_NUM_PERMUTATIONS = 20_000  # so that the smallest p survives the correction
-_MIN_IMAGES = 5  # on either side of a comparison within a network
+_NUM_PERMUTATIONS = 20_000  # enough for the smallest p to be significant after the correction
+_MIN_IMAGES = 5  # in each of the two groups of a comparison within a network
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the report shows.
+    """The data of the report.
 
     Attributes:
         networks: A row per network: accuracy, seconds, ``success_<attack>``, ``distance``, and medians of the metrics.
@@ -49,7 +48,7 @@ class Analysis:
         per_model: A row per metric, target and statistic, over all data sets and for each.
         distances: A row per predictor of the distance to the nearest adversarial example.
         saturation: A row per range of confidence, over all networks.
-        confident: A row per network with confident images and others: what becomes of both.
+        confident: A row per network with confident images and others: the results of both groups.
     """
 
     networks: pd.DataFrame
@@ -62,7 +61,7 @@ class Analysis:
 
 
 def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[str], num_resamples: int) -> Analysis:
-    """Ask everything; ``attacks`` are names of columns ``misclassified_<attack>`` of the examples."""
+    """Compute all tables; ``attacks`` are names of columns ``misclassified_<attack>`` of the examples."""
     judged = [name for name in attacks if name != NEAREST]
     examples = examples.assign(
         distance=examples[f"distance_{NEAREST}"].where(examples[f"misclassified_{NEAREST}"], math.inf)
@@ -81,7 +80,7 @@ def analyse(networks: pd.DataFrame, examples: pd.DataFrame, attacks: Sequence[st
 
 
 def network_summary(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return, per network, the success of the attacks on what it classifies correctly, and medians there."""
+    """Return, per network, the success of the attacks on correctly classified images, and medians over them."""
     groups = right.groupby(NETWORK, sort=False)
     summary = {f"success_{name}": groups[f"misclassified_{name}"].mean() for name in attacks}
     summary |= {name: groups[name].median() for name in ("distance", *METRICS)}
@@ -89,7 +88,7 @@ def network_summary(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame
 
 
 def in_decades(networks: pd.DataFrame) -> pd.DataFrame:
-    """Return the networks with the logarithm of what is positive, so that means over seeds are of decades."""
+    """Return the networks with log10 of positive metrics, so that means over seeds are means of log10."""
     positive = ["distance", *(name for name in METRICS if not name.startswith("log10_"))]
     with np.errstate(divide="ignore"):
         return networks.assign(**{name: np.log10(networks[name]) for name in positive})
@@ -98,8 +97,8 @@ def in_decades(networks: pd.DataFrame) -> pd.DataFrame:
 def model_table(networks: pd.DataFrame, attacks: Sequence[str], num_resamples: int) -> pd.DataFrame:
     """Return the agreement of the networks' orders by metric and by attack, over all data sets and for each.
 
-    Data sets where a metric is missing for a network are left out; ``num_networks`` counts those that are left. Only
-    the rows over all data sets have p-values, corrected for those of the same statistic.
+    Data sets in which a metric is missing for a network are left out; ``num_networks`` counts the remaining networks.
+    Only the rows over all data sets have p-values, corrected for those of the same statistic.
     """
     networks = in_decades(networks.assign(model=networks.model + ", " + networks.training))
     networks["nearness"] = -networks.distance
@@ -132,7 +131,7 @@ def _agreement_rows(pairs: Sequence[Pair], num_resamples: int, *, tested: bool) 
 
 
 def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """Add ``p_corrected``: Benjamini and Yekutieli's procedure over all rows that have a p."""
+    """Add ``p_corrected``: Benjamini and Yekutieli's procedure over all rows with a p-value."""
     known = table.p.notna()
     values = pd.Series(math.nan, index=table.index)
     if known.any():
@@ -141,16 +140,16 @@ def corrected(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reached(right: pd.DataFrame) -> pd.DataFrame:
-    """Return the images with a known nearest adversarial example about which every predictor says something."""
+    """Return the images with a known nearest adversarial example and finite values of all predictors."""
     found = right[np.isfinite(right.distance) & (right.distance > 0)]
     return found[(np.isfinite(found[list(PREDICTORS)]) & (found[list(PREDICTORS)] > 0)).all(axis=1)]
 
 
 def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
-    r"""Return the distances of every other image of each network beside what a predictor says.
+    r"""Return distances and predicted distances of every second image of each network.
 
-    The linearised distance predicts by itself; an eigenvalue by :math:`\sqrt{2 c / \lambda}`, with the ``c`` of each
-    network that puts half of the *other* images nearer, so that no image is predicted by itself.
+    The linearised distance is a prediction itself; an eigenvalue predicts :math:`\sqrt{2 c / \lambda}`. The constant
+    ``c`` of each network is fitted on the *other* images: half of them are nearer than predicted.
     """
     number = found.groupby(NETWORK, sort=False).cumcount()
     fitted, judged = found[number % 2 == 0], found[number % 2 == 1]
@@ -162,12 +161,12 @@ def predicted(found: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def distance_table(right: pd.DataFrame) -> pd.DataFrame:
-    """Compare distances to the nearest adversarial example with what each predictor says.
+    """Compare distances to the nearest adversarial example with the predicted distances.
 
     Returns:
-        A row per predictor: medians over networks of the median of distance over prediction, of its ``spread`` (the
-        decades between its 5 % and its 95 % quantile), and of ``c``; ``num_left_out`` images had no distance, or a
-        predictor that is zero or infinite.
+        A row per predictor: medians over networks of the median ratio of distance to prediction, of its ``spread``
+        (log10 of the ratio of its 95 % to its 5 % quantile), and of ``c``; ``num_left_out`` images had no distance, or
+        a predictor that is zero or infinite.
     """
     found, rows = reached(right), []
     for name, title in PREDICTORS.items():
@@ -184,7 +183,7 @@ def distance_table(right: pd.DataFrame) -> pd.DataFrame:
 
 
 def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return what becomes of correctly classified images by confidence, over all networks and data sets."""
+    """Return the results of correctly classified images by confidence, over all networks and data sets."""
     bins = pd.cut(right.confidence, CONFIDENCE_BINS)
     groups = right.groupby(bins, observed=True)
     table = pd.DataFrame({"num_examples": groups.size()})
@@ -197,7 +196,7 @@ def saturation_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFram
 
 
 def confident_table(right: pd.DataFrame, attacks: Sequence[str]) -> pd.DataFrame:
-    """Return, for each network with at least five confident and five other images, what becomes of both."""
+    """Return the results of confident and other images, for each network with at least five of both."""
     rows = []
     columns = [*(f"misclassified_{name}" for name in attacks), "lambda", "lambda_tempered", "distance"]
     for key, part in right.groupby(NETWORK, sort=False):

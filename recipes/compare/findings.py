@@ -1,4 +1,4 @@
-"""What the numbers of ``recipes.compare`` say, in sentences that claim no more than they do."""
+"""The findings of ``recipes.compare`` in sentences that claim no more than the numbers show."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from recipes.statistics.agreement import SIGNIFICANCE
 
 
 def findings(found: Analysis) -> list[str]:
-    """Return the sentences, in the order in which one would ask."""
+    """Return the sentences in a fixed order."""
     over_models = found.per_model[(found.per_model.scope == "all") & (found.per_model.statistic == "rho")]
     return [
         *_accuracy(found),
         *_masked(found.examples),
-        *_powers("Which images of a network fall", found.per_example),
-        *_powers("Which networks of a data set fall", over_models),
+        *_powers("Prediction of the misclassified images of a network", found.per_example),
+        *_powers("Prediction of the least robust networks of a data set", over_models),
         *_distances(found.distances),
         *_confident(found),
         *_scale(found.per_example),
@@ -32,7 +32,7 @@ def _accuracy(found: Analysis) -> list[str]:
     texts = [f"{len(found.networks)} networks; accuracy on all test images: {ranges}."]
     missed = int((found.examples.correct & ~found.examples[f"misclassified_{NEAREST}"]).sum())
     if missed:
-        texts.append(f"No adversarial example was found for {missed} images; they count as the farthest ones.")
+        texts.append(f"No adversarial example was found for {missed} images; their distance counts as infinite.")
     return texts
 
 
@@ -42,7 +42,7 @@ def _masked(examples: pd.DataFrame) -> list[str]:
         masked = examples[examples[column]]
         if len(masked):
             texts.append(
-                f"{column.removeprefix('masked_')} could do nothing to {len(masked)} images that survived it, of "
+                f"{column.removeprefix('masked_')} had no effect on {len(masked)} images that survived it, of "
                 f"{masked.groupby(NETWORK).ngroups} networks: the gradient is exactly zero there. Masked gradients are "
                 "not robustness."
             )
@@ -53,12 +53,12 @@ def _powers(question: str, table: pd.DataFrame) -> list[str]:
     texts = []
     for target, part in table.groupby("target", sort=False):
         complete = part[part.num_networks == part.num_networks.max()].set_index("metric")
-        complete = complete.drop(["clever", "log10_blockwise"], errors="ignore")  # which see fewer images
+        complete = complete.drop(["clever", "log10_blockwise"], errors="ignore")  # computed for fewer images
         ranked = complete.value.sort_values(ascending=False)
         said = [_said(part, name) for name in ("lambda", "lambda_tempered")]
         if ranked.index[0] not in ("lambda", "lambda_tempered"):
             said.append(f"the largest of {len(ranked)}, chosen afterwards: {_said(part, ranked.index[0])}")
-        goal = "nearness of the nearest adversarial example" if target == "distance" else f"to {target}"
+        goal = "nearness of the nearest adversarial example" if target == "distance" else f"by {target}"
         texts.append(f"{question} ({goal}, {part.statistic.iloc[0]}): {'; '.join(text for text in said if text)}.")
     return texts
 
@@ -68,7 +68,7 @@ def _said(part: pd.DataFrame, metric: str) -> str:
     if rows.empty:
         return ""
     row = rows.iloc[0]
-    doubt = "" if row.p_corrected <= SIGNIFICANCE else ", not to be told from chance"
+    doubt = "" if row.p_corrected <= SIGNIFICANCE else ", not significant"
     return f"{METRICS[metric].title} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]{doubt}"
 
 
@@ -79,7 +79,7 @@ def _distances(distances: pd.DataFrame) -> list[str]:
         law = "" if math.isnan(constant) else f" (c has median {row.c:.2g}, {row.c_low:.2g} to {row.c_high:.2g})"
         texts.append(
             f"Distance to the nearest adversarial example over {row.title}{law}: median {row.median_ratio:.2f}, and "
-            f"90 % of the images of a network lie within {row.spread:.2f} decades."
+            f"90 % of the images of a network lie within {row.spread:.2f} orders of magnitude."
         )
     return texts
 
@@ -87,13 +87,13 @@ def _distances(distances: pd.DataFrame) -> list[str]:
 def _confident(found: Analysis) -> list[str]:
     table = found.confident
     if table.empty:
-        return [f"No network has enough images of confidence above {SATURATED} beside others to compare them."]
+        return [f"No network has enough images of confidence above {SATURATED} and others to compare them."]
     attacks = [
         name.removeprefix("confident_misclassified_") for name in table if name.startswith("confident_misclassified_")
     ]
     middle = table.drop(columns=NETWORK).median()
     falls = ", ".join(
-        f"{middle[f'confident_misclassified_{name}']:.0%} to {name} "
+        f"{middle[f'confident_misclassified_{name}']:.0%} by {name} "
         f"(others {middle[f'other_misclassified_{name}']:.0%})"
         for name in attacks
     )
@@ -102,20 +102,20 @@ def _confident(found: Analysis) -> list[str]:
     return [
         f"Saturation: {len(table)} networks have images of confidence above {SATURATED} and others. Medians over these "
         f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
-        f"others, as if the adversarial examples of the confident ones lay {by_lambda:.2g} times as far; they lie "
-        f"{middle.confident_distance / middle.other_distance:.2g} times as far, and λ at equal margins says "
-        f"{by_tempered:.2g}. Of the confident ones fall {falls}.",
+        f"others, which predicts adversarial examples of the confident ones at {by_lambda:.2g} times the distance; the "
+        f"actual ratio is {middle.confident_distance / middle.other_distance:.2g}, and λ at equal margins predicts "
+        f"{by_tempered:.2g}. Misclassified confident images: {falls}.",
         _pooled(found.saturation, attacks),
     ]
 
 
 def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
     first, last = saturation.iloc[0], saturation.iloc[-1]
-    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} to {name}" for name in attacks)
+    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
     return (
         f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
-        f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; {falls} fall all the "
-        "same."
+        f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; of these images the "
+        f"attacks misclassify {falls}."
     )
 
 
@@ -124,6 +124,6 @@ def _scale(per_example: pd.DataFrame) -> list[str]:
     names = [name for name in ("lambda", "lambda_confident", "lambda_tempered") if name in by_distance.index]
     values = ", ".join(f"{METRICS[name].title} {by_distance.value[name]:.2f}" for name in names)
     return [
-        "Multiplying all logits changes no decision, but λ by orders of magnitude; λ at equal margins stays. Mean rank "
-        f"correlation with nearness: {values}."
+        "Multiplying all logits changes no prediction, but changes λ by orders of magnitude, and not λ at equal "
+        f"margins. Mean rank correlation with nearness: {values}."
     ]

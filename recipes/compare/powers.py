@@ -1,8 +1,8 @@
-"""How well each metric tells which images of a network fall, with an uncertainty that knows what is shared.
+"""The power of each metric to predict which images are misclassified under attack, with bootstrap intervals.
 
-All networks of a data set see the same images, and the same model and training occurs on every data set. So one draw of
-the bootstrap takes images (the same for all networks of a data set), models with their training (the same for all data
-sets), and seeds within them.
+All networks of a data set use the same images, and the same model and training occurs on every data set. Therefore one
+draw of the bootstrap takes images (the same for all networks of a data set), models with their training (the same for
+all data sets), and seeds within them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ def example_table(examples: pd.DataFrame, attacks: Sequence[str], num_resamples:
     Args:
         examples: A row per network and image, in the same order of images for all networks of a data set, with
             ``correct``, ``misclassified_<attack>``, the metrics, and ``distance``, infinite where no attack succeeded.
-        attacks: Whose falls are to be told: by the area under the ROC curve (chance is 1/2), among the images that the
-            network classifies correctly. The target ``distance`` is Spearman's correlation with nearness.
-        num_resamples: Draws.
+        attacks: The attacks whose success is predicted: by the area under the ROC curve (1/2 by chance), among the
+            images that the network classifies correctly. The target ``distance`` is Spearman's correlation with
+            nearness.
+        num_resamples: Number of draws.
 
     Returns:
-        Also ``num_networks``, where the value is defined (an attack that fells all or nothing tells nothing), of
-        ``num_all``. A metric that is defined for no network has no row.
+        Also ``num_networks``, the number of networks for which the value is defined (not if an attack succeeds on all
+        images or on none), of ``num_all``. A metric that is defined for no network has no row.
     """
     networks = [part for _, part in examples.groupby(NETWORK, sort=False)]
     draws = _image_draws(networks, num_resamples)
@@ -69,15 +70,15 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """
     if not rows:
         raise ValueError(
-            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack fells all "
-            "of them or none. Train longer, take more images or other attacks; what has been done is kept."
+            "Nothing can be ordered: the networks classify too few of the images correctly, or every attack succeeds "
+            "on all of them or none. Train longer, use more images or other attacks; finished work is cached."
         )
     return pd.DataFrame(rows)
 
 
-# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers, in 400 times the seconds: it takes one draw.
+# sklearn.metrics.roc_auc_score(sample_weight=) gives the same numbers in 400 times the time, since it takes one draw.
 def areas(score: Array, misclassified: Array, known: Array, draws: Array) -> Array:
-    """Return the area under the ROC curve for each draw of images ``(R, n)``, NaN without images on both sides."""
+    """Return the area under the ROC curve for each draw of images ``(R, n)``; NaN if a class is empty."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)
     fell, stood = known & misclassified, known & ~misclassified
     if len(np.unique(score[known])) < 2:
@@ -103,7 +104,7 @@ def rank_correlations(score: Array, nearness: Array, known: Array, draws: Array)
 
 
 def _image_draws(networks: Sequence[pd.DataFrame], num_resamples: int) -> list[Array]:
-    """Return the images ``(R + 1, n)`` of each draw, the first being all as they are; alike in a data set."""
+    """Return the images ``(R + 1, n)`` of each draw; the first draw is the original, and a data set has equal draws."""
     draws: dict[str, Array] = {}
     for part in networks:
         dataset = part.dataset.iloc[0]
@@ -148,6 +149,6 @@ def _summary(values: Array, models: Sequence[tuple[Array, Array]], chance: float
 
 
 def _mean(values: Array) -> float:
-    """Return the mean of what is defined."""
+    """Return the mean of the defined values."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if len(defined) else np.nan

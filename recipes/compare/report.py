@@ -1,4 +1,4 @@
-"""Files of ``recipes.compare``: tables, figures, and the page that holds them."""
+"""Files of ``recipes.compare``: tables, figures, and the page with both."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def write(
 
 
 def tables(found: Analysis) -> dict[str, pd.DataFrame]:
-    """Return what is shown: which metrics tell what falls, the networks, the distances, and saturation."""
+    """Return the tables: predictive power of the metrics, the networks, the distances, and saturation."""
     return {
-        "What tells which examples and which networks fall": metric_table(
+        "Predictive power of the metrics for examples and networks": metric_table(
             found.per_example, found.per_model, found.networks
         ),
         "The networks: means over seeds": network_table(found),
         "Predicted distance to the nearest adversarial example": found.distances.drop(columns="predictor"),
-        "Confidence, and what falls all the same (over all networks and data sets)": found.saturation,
+        "Attack success by confidence (over all networks and data sets)": found.saturation,
     }
 
 
 def metric_table(per_example: pd.DataFrame, per_model: pd.DataFrame, networks: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per metric; every cell with its 95 % interval, ``*`` where the corrected p is at most 0.05."""
+    """Return a row per metric; every cell with its 95 % interval, ``*`` if the corrected p is at most 0.05."""
     table = pd.DataFrame({"metric": [metric.title for metric in METRICS.values()]}, index=list(METRICS))
     over_models = per_model[(per_model.scope == "all") & (per_model.statistic == "rho")]
     for over, part in {"images": per_example, "networks": over_models}.items():
@@ -92,7 +92,7 @@ def _cell(row: pd.Series) -> str:
 
 
 def network_table(found: Analysis) -> pd.DataFrame:
-    """Return the means over the seeds of each cell, geometric ones of what is positive."""
+    """Return the means over the seeds of each cell; geometric means for positive metrics."""
     shown = ["accuracy", *(name for name in found.networks if name.startswith("success_")), "distance"]
     shown += ["lambda", "lambda_blackbox", "lambda_tempered", "clever"]
     shown += ["log10_blockwise", "log10_local", "log10_global"]
@@ -119,13 +119,13 @@ def page(found: Analysis, texts: Sequence[str], drawn: dict[str, tuple[Figure, s
         for name, (figure, caption) in drawn.items()
     ]
     lead = [
-        "How well does the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
-        "attack, tell which images an attack changes, and how far a network's adversarial examples are? Positive "
-        "correlations and areas above one half: the more sensitive is easier to attack. Intervals are 95 % bootstrap "
-        "intervals: over images, models and seeds "
-        "where images are ordered; over models and seeds, for these images, where networks are. * marks p-values of at "
-        "most 0.05 after correction for all tests of a kind; (n of N) counts the networks where a value is defined. "
-        "CLEVER and the blockwise bound see fewer images than the others."
+        "How well do the largest eigenvalue of the input-space Fisher matrix, and every other number that needs no "
+        "attack, predict which images are misclassified under attack, and the distances of adversarial examples? "
+        "Positive correlations and areas above one half mean that a larger sensitivity goes with easier attacks. "
+        "Intervals are 95 % bootstrap intervals: over images, models and seeds if images are ordered; over models and "
+        "seeds, for these images, if networks are ordered. * marks p-values of at most 0.05 after correction for all "
+        "tests of a kind; (n of N) counts the networks for which a value is defined. CLEVER and the blockwise bound "
+        "are computed for fewer images than the others."
     ]
     return render("Metric against attack", lead, sections)
 
@@ -150,9 +150,8 @@ def figures(found: Analysis) -> dict[str, tuple[Figure, str]]:
         ),
         "distance": (
             draw_distances(found.examples),
-            "Distance to the nearest adversarial example over what each predictor says; a point per image that the "
-            "network classified correctly. An eigenvalue has one constant c per network, from the other half of its "
-            "images.",
+            "Distance to the nearest adversarial example over the predicted distance; a point per image that the "
+            "network classified correctly. An eigenvalue has one constant c per network, fitted on the other images.",
         ),
         "power": (
             draw_power(found),

@@ -1,6 +1,6 @@
-"""The stages of ``recipes.compare`` for one network, each kept in a cache: training, attacks, metrics.
+"""The stages of ``recipes.compare`` for one network, with cached results: training, attacks, metrics.
 
-A stage that was killed is done anew, a training from its last finished epoch on, with the same numbers.
+An interrupted stage is repeated; a training resumes from its last finished epoch, with the same numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipes.runtime.environment import chosen_device
 
 
 def attack(settings: Settings, cache: Path) -> Result:
-    """Attack a trained network with examples of its own."""
+    """Attack a trained network."""
     network, images, labels = _prepared(settings, cache)
     found = {}
     for name, options in settings["attacks"].items():

@@ -1,15 +1,19 @@
-"""Redo the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
+"""Replicate the experiment of arXiv 2606.04767: ``python -m recipes.compare [experiment=compare/cpu|compare/paper]``.
 
 Every network (data set x model x training x seed) is trained, attacked, and measured on the same test images: λ white
 box and black box, the paper's two estimators, and the other measures of
-:data:`recipes.competitors.measurement.METRICS`. Then it is asked how well each number tells which examples and which
-networks fall. A little uniform noise keeps the test images off the kinks of max pooling on flat backgrounds.
+:data:`recipes.competitors.measurement.METRICS`. The analysis measures how well each number predicts which examples are
+misclassified under attack and which networks are less robust. A little uniform noise avoids the kinks of max pooling on
+flat backgrounds.
 
-Leaves in Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
+Writes to Hydra's run folder ``networks.csv`` (a row per network), ``examples.csv.gz`` (a row per network and image),
 ``per_example.csv`` and ``per_model.csv`` (the statistics), ``compare.json`` (settings and findings), ``compare.md``,
-five figures, and the page ``compare.html``, which needs no other file. Each stage of each network is kept in
-``cache_dir`` under its settings, its data, the source that it uses, and the versions of torch and fisher-reg: a run
-that was killed goes on where it was, a training at its last epoch, and a change does anew only what depends on it.
+five figures, and the self-contained page ``compare.html``. Each stage of each network is cached in ``cache_dir`` by its
+settings, its data, the source that it uses, and the versions of torch and fisher-reg: an interrupted run resumes where
+it was, a training at its last epoch, and a change repeats only the work that depends on it.
+
+Takes about a quarter of an hour on two CPU cores, and half an hour with ``experiment=compare/cpu``, both with
+``num_processes=2``; ``experiment=compare/paper`` was not measured.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from recipes.data.base import ImageData
 from recipes.data.chosen import check_noise, prepared_data
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
@@ -55,10 +59,10 @@ def compare(config: DictConfig) -> Analysis:
     """Train, attack and measure what is not in the cache, analyse it, and write the files.
 
     Returns:
-        What the files say.
+        The data of the files.
 
     Raises:
-        ValueError: For settings that :func:`check` refuses; before any training.
+        ValueError: For settings that :func:`check` rejects; before any training.
     """
     begin = time.perf_counter()
     workers = Workers.of(config)
@@ -82,7 +86,7 @@ def compare(config: DictConfig) -> Analysis:
 
 
 def plan(config: DictConfig) -> list[Settings]:
-    """Return everything that the weights of each network depend on, the first seed of all first."""
+    """Return the settings on which the weights of each network depend, sorted by seed."""
     everything = resolved(config, output_dir=config.cache_dir)
     return [
         {key: everything[key] for key in _TRAINED_BY}
@@ -96,30 +100,27 @@ def plan(config: DictConfig) -> list[Settings]:
 
 
 def check(config: DictConfig, runs: list[Settings]) -> None:
-    """Refuse what would fail or mislead after hours of training.
+    """Raise an error for settings that would fail or mislead after hours of training.
 
     Raises:
-        ValueError: If nothing is to be done, the nearest adversarial examples are not searched, a seed occurs twice,
-            there are fewer test images than asked for, or a network does not fit the data. What cannot be built raises
-            what its constructor says.
+        ValueError: If there is no work, the nearest adversarial examples are not searched, a seed occurs twice, there
+            are fewer test images than requested, or a network does not fit the data. Objects that cannot be built raise
+            the errors of their constructors.
     """
     if not runs or not config.attacks:
-        raise ValueError("There is nothing to compare: give datasets, models, trainings, seeds and attacks.")
+        raise ValueError("There is nothing to compare: set datasets, models, trainings, seeds and attacks.")
     if NEAREST not in config.attacks:
-        raise ValueError(
-            f"The comparison needs the attack {NEAREST}, whose distances it is about; got {list(config.attacks)}."
-        )
+        raise ValueError(f"The comparison needs the distances of the attack {NEAREST}; got {list(config.attacks)}.")
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
     if len(config.models) * len(config.trainings) < MIN_MODELS:
-        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; give more of either.")
+        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; add more of either.")
     if config.num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1; got {config.num_resamples}.")
     check_noise(config.noise)
     for attack in [*config.attacks.values(), *(options.attack for options in config.trainings.values())]:
         instantiate(attack)
     instantiate(config.effort)
-    quiet()
     for name, data_config in config.datasets.items():
         data = prepared_data(merged({"data": data_config, "seed": 0}))
         num_test = len(data.splits["test"])
@@ -142,7 +143,7 @@ def _check_forward(title: str, network: nn.Module, data: ImageData) -> None:
 
 
 def stage_settings(config: DictConfig, stage: str, run: Settings) -> Settings:
-    """Return what the numbers of one stage of a network depend on, with the stamped run of its training."""
+    """Return the settings on which one stage of a network depends, with the stamped run of its training."""
     if stage == "training":
         return run
     needed = ["num_images", "noise", {"attacks": "attacks", "metrics": "effort"}[stage]]

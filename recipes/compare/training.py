@@ -1,6 +1,6 @@
-"""The training of a network of ``recipes.compare``; one that was killed goes on at its last finished epoch.
+"""The training of a network of ``recipes.compare``; an interrupted training resumes at its last finished epoch.
 
-It is apart from the other stages, so that a change of what they use trains nothing anew.
+It is separate from the other stages, so that a change of their code does not repeat trainings.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from recipes.runtime.environment import chosen_device
 
 
 def weights_path(run: Settings, cache: Path) -> Path:
-    """Return where the weights of a run are kept."""
+    """Return the path of the weights of a run."""
     return kept_file(run, cache, ".pt")
 
 
 def train(run: Settings, cache: Path) -> Result:
-    """Train a network from its last finished epoch, if there is one, and keep its weights."""
+    """Train a network, from its last finished epoch if there is one, and store its weights."""
     data, weights = loaded(run["data"]), weights_path(run, cache)
     pl.seed_everything(run["seed"], workers=True, verbose=False)
     network = instantiate(run["network"], spec=data.spec)

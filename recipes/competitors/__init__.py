@@ -1,1 +1,1 @@
-"""What others compute: estimators of the same number, penalties, and other measures of sensitivity."""
+"""Methods to compare with: estimators of the same number, penalties, and other measures of sensitivity."""

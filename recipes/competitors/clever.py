@@ -1,8 +1,8 @@
 r"""CLEVER of Weng et al. (arXiv 1801.10578): a margin over a local Lipschitz constant from extreme value theory.
 
-With :math:`c` the predicted class and :math:`g_j = z_c - z_j`, the norms of :math:`\nabla g_j` at random points of a
-ball around the image have maxima whose law is, in the limit of large samples, a reverse Weibull. Its upper end is the
-estimate :math:`L_j` of the Lipschitz constant in the ball, and the score is
+Let :math:`c` be the predicted class and :math:`g_j = z_c - z_j`. The maxima of the norms of :math:`\nabla g_j` at
+random points of a ball around the image have, for large samples, a reverse Weibull distribution. Its upper end point is
+the estimate :math:`L_j` of the Lipschitz constant in the ball, and the score is
 :math:`\min_j \min(g_j(x) / L_j, \text{radius})`: an estimate, not a bound, of the distance to another class.
 """
 
@@ -20,24 +20,24 @@ from recipes.competitors.measures import class_gradients
 from recipes.statistics.endpoints import upper_ends
 
 _MAX_POINTS = 512
-"""Points of the ball held at once."""
+"""Largest number of points of the ball in one batch."""
 
 
 @dataclass(frozen=True)
 class Clever:
-    """The score of a network at images; the defaults are those of the paper, with the toolbox's pool.
+    """The score of a network at images; the defaults are those of the paper, with the pool of the toolbox.
 
     Attributes:
-        radius: Of the ball, and the largest score, in pixel units.
-        num_batches: Maxima in a fit.
-        batch_size: Norms in a maximum.
+        radius: Radius of the ball, and the largest score, in pixel units.
+        num_batches: Number of maxima in a fit.
+        batch_size: Number of norms in a maximum.
         pool_factor: The norms are drawn, with replacement, from those at ``pool_factor * batch_size`` points. The paper
-            computes ``num_batches * batch_size`` instead.
-        norm: 2 or infinity, of the ball and the score; the gradients are measured in the dual one.
+            uses ``num_batches * batch_size`` points instead.
+        norm: 2 or infinity, the norm of the ball and the score; gradients are measured in the dual norm.
 
     Raises:
-        ValueError: If a size is not positive, there are fewer than three batches for the three parameters of the law,
-            or the norm is another.
+        ValueError: If a size is not positive, if there are fewer than three batches for the three parameters of the
+            distribution, or for another norm.
     """
 
     radius: float = 5.0
@@ -58,13 +58,13 @@ class Clever:
     def __call__(self, network: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Score each image.
 
-        For each, ``pool_factor * batch_size`` points take a forward and ``K`` backward passes each, and ``K - 1`` laws
-        are fitted, on the CPU.
+        Each image takes a forward and ``K`` backward passes at ``pool_factor * batch_size`` points, and ``K - 1`` fits
+        on the CPU.
 
         Args:
-            network: From pixels in [0, 1] to logits ``(B, K)``; run in evaluation mode and left as it was.
+            network: From pixels in [0, 1] to logits ``(B, K)``; run in evaluation mode and not modified.
             images: ``(B, C, H, W)``, in [0, 1].
-            generator: Of the points and batches, drawn image after image; by default a fixed one.
+            generator: Generator of the points and batches, used image after image; by default a fixed one.
 
         Returns:
             ``(B,)``, between 0 and ``radius``, in pixel units of ``norm``, without gradient.
@@ -89,7 +89,7 @@ class Clever:
         return (image + self.radius * offsets.view(-1, *image.shape)).clamp(0, 1)
 
     def batches(self, generator: torch.Generator) -> Tensor:
-        """Draw the places ``(num_batches, batch_size)`` in the pool, with replacement."""
+        """Draw indices ``(num_batches, batch_size)`` into the pool, with replacement."""
         sizes = (self.num_batches, self.batch_size)
         return torch.randint(self.pool_factor * self.batch_size, sizes, device=generator.device, generator=generator)
 
@@ -119,5 +119,5 @@ class Clever:
 
 
 def batch_maxima(pool: Tensor, batches: Tensor) -> Tensor:
-    """Return the maxima ``(K, num_batches)`` of the norms ``(N, K)`` at the places ``(num_batches, batch_size)``."""
+    """Return the maxima ``(K, num_batches)`` of the norms ``(N, K)`` at the indices ``(num_batches, batch_size)``."""
     return torch.stack([pool[batch].amax(0) for batch in batches], 1)

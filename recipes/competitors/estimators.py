@@ -1,4 +1,4 @@
-"""Other people's ways to the largest eigenvalue of the input-space Fisher matrix, one image at a time as they are.
+"""Estimators by others of the largest eigenvalue of the input-space Fisher matrix, one image at a time.
 
 Each function maps a classifier in evaluation mode and images ``(B, C, H, W)`` to eigenvalues ``(B,)``.
 """
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def paper_white_box(model: nn.Module, images: Tensor, num_quotients: int = 100) -> Tensor:
-    r"""The authors' default white-box value (arXiv 2606.04767), re-expressed from their published code.
+    r"""The authors' default white-box value (arXiv 2606.04767), reimplemented from their published code.
 
     For each image ``K`` backward passes of :math:`\log p_k` give the ``K x K`` Gram matrix of
     :math:`\sqrt{p_k} \nabla \log p_k`.
@@ -60,7 +60,7 @@ def paper_black_box(model: nn.Module, images: Tensor, num_directions: int = 100,
 
 @contextlib.contextmanager
 def _twice_differentiable(model: nn.Module) -> Generator[None, None, None]:
-    """Keep attention to the kernels that forward mode and double backward know, and weights out of the graph."""
+    """Restrict attention to kernels with forward mode and double backward, and exclude weights from the graph."""
     fast = torch.backends.mha.get_fastpath_enabled()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -89,7 +89,7 @@ class _Shifted(nn.Module):
 
 
 def curvlinops_eigsh(model: nn.Module, images: Tensor, tol: float = 1e-2) -> Tensor:
-    """curvlinops-for-pytorch: the Gauss-Newton operator of the cross entropy in a shift of the input, and ARPACK."""
+    """curvlinops-for-pytorch: the Gauss-Newton operator of the cross-entropy for a shift of the input, with ARPACK."""
     from curvlinops import GGNLinearOperator
 
     label = torch.zeros(1, dtype=torch.long, device=images.device)
@@ -116,7 +116,7 @@ class _Roots(nn.Module):
 
 
 def plenoptic_power(model: nn.Module, images: Tensor, max_iter: int = 20, stop_criterion: float = 1e-3) -> Tensor:
-    """Plenoptic's ``Eigendistortion`` by its default power method, which finds the smallest eigenvalue too."""
+    """Plenoptic's ``Eigendistortion`` by its default power method, which also computes the smallest eigenvalue."""
     return _plenoptic(model, images, method="power", max_iter=max_iter, stop_criterion=stop_criterion)
 
 

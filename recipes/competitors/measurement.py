@@ -1,6 +1,6 @@
-"""What is measured of a classifier at each image, and which way it points: λ, the baselines, the bounds.
+"""The metrics of a classifier at each image: λ, the baselines, the bounds.
 
-Every function sees pixels in [0, 1] and the network alone; no attack and, but for the input gradient, no label.
+Every function uses only pixels in [0, 1] and the network: no attack and, except for the input gradient, no label.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from recipes.competitors.measures import (
 )
 
 SATURATED = 0.999
-"""Confidence above which p (1 - p), and λ with it, is small whatever the network does to its input."""
+"""Confidence above which p (1 - p), and therefore λ, is small for every Jacobian."""
 _CHUNK = 100
-_MAX_PIXELS = 2**22  # of the images whose activations and derivatives are held at once
+_MAX_PIXELS = 2**22  # of the images whose activations and derivatives are in memory at once
 _CONFIDENT = 8.0
-_MAX_EXACT = 64  # classes up to which the trace is not sampled
+_MAX_EXACT = 64  # largest number of classes for an exact trace
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number per image that might tell how easily the network is attacked there.
+    """A number per image that may predict how easily the network is attacked at this image.
 
     Attributes:
-        title: For tables and figures.
-        unit: Of the number.
+        title: Title in tables and figures.
+        unit: Unit of the number.
         sign: 1 if a larger value should mean easier to attack, -1 if harder.
     """
 
@@ -72,21 +72,21 @@ METRICS = {
     "margin": Metric("margin of the logits", "nats", -1),
     "linearised_distance": Metric("linearised distance", "pixel", -1),
     "clever": Metric("CLEVER", "pixel", -1),
-    "log10_blockwise": Metric("blockwise bound (log₁₀)", "decades", 1),
-    "log10_local": Metric("local bound (log₁₀)", "decades", 1),
-    "log10_global": Metric("global bound (log₁₀)", "decades", 1),
+    "log10_blockwise": Metric("blockwise bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_local": Metric("local bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
+    "log10_global": Metric("global bound (log₁₀)", "log₁₀ (nats / pixel²)", 1),
 }
 """In the order of the tables."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How many of the images the slow metrics see, from the first on; the others get NaN.
+    """The numbers of images for the slow metrics, from the first image on; the others get NaN.
 
     Attributes:
         clever: The CLEVER score.
-        num_clever: Images with one.
-        num_blockwise: Images with a blockwise bound.
+        num_clever: Number of images with a CLEVER score.
+        num_blockwise: Number of images with a blockwise bound.
 
     Raises:
         ValueError: For fewer than one image.
@@ -104,12 +104,12 @@ class Effort:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers per image ``(B,)`` by their name in :data:`METRICS`, and what they cost.
+    """Numbers per image ``(B,)`` by their name in :data:`METRICS`, and their costs.
 
     Attributes:
-        values: In double precision, NaN where an image was not measured.
-        extra: Numbers per image that are no metrics: probabilities, standard errors, the predicted class.
-        seconds: Wall clock, of each metric.
+        values: In double precision; NaN if an image was not measured.
+        extra: Other numbers per image: probabilities, standard errors, the predicted class.
+        seconds: Wall-clock time of each metric.
         missing: Why a metric could not be computed for this network.
     """
 
@@ -181,7 +181,7 @@ def predict(network: nn.Module, images: Tensor) -> Tensor:
 
 
 class _Confident(nn.Module):
-    """A network with larger logits: the same decisions and the same distances to them."""
+    """A network with larger logits: the same predictions and the same distances to the decision boundaries."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

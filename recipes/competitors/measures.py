@@ -1,7 +1,7 @@
-r"""How sensitive a classifier is at an image, by the measures that the Fisher matrix is compared with.
+r"""Measures of the sensitivity of a classifier at an image, to compare with the Fisher matrix.
 
 Each function maps logits, or a network from pixels to logits and images, to one number per image. Networks run in
-evaluation mode and are left as they were found. Distances and norms are Euclidean, in input units.
+evaluation mode and are not modified. Distances and norms are Euclidean, in input units.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from fisher_reg import NoBoundError, UpperBound, evaluation_operator, local_fisher_bound
 
 _MAX_NUMBERS = 2**26
-"""Numbers of the gradients held at once (256 MiB in float32)."""
+"""Largest number of gradient entries in memory at once (256 MiB in float32)."""
 _MAX_IMAGES = 256
-"""Images whose activations are held at once."""
+"""Largest number of images whose activations are in memory at once."""
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Return the largest logit less the second largest, ``(B, K)`` to ``(B,)``, in nats.
+    """Return the largest logit minus the second largest, ``(B, K)`` to ``(B,)``, in nats.
 
-    It is the log-odds of the predicted class against the next one: how far the logits are from another decision,
-    without how fast the input moves them. No passes beyond the forward.
+    It is the log-odds of the predicted class against the next one: the distance of the logits from another prediction,
+    without their derivative with respect to the input. No passes in addition to the forward.
 
     Raises:
         ValueError: If there are fewer than two classes.
@@ -43,8 +43,8 @@ def margin(logits: Tensor) -> Tensor:
 def local_lipschitz(network: nn.Module, images: Tensor) -> Tensor:
     r"""Return :math:`\max_k \|\nabla_x p_k\|` with :math:`p` the softmax, as in arXiv 2606.04767.
 
-    To first order no step of length ``eps`` changes a probability by more than ``eps`` times it. It vanishes where the
-    softmax saturates. One forward and ``K`` backward passes.
+    To first order a step of length ``eps`` changes a probability by at most ``eps`` times this number. It tends to zero
+    where the softmax saturates. One forward and ``K`` backward passes.
 
     Args:
         network: From pixels to logits ``(B, K)``.
@@ -70,7 +70,7 @@ def local_lipschitz(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def input_gradient_norm(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    r"""Return :math:`\|\nabla_x \mathrm{CE}(x, y)\|`: how fast the loss on the given label can grow.
+    r"""Return :math:`\|\nabla_x \mathrm{CE}(x, y)\|`: the largest rate of increase of the loss on the given label.
 
     One forward and one backward pass.
 
@@ -147,7 +147,7 @@ def class_gradients(network: nn.Module, images: Tensor) -> Iterator[tuple[Tensor
 
 
 def product_bound(network: nn.Module, images: Tensor, **options: Any) -> UpperBound:
-    """Return the product of the layers' norms at the images, which the exact value there is far below."""
+    """Return the product of the layers' norms at the images, which is much larger than the exact value."""
     bound = local_fisher_bound(network, images, **options)
     if "product" not in bound.candidates:
         raise NoBoundError("A part of the network has no bound rule; fisher_bound says which.")

@@ -1,6 +1,6 @@
-"""Other people's regularisers, re-expressed so that they run in the same place as ours.
+"""Regularisers by others, reimplemented as penalties of this package.
 
-Each is compared under the same batch statistics and on the same reused forward, which only makes it cheaper.
+Each uses the same batch statistics and the same reused forward as our penalties, which only makes it cheaper.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from recipes.attacks import ProjectedGradient
 class VirtualAdversarialPenalty(PointPenalty):
     r"""Virtual adversarial training of Miyato et al. (arXiv 1704.03976), with one power iteration.
 
-    :math:`\mathrm{KL}(p_x \| p_{x+r})`, the first argument held fixed, where :math:`r` of length ``epsilon`` is the
-    gradient of the same divergence at a random step of length ``probe``.
+    :math:`\mathrm{KL}(p_x \| p_{x+r})` with a constant first argument, where :math:`r` has length ``epsilon`` and the
+    direction of the gradient of the same divergence at a random step of length ``probe``.
     """
 
     epsilon: float = 0.5
@@ -61,14 +61,14 @@ class InputGradientPenalty(PointPenalty):
 
 @dataclass(frozen=True)
 class TradesPenalty(PointPenalty):
-    r"""The regulariser of TRADES, Zhang et al. (arXiv 1901.08573, github.com/yaodongyu/TRADES), in the largest entry.
+    r"""The regulariser of TRADES, Zhang et al. (arXiv 1901.08573, github.com/yaodongyu/TRADES), in the linf norm.
 
-    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with its gradient on both sides, where :math:`\tilde x` begins at a normal
-    step of size 0.001 and takes ``num_steps`` sign steps up the same divergence, kept within ``epsilon`` and in [0, 1].
+    :math:`\mathrm{KL}(p_x \| p_{\tilde x})` with gradients to both predictions. :math:`\tilde x` starts at a normal
+    step of size 0.001 and takes ``num_steps`` sign steps that increase the divergence, within ``epsilon`` and [0, 1].
     The default weight is their :math:`\beta = 6`; their code rounds 8/255 to 0.031 and 2/255 to 0.007.
 
-    Theirs attacks the network in evaluation mode, and gives the attacked batch batch statistics of its own; here both
-    are those of the training step.
+    Their code attacks the network in evaluation mode, and the attacked batch has its own batch statistics; here both
+    use the function and the statistics of the training step.
     """
 
     epsilon: float = 8 / 255
@@ -103,7 +103,7 @@ class AdversarialTraining(pl.Callback):
 
     Args:
         epsilon: Radius in :math:`\ell_\infty`, in pixel units.
-        num_steps: Steps of projected gradient ascent, each of 2.5 ``epsilon`` over their number.
+        num_steps: Number of steps of projected gradient ascent, each of length 2.5 ``epsilon / num_steps``.
     """
 
     def __init__(self, epsilon: float, num_steps: int = 3) -> None:
@@ -119,8 +119,9 @@ class AdversarialTraining(pl.Callback):
 class FastAdversarialTraining(pl.Callback):
     r"""Fast adversarial training of Wong, Rice and Kolter (arXiv 2001.03994, github.com/locuslab/fast_adversarial).
 
-    Replaces the images of each batch by those after one sign step from a uniformly random start. As in their code the
-    step is taken on the network in training mode, so that batch norm takes and counts the statistics of its images.
+    Replaces the images of each batch by those after one sign step from a uniformly random start. As in their code, the
+    network is in training mode for this step, so that batch norm uses the statistics of these images and updates its
+    running statistics.
 
     Args:
         epsilon: Radius in :math:`\ell_\infty`, in pixel units.
@@ -141,7 +142,7 @@ class FastAdversarialTraining(pl.Callback):
 
 
 def _in_ball(images: Tensor, moved: Tensor, epsilon: float) -> Tensor:
-    """Project onto the images within ``epsilon`` of the given ones, in the largest entry, and in [0, 1]."""
+    """Project onto the images in [0, 1] within ``epsilon`` of the given ones in the linf norm."""
     return (images + (moved - images).clamp(-epsilon, epsilon)).clamp(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Images that fit in memory, resized only when they are asked for."""
+"""Images that fit in memory, resized on access."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class ArrayData(ImageData):
     """Images that fit in memory, from arrays.
 
     Args:
-        val_fraction: Share of the training images that is held out, stratified by label, where there is no ``val``.
-        image_size: Height and width to which an image is resized when it is asked for; in memory it keeps its own.
-        num_channels: 3 to repeat grey images when they are asked for.
-        num_train: Use only the first training images, those held out included, equally many of each class.
+        val_fraction: Share of the training images that is held out, stratified by label, if there is no ``val``.
+        image_size: Height and width to which an image is resized on access; in memory it keeps its size.
+        num_channels: 3 to repeat the channel of grey images on access.
+        num_train: Use only the first training images, including those held out, equally many of each class.
         num_test: Use only the first test images, equally many of each class.
-        kwargs: For :class:`ImageData`.
+        kwargs: Passed to :class:`ImageData`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ArrayData(ImageData):
         """Return images (uint8, or float in [0, 1]; ``(N, H, W)`` or ``(N, H, W, C)``) and labels per split."""
 
     def digest(self) -> str:
-        """Return a digest of the arrays before anything is left out."""
+        """Return a digest of the complete arrays."""
         digest = hashlib.sha256()
         for split, pair in sorted(self.arrays().items()):
             digest.update(split.encode())
@@ -61,10 +61,10 @@ class ArrayData(ImageData):
         """Convert the arrays to tensors ``(N, C, H, W)``.
 
         Returns:
-            The splits and what they look like; mean and std are those of the training images before resizing.
+            The splits and their specification; mean and std are those of the training images before resizing.
 
         Raises:
-            ValueError: If an array cannot be what it should, or there are not as many images or channels as asked for.
+            ValueError: If an array is invalid, or there are fewer images or channels than requested.
         """
         arrays = self.arrays()
         for split, (images, labels) in arrays.items():
@@ -98,7 +98,8 @@ class ArrayData(ImageData):
         channels = own_channels if self.num_channels is None else self.num_channels
         if channels != own_channels and (own_channels, channels) != (1, 3):
             raise ValueError(
-                f"num_channels={channels}, but the images have {own_channels}; only one channel can be made three."
+                f"num_channels={channels}, but the images have {own_channels}; only a single channel can be repeated "
+                "to three."
             )
         splits: dict[str, Split]
         if (size, channels) == (own_size, own_channels):
@@ -111,7 +112,7 @@ class ArrayData(ImageData):
 
 
 class _Resized(Dataset[tuple[Tensor, Tensor]]):
-    """Images that are resized, and their channel repeated, one by one: all of CIFAR-10 at 224 x 224 takes 36 GB."""
+    """Images that are resized on access, one by one, since CIFAR-10 at 224 x 224 takes 36 GB."""
 
     def __init__(self, images: Tensor, labels: Tensor, size: int, repeats: int) -> None:
         self.images = images
@@ -129,7 +130,7 @@ class _Resized(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _check_arrays(split: str, images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse arrays that are not images ``(N, *shape)`` in [0, 1] with a class each, saying what to do."""
+    """Raise an error, with a remedy, unless the arrays are images ``(N, *shape)`` in [0, 1] with a class each."""
     if images.ndim not in (3, 4) or 0 in images.shape or images.shape[1] != images.shape[2]:
         raise ValueError(
             f"The {split} images must be square, (N, H, H) or (N, H, H, C) with the channels last; got {images.shape}."
@@ -137,7 +138,7 @@ def _check_arrays(split: str, images: np.ndarray, labels: np.ndarray, shape: tup
     if images.shape[1:] != shape:
         raise ValueError(f"The {split} images have the shape {images.shape[1:]}, but those of train {shape}.")
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"There are {len(images)} {split} images, but {labels.size} labels; give one label per image.")
+        raise ValueError(f"There are {len(images)} {split} images, but {labels.size} labels; pass one label per image.")
     if labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(
             f"The {split} labels must be integers from 0; got {labels.dtype} from {labels.min()} to {labels.max()}."
@@ -150,7 +151,7 @@ def _check_arrays(split: str, images: np.ndarray, labels: np.ndarray, shape: tup
 
 
 def _balanced_prefix(labels: np.ndarray, count: int) -> np.ndarray:
-    """Return the first indices, in order, such that every class has equally many, or all that it has."""
+    """Return the first indices, in order, with equally many of each class, or all of a class with fewer."""
     by_class = np.argsort(labels, kind="stable")
     rank_in_class = np.empty_like(by_class)
     rank_in_class[by_class] = np.arange(len(labels)) - np.searchsorted(labels[by_class], labels[by_class])

@@ -1,4 +1,4 @@
-"""Image data as LightningDataModules that hand out float images in [0, 1] and know their own shape."""
+"""Image data as LightningDataModules with float images in [0, 1] and a specification of their shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recipes.data.spec import ImageSpec
 
 
 class Split(Protocol):
-    """Images ``(C, H, W)`` with their labels: a :class:`TensorDataset`, or a data set that has ``labels``."""
+    """Images ``(C, H, W)`` with their labels: a :class:`TensorDataset`, or a data set with an attribute ``labels``."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -34,10 +34,13 @@ class ImageData(pl.LightningDataModule):
     """Three splits of labelled images.
 
     Args:
-        batch_size: Images per training and evaluation batch.
-        num_workers: Worker processes per loader.
+        batch_size: Number of images per training and evaluation batch.
+        num_workers: Number of worker processes per loader.
         train_transform: Augmentation of one image ``(C, H, W)`` of a training batch, from :mod:`torchvision.transforms`
-            for example; ``splits["train"]`` itself stays as it is.
+            for example; ``splits["train"]`` itself is not changed.
+
+    Raises:
+        ValueError: If ``batch_size`` is below 1.
     """
 
     spec: ImageSpec
@@ -48,20 +51,22 @@ class ImageData(pl.LightningDataModule):
         self, batch_size: int = 64, num_workers: int = 0, train_transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1; got {batch_size}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.train_transform = train_transform
 
     @abstractmethod
     def load(self) -> tuple[dict[str, Split], ImageSpec]:
-        """Read the data: the splits ``train``, ``val`` and ``test``, and what they look like."""
+        """Read the data: the splits ``train``, ``val`` and ``test``, and their specification."""
 
     def digest(self) -> str | None:
-        """Return what tells these data from others with the same settings; nothing for data that never change."""
+        """Return a digest that distinguishes data with the same settings; None for data that never change."""
         return None
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the data once, and refuse it if a class has no training image or no test image."""
+        """Read the data once; raise an error if a class has no training image or no test image."""
         if not hasattr(self, "splits"):
             splits, spec = self.load()
             for split in ("train", "test"):
@@ -69,7 +74,7 @@ class ImageData(pl.LightningDataModule):
             self.splits, self.spec = splits, spec
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Shuffled and augmented; an incomplete last batch is dropped, since batch norm dislikes it.
+        """Shuffled and augmented; an incomplete last batch is dropped, since small batches are bad for batch norm.
 
         Returns:
             The loader.
@@ -103,17 +108,17 @@ class ImageData(pl.LightningDataModule):
 
 
 def labels_of(split: Any) -> Tensor:
-    """Return the labels of a :class:`TensorDataset`, or of another data set that has ``labels``; reads no image."""
+    """Return the labels of a :class:`TensorDataset`, or of another data set with ``labels``, without reading images."""
     result: Tensor = split.tensors[1] if isinstance(split, TensorDataset) else split.labels
     return result
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of the images of every class, the same with each seed of the training.
+    """Hold out a share of the images of every class, equal for all seeds of the training.
 
     Args:
         labels: Class of each image.
-        fraction: Share that is held out.
+        fraction: Share to hold out.
 
     Returns:
         Indices of the images kept and of those held out.
@@ -149,13 +154,13 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def _check_classes(split: str, labels: Tensor, num_classes: int, names: Sequence[str]) -> None:
-    """Refuse a split that lacks a class, naming up to ten."""
+    """Raise an error for a split without some classes; it names up to ten of them."""
     present = set(labels.unique().tolist())
     missing = list(islice((label for label in range(num_classes) if label not in present), 10))
     if missing:
         named = [f"{label} ({names[label]})" if names else str(label) for label in missing]
         raise ValueError(
-            f"The {split} images show {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
+            f"The {split} images have {len(present)} of the {num_classes} classes; there is none of {', '.join(named)}"
             f"{', …' if len(present) + 10 < num_classes else ''}. Add {split} images of them, or take them out of all "
             "splits and number the labels from 0 without gaps."
         )

@@ -25,9 +25,9 @@ def prepared_data(config: DictConfig) -> ImageData:
 def chosen_examples(
     data: ImageData, count: int, generator: torch.Generator, noise: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Return ``count`` test images from anywhere in the split, the same for every network, and their labels.
+    """Return ``count`` random test images, the same for every network, and their labels.
 
-    A share ``noise`` of uniform noise in each pixel keeps flat backgrounds off the kinks of max pooling.
+    A share ``noise`` of uniform noise in each pixel avoids the kinks of max pooling on flat backgrounds.
     """
     return examples_at(data, chosen_indices(data, count, generator), generator, noise)
 
@@ -55,7 +55,7 @@ def fixed_images(data: ImageData, count: int, noise: float) -> Tensor:
 
 
 def check_noise(noise: float) -> None:
-    """Refuse what is not a share.
+    """Raise an error unless ``noise`` is a share.
 
     Raises:
         ValueError: If ``noise`` is not from 0 to less than 1.

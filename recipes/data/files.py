@@ -1,6 +1,6 @@
 """Data sets whose images are files: ImageFolder, ImageNet, Tiny ImageNet and the COVID-19 Radiography Database.
 
-Every file is looked for before training; an image is decoded when it is asked for.
+The presence of every file is checked before training; images are decoded on access.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class ImageFiles(ImageData):
         image_size: Height and width after resizing and centre cropping.
         mean: Per channel, in pixel units.
         std: Per channel, in pixel units.
-        val_fraction: Share of the training images that is held out, stratified by label, where there is no ``val``.
-        kwargs: For :class:`ImageData`.
+        val_fraction: Share of the training images that is held out, stratified by label, if there is no ``val``.
+        kwargs: Passed to :class:`ImageData`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageFiles(ImageData):
         """Index the files.
 
         Returns:
-            The splits and what they look like.
+            The splits and their specification.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -87,7 +87,7 @@ class ImageFiles(ImageData):
         return {split: _Images(pairs, transform) for split, pairs in files.items()}, spec
 
     def digest(self) -> str:
-        """Return a digest of the names, sizes and times of all files; reading all images would take minutes."""
+        """Return a digest of the names, sizes and times of all files, since reading all images would take minutes."""
         digest = hashlib.sha256()
         for path in sorted(self.root.rglob("*")):
             if path.is_file():
@@ -148,9 +148,9 @@ class ImageNet(ImageFolder):
 
     Args:
         root: The folder.
-        num_classes: Number of classes there must be; None for any.
-        num_train: Number of images there must be in ``train``; None for any.
-        num_val: Number of images there must be in ``val``; None for any.
+        num_classes: Required number of classes; None for any.
+        num_train: Required number of images in ``train``; None for any.
+        num_val: Required number of images in ``val``; None for any.
         kwargs: For :class:`ImageFiles`.
     """
 
@@ -175,7 +175,7 @@ class ImageNet(ImageFolder):
             The names of the classes in alphabetical order, and the files of each split.
 
         Raises:
-            ValueError: If there are not as many classes or images as there must be.
+            ValueError: If the number of classes or images is wrong.
         """
         classes, files = super().files()
         if self.num_classes not in (None, len(classes)):
@@ -195,9 +195,9 @@ class ImageNet(ImageFolder):
 
 
 class TinyImageNet(ImageFiles):
-    """The folder ``tiny-imagenet-200`` as it is unpacked; its validation images are our test images.
+    """The unpacked folder ``tiny-imagenet-200``; its validation images are our test images.
 
-    These are ``wnids.txt``, ``train/<wnid>/images/<wnid>_<number>.JPEG``, ``val/images/*`` and
+    The files are ``wnids.txt``, ``train/<wnid>/images/<wnid>_<number>.JPEG``, ``val/images/*`` and
     ``val/val_annotations.txt``. The unlabelled ``test`` is not used.
 
     Args:
@@ -227,7 +227,7 @@ class TinyImageNet(ImageFiles):
             The wnids in alphabetical order, and the files of each split.
 
         Raises:
-            ValueError: If a list does not have as many entries as it must.
+            ValueError: If a list has the wrong number of entries.
         """
         classes = sorted(set((self.root / "wnids.txt").read_text().split()))
         if len(classes) != self.num_classes:
@@ -265,7 +265,7 @@ class TinyImageNet(ImageFiles):
 
 
 class CovidRadiography(ImageFiles):
-    """The COVID-19 Radiography Database as it is unpacked: ``root/<class>/images/<class>-<number>.png``.
+    """The unpacked COVID-19 Radiography Database: ``root/<class>/images/<class>-<number>.png``.
 
     Args:
         root: The folder.
@@ -297,7 +297,7 @@ class CovidRadiography(ImageFiles):
 
 
 class _Images(Dataset[tuple[Tensor, int]]):
-    """Images that are decoded when they are asked for."""
+    """Images that are decoded on access."""
 
     def __init__(self, files: Files, transform: transforms.Compose) -> None:
         self.paths = [str(path) for path, _ in files]
@@ -310,13 +310,13 @@ class _Images(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             pixels = pil_loader(self.paths[index])
-        except Exception as error:  # a damaged file can raise anything: each decoder of PIL has its own errors
+        except Exception as error:  # a damaged file may raise any error: each decoder of PIL has its own
             raise ValueError(f"{self.paths[index]} cannot be decoded as an image ({error}); copy it again.") from error
         return self.transform(pixels), int(self.labels[index])
 
 
 def _held_out(files: Files, fraction: float) -> tuple[Files, Files]:
-    """Split the files as :func:`stratified_split` does."""
+    """Split the files with :func:`stratified_split`."""
     kept, held_out = stratified_split(np.array([label for _, label in files]), fraction)
     return [files[index] for index in kept], [files[index] for index in held_out]
 
@@ -327,18 +327,18 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _exactly(folder: Path, names: list[str], suffix: str) -> list[Path]:
-    """Return the paths of the files with these names; refuses others beside them.
+    """Return the paths of the files with these names; raise an error for additional files.
 
     Args:
-        folder: Where they are.
-        names: What they are called; whether each is there, :meth:`ImageFiles.load` sees.
-        suffix: How all of them end; files that do not are passed over.
+        folder: Their folder.
+        names: Their names; :meth:`ImageFiles.load` checks that each exists.
+        suffix: Suffix of the files; files with another suffix are ignored.
 
     Returns:
         The paths in the order of the names.
 
     Raises:
-        ValueError: If there are others.
+        ValueError: If there are additional files.
     """
     others = {path.name for path in folder.glob(f"*{suffix}")} - set(names)
     if others:

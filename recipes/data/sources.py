@@ -1,4 +1,4 @@
-"""Where arrays of images come from: scikit-learn's digits, torchvision, a file of NumPy's."""
+"""Sources of image arrays: scikit-learn's digits, torchvision, NumPy files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity
 from recipes.data.arrays import ArrayData
 from recipes.data.base import SPLIT_SEED, stratified_split
 
-# What MNIST and its kin must be; torchvision knows the checksums of their archives only.
+# Shapes of the files of MNIST and similar data sets; torchvision has only the checksums of their archives.
 _IDX_NAMES = ("MNIST", "FashionMNIST", "KMNIST")
 _IDX_SHAPES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),
@@ -56,17 +56,17 @@ class Digits(ArrayData):
 class Numbers(ArrayData):
     """Numbers of one to three of scikit-learn's digits side by side: 10, 100 or 1000 classes, no download.
 
-    The digits have the same size whatever their number, and a random height each. Test and validation numbers are made
-    of other handwriting than training numbers. A little noise keeps the background off the kinks of max pooling, where
-    a network has no derivative.
+    The size of a digit does not depend on their number; its vertical position is random. Test and validation numbers
+    use other handwritten digits than training numbers. A little noise avoids the kinks of max pooling on the
+    background, where a network has no derivative.
 
     Args:
-        num_digits: Digits of each number; ``10 ** num_digits`` classes, all of which occur equally often.
+        num_digits: Number of digits of each number; there are ``10 ** num_digits`` classes with equal frequency.
         image_size: Height and width; a digit takes a third of it.
-        num_train: Training images.
-        num_test: Test images, and as many validation images.
+        num_train: Number of training images.
+        num_test: Number of test images, and of validation images.
         noise: Share of uniform noise in each pixel.
-        kwargs: For :class:`ArrayData`.
+        kwargs: Passed to :class:`ArrayData`.
 
     Raises:
         ValueError: If there are fewer training or test images than classes, or more than three digits.
@@ -91,13 +91,13 @@ class Numbers(ArrayData):
         if min(num_train, num_test) < 10**num_digits:
             raise ValueError(
                 f"{num_train} training and {num_test} test images do not cover the {10**num_digits} classes of numbers "
-                f"of {num_digits} digits; give at least as many of each."
+                f"of {num_digits} digits; use at least one of each per class."
             )
         self.num_digits = num_digits
         self.noise = noise
 
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Put the numbers together."""
+        """Compose the numbers."""
         digits = Digits(image_size=self.image_size // 3).arrays()
         rng = np.random.default_rng(SPLIT_SEED)
         images, labels = digits["test"]
@@ -127,7 +127,7 @@ class Numbers(ArrayData):
 
 
 class TorchvisionArrays(ArrayData):
-    """A torchvision data set that keeps all its images in memory: MNIST, CIFAR10, CIFAR100.
+    """A torchvision data set with all images in memory: MNIST, CIFAR10, CIFAR100.
 
     CIFAR's files are verified by their checksums, MNIST's by their headers and lengths.
 
@@ -145,7 +145,7 @@ class TorchvisionArrays(ArrayData):
         self.root = root
 
     def prepare_data(self) -> None:
-        """Download what is missing, and read it once to see that it is whole."""
+        """Download missing files, and read the data once to check that it is complete."""
         self.arrays()
 
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -156,7 +156,7 @@ class TorchvisionArrays(ArrayData):
 
         Raises:
             ValueError: If a file is damaged; the message names it.
-            RuntimeError: Without the files and a connection; the message says where they belong.
+            FileNotFoundError: Without the files and a connection; the message says where they belong.
         """
         failure = None
         try:
@@ -174,7 +174,7 @@ class TorchvisionArrays(ArrayData):
                 "run again with an internet connection to download them, or copy them again."
             ) from failure
         if failure is not None:
-            raise RuntimeError(
+            raise FileNotFoundError(
                 f"{self.name} is not in {Path(self.root).resolve()}, which lacks {wrong[0] if wrong else 'files'}, and "
                 f"could not be downloaded ({failure}). Connect to the internet once, copy the files there, or use "
                 "data=digits, which needs no download."
@@ -187,7 +187,7 @@ class Npz(ArrayData):
 
     Args:
         path: The file.
-        sha256: Digest that the file must have, in hexadecimal; not checked without one.
+        sha256: Required digest of the file, in hexadecimal; without it there is no check.
         kwargs: For :class:`ArrayData`.
 
     Raises:
@@ -199,7 +199,7 @@ class Npz(ArrayData):
         self.path = Path(path)
         self.sha256 = sha256
         if not self.path.is_file():
-            raise FileNotFoundError(f"There is no file {self.path.resolve()}; say where it is with data.path=…")
+            raise FileNotFoundError(f"There is no file {self.path.resolve()}; set its path with data.path=…")
 
     def digest(self) -> str:
         """Return the SHA-256 of the file."""
@@ -216,7 +216,8 @@ class Npz(ArrayData):
             Images and labels per split.
 
         Raises:
-            ValueError: If the file is damaged or another one, or an array is missing; the message names those found.
+            ValueError: If the file is damaged or has another digest, or an array is missing; the message names those
+                found.
         """
         if self.sha256 is not None:
             digest = self.digest()
@@ -245,7 +246,7 @@ class Npz(ArrayData):
 
 
 def _wrong_files(name: str, root: Path) -> list[Path]:
-    """Return the files of a torchvision data set that are missing or not what they should be, as far as is known."""
+    """Return the files of a torchvision data set that are known to be missing or wrong."""
     kind = getattr(datasets, name)
     if issubclass(kind, datasets.CIFAR10):
         sums = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
@@ -258,7 +259,7 @@ def _wrong_files(name: str, root: Path) -> list[Path]:
 
 
 def _is_idx(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is as long and begins as MNIST's format demands: rank and sizes, big-endian, then bytes."""
+    """Whether a file has the length and header of MNIST's format: rank and sizes, big-endian, then bytes."""
     header = b"".join(number.to_bytes(4, "big") for number in (0x0800 + len(shape), *shape))
     with file.open("rb") as stream:
         return stream.read(len(header)) == header and file.stat().st_size == len(header) + prod(shape)

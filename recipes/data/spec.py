@@ -1,4 +1,4 @@
-"""What a network must know of its data."""
+"""The specification of the data for a network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a model must know of its data.
+    """The specification of the data for a model.
 
     Attributes:
         num_classes: Number of labels.
-        num_channels: 1 or 3, or any other number.
+        num_channels: Number of channels, usually 1 or 3.
         image_size: Height and width.
         mean: Per channel, in pixel units.
         std: Per channel, in pixel units.

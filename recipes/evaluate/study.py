@@ -1,4 +1,4 @@
-"""Audit a classifier: ``python -m recipes.evaluate run=FOLDER`` for one that ``recipes.train`` trained in this folder.
+r"""Audit a classifier: ``python -m recipes.evaluate run=FOLDER`` for one that ``recipes.train`` trained in this folder.
 
 Data, network and checkpoint are then those of the training. For another classifier, name each of them::
 
@@ -17,6 +17,8 @@ Hugging Face hub) and TensorBoard events.
 ``'thresholds={accuracy: {min: 0.9}, lambda_p95: {max: 50}}'`` sets limits, for the names of
 :func:`recipes.evaluate.numbers.names`. If a number has an interval, its less favourable end is compared with the limit.
 If a threshold fails, the command ends with status 3 after all files are written; a sweep continues.
+
+Takes about half a minute on two CPU cores for the network and the images of ``recipes.train``'s defaults.
 """
 
 from __future__ import annotations
@@ -49,14 +51,12 @@ from recipes.models.checkpoints import built_network, check_network
 from recipes.models.runs import with_run
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device
-from recipes.runtime.jobs import quiet
 from recipes.runtime.mistakes import end_unless_swept
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    quiet()
     failed = failure(evaluate(config)["thresholds"])
     if failed:
         end_unless_swept(failed, FAILED)

@@ -21,9 +21,9 @@ def main(
     """Train, and print the mean λ_max of the validation images after each epoch.
 
     Args:
-        weight: Of the penalty; 0 for none.
-        num_epochs: Passes over the training images.
-        precision: Of the training; the penalty and the measurement compute in float32 all the same.
+        weight: Weight of the penalty; 0 for none.
+        num_epochs: Number of passes over the training images.
+        precision: Precision of the training; the penalty and the measurement are computed in float32.
 
     Returns:
         The values, one per epoch.
@@ -41,7 +41,7 @@ def main(
         model.train()
         for images, labels in train_loader:
             loss = nn.functional.cross_entropy(model(images), labels)
-            if weight > 0 and step % EVERY_N_STEPS == 0:  # each 5th step, 5 times as strongly
+            if weight > 0 and step % EVERY_N_STEPS == 0:  # each 5th step, with 5 times the weight
                 loss = loss + EVERY_N_STEPS * weight * penalty(model, images)
             optimizer.zero_grad()
             fabric.backward(loss)
@@ -50,8 +50,8 @@ def main(
 
         metric.reset()
         for images, _ in val_loader:
-            metric.update(model, images)  # in evaluation behaviour, whatever the mode of the model
-        lambdas.append(metric.compute().item())  # of all processes
+            metric.update(model, images)  # evaluates the model in evaluation mode, in any mode of the model
+        lambdas.append(metric.compute().item())  # over all processes
         fabric.print(f"epoch {epoch}: mean λ {lambdas[-1]:.3g}")
     return lambdas
 

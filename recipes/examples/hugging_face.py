@@ -1,6 +1,6 @@
 """The penalty and the measurement in Hugging Face's Trainer: ``python -m recipes.examples.hugging_face``.
 
-Token ids cannot be moved by a small step; the inputs of a text classifier are their embeddings.
+Token ids have no small perturbations; the inputs of a text classifier are therefore their embeddings.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ def logits_of_embeddings(module: nn.Module, embeddings: Tensor, attention_mask: 
 
 
 def function_and_inputs(model: Any, batch: dict[str, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """Return the function from embeddings to logits, the embeddings of a batch, and what else it needs."""
+    """Return the function from embeddings to logits, the embeddings of a batch, and its side inputs."""
     embeddings = model.get_input_embeddings()(batch["input_ids"])
     return LogitsOf(model, logits_of_embeddings), embeddings, {"attention_mask": batch["attention_mask"]}
 
 
 class FisherTrainer(Trainer):
-    """A Trainer with ``weight * penalty`` in each n-th step's loss, n times as strong."""
+    """A Trainer that adds ``n * weight * penalty`` to the loss of each n-th step."""
 
     def __init__(self, *args: Any, weight: float = 0.001, every_n_steps: int = 5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # the step is in the unit of the embeddings, whose rows have a norm of about 0.02 * sqrt(32) = 0.1
         self.weight, self.every_n_steps, self.penalty = weight, every_n_steps, KLPenalty(step=0.05)
-        self.model_accepts_loss_kwargs = False  # then the Trainer divides by the number of accumulated batches
+        self.model_accepts_loss_kwargs = False  # so that the Trainer divides by the number of accumulated batches
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Add the penalty in training."""
@@ -54,7 +54,7 @@ class LogLambda(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure, and hand the number to the Trainer's logs."""
+        """Measure, and add the number to the Trainer's logs."""
         model, metric = kwargs["model"], FisherSpectralNorm().to(self.trainer.args.device)
         for batch in self.trainer.get_eval_dataloader():
             metric.update(*function_and_inputs(model, batch))
@@ -65,8 +65,8 @@ def main(weight: float = 0.001, num_epochs: int = 3) -> list[float]:
     """Train, and print the mean λ_max of the evaluation sentences after each epoch.
 
     Args:
-        weight: Of the penalty; 0 for none.
-        num_epochs: Passes over the training sentences.
+        weight: Weight of the penalty; 0 for none.
+        num_epochs: Number of passes over the training sentences.
 
     Returns:
         The values, one per epoch.

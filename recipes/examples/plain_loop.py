@@ -16,8 +16,8 @@ def main(weight: float = 0.1, num_epochs: int = 3) -> list[float]:
     """Train, and print the mean λ_max of the validation images after each epoch.
 
     Args:
-        weight: Of the penalty; 0 for none.
-        num_epochs: Passes over the training images.
+        weight: Weight of the penalty; 0 for none.
+        num_epochs: Number of passes over the training images.
 
     Returns:
         The values, one per epoch.
@@ -32,7 +32,7 @@ def main(weight: float = 0.1, num_epochs: int = 3) -> list[float]:
         model.train()
         for images, labels in DataLoader(train, batch_size=64, shuffle=True):
             loss = nn.functional.cross_entropy(model(images), labels)
-            if weight > 0 and step % EVERY_N_STEPS == 0:  # each 5th step, 5 times as strongly
+            if weight > 0 and step % EVERY_N_STEPS == 0:  # each 5th step, with 5 times the weight
                 loss = loss + EVERY_N_STEPS * weight * penalty(model, images)
             optimizer.zero_grad()
             loss.backward()
@@ -41,7 +41,7 @@ def main(weight: float = 0.1, num_epochs: int = 3) -> list[float]:
 
         metric.reset()
         for images, _ in DataLoader(val, batch_size=180):
-            metric.update(model, images)  # in evaluation behaviour, whatever the mode of the model
+            metric.update(model, images)  # evaluates the model in evaluation mode, in any mode of the model
         lambdas.append(metric.compute().item())
         print(f"epoch {epoch}: mean λ {lambdas[-1]:.3g}")
     return lambdas

@@ -1,4 +1,4 @@
-"""What the examples train on, without a download, and the network for the images."""
+"""The data of the examples, without a download, and the network for the images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def network() -> nn.Module:
 def sentences(num: int, seed: int) -> list[dict[str, Tensor]]:
     """Return random sentences of 6 to 12 words of 31 and padding, for Hugging Face's Trainer.
 
-    The class is that of the majority of the words, those below 16 and the others; a tenth of the labels is wrong.
+    The class says whether most of the words are below 16; a tenth of the labels is wrong.
     """
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(1, 32, (num, 12), generator=generator)

@@ -1,1 +1,1 @@
-"""Numbers and times of a GPU: ``python -m recipes.gpu_check``."""
+"""Check of numbers and run times on a GPU: ``python -m recipes.gpu_check``."""

@@ -1,7 +1,7 @@
-"""Every number that we compute on a device, beside the same number of the CPU: a part of ``recipes.gpu_check``.
+"""Comparison of all numbers of a device with those of the CPU: a part of ``recipes.gpu_check``.
 
-Both sides get the same weights, images and random numbers, and what is drawn is drawn on the CPU. ``difference`` is the
-largest one over the examples, relative to the CPU's value there (of logarithms of bounds: of the bounds themselves).
+Both sides use the same weights, images and random numbers, which are drawn on the CPU. ``difference`` is the largest
+difference over the examples, relative to the value of the CPU (for logarithms of bounds: of the bounds).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from recipes.models.zoo import Normalize
 CPU = torch.device("cpu")
 Question = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
-EXACT = 1e-3  # round-off of float32 through a deep network, other kernels, other order of sums
-ITERATED = 2e-2  # the default solver's tolerance is 1 %, on each side
+EXACT = 1e-3  # round-off of float32 in a deep network: other kernels, other order of summation
+ITERATED = 2e-2  # the tolerance of the default solver is 1 % on each device
 FINITE_STEP = 1e-2  # differences of logits over a step, and gradients of gradients
 
 
@@ -61,9 +61,9 @@ class Number:
     """One number to compare.
 
     Attributes:
-        name: What tables call it.
+        name: Name in tables.
         ask: Maps a network, images and labels on one device to the number, of any shape.
-        tolerance: Largest relative difference; None where it is shown and not judged.
+        tolerance: Largest relative difference; None if it is only shown.
     """
 
     name: str
@@ -88,7 +88,7 @@ class RowsClassifier(nn.Module):
 
 
 def drawn() -> torch.Generator:
-    """Return a generator of the CPU, for the same random numbers on every device."""
+    """Return a generator on the CPU, for the same random numbers on every device."""
     return torch.Generator().manual_seed(0)
 
 
@@ -149,7 +149,7 @@ PENALTIES: tuple[Penalty, ...] = (
 
 
 def numbers() -> Iterator[Number]:
-    """Yield all that is compared on each network."""
+    """Yield all numbers that are compared on each network."""
     yield Number("eigenvalue, default solver", _largest, ITERATED)
     yield Number("eigenvalue, Exact", lambda *given: _pairs(*given)[:, 0], EXACT)
     yield Number("three eigenpairs", _pairs, EXACT)
@@ -167,14 +167,14 @@ def numbers() -> Iterator[Number]:
 
 
 def reference(network: nn.Module, images: Tensor, labels: Tensor, some: list[Number]) -> dict[str, Tensor | str]:
-    """Return the numbers of a network by name; instead of one that raises, its error."""
+    """Return the numbers of a network by name; where one raises, its error instead."""
     found: dict[str, Tensor | str] = {}
     for number in some:
         try:
             found[number.name] = number.ask(network, images, labels).detach().double().cpu()
         except NoBoundError:
             found[number.name] = "no bound"
-        except Exception as error:  # whatever a device makes of it: the others go on
+        except Exception as error:  # a device may raise any error: continue with the other numbers
             found[number.name] = f"{type(error).__name__}: {str(error)[:300]}"
     return found
 
@@ -186,14 +186,14 @@ def difference(found: Tensor | str, expected: Tensor | str) -> float:
     if found.shape != expected.shape or bool((found.isnan() != expected.isnan()).any()):
         return math.inf
     size = expected.abs().nan_to_num()
-    smallest = max(1e-3 * float(size.max()), torch.finfo(torch.float32).tiny)  # of a pair that is zero nothing is asked
+    smallest = max(1e-3 * float(size.max()), torch.finfo(torch.float32).tiny)  # avoids a division by zero
     return float(((found - expected).abs().nan_to_num() / size.clamp_min(smallest)).max())
 
 
 def compared(
     some: list[Number], found: dict[str, Tensor | str], expected: dict[str, Tensor | str]
 ) -> list[dict[str, Any]]:
-    """Return a row per number, with whether it passed (None where it is not judged)."""
+    """Return a row per number, with whether it passed (None without a tolerance)."""
     rows = []
     for number in some:
         apart = difference(found[number.name], expected[number.name])
@@ -223,7 +223,7 @@ def check_trainer(config: DictConfig, network: nn.Module, images: Tensor, labels
     """Train for a few steps on the device with regularizer and monitor.
 
     Returns:
-        Rows: what the monitor says at the end beside the same numbers of the trained weights on the CPU.
+        Rows: the last numbers of the monitor and those of the trained weights on the CPU.
     """
     module = Classifier(copy.deepcopy(network).train(), 10, partial(torch.optim.SGD, lr=1e-3))
     monitor = FisherMonitor(solver=Exact(), geometry=LInf(), detailed=True)

@@ -1,14 +1,16 @@
 """Check numbers and measure times on a GPU: ``python -m recipes.gpu_check``.
 
-1. ``numbers``: everything that we compute, on four families of networks and an LSTM, against the CPU's.
-2. ``trainer``: what the monitor logs in a short training on the device, against the CPU's.
-3. ``estimates``, ``large``, ``paper``: estimates in forwards of the same images; the paper's algorithm beside ours.
-4. ``steps``: penalised training steps in plain ones, in each precision and compiled.
+1. ``numbers``: all numbers of this package, on four families of networks and an LSTM, compared with the CPU.
+2. ``trainer``: the logged numbers of the monitor in a short training on the device, compared with the CPU.
+3. ``estimates``, ``large``, ``paper``: times of estimates and of the paper's algorithm in forwards of the same images.
+4. ``steps``: times of penalised training steps in plain steps, in each precision and compiled.
 
-Sections run by themselves: the error of one is recorded, and the others go on. No round of timing begins after the
-``max_seconds`` of its section. Leaves ``gpu_check.json``, ``gpu_check.csv`` and ``gpu_check.md`` in Hydra's run folder,
-written anew after each section, and exits with 1 if a number is wrong or could not be compared.
-``python -m recipes.gpu_check --config-name gpu_check_small device=cpu`` is the small one.
+Sections are independent: the error of one is recorded, and the others continue. No round of timing starts after the
+``max_seconds`` of its section. Writes ``gpu_check.json``, ``gpu_check.csv`` and ``gpu_check.md`` to Hydra's run folder
+after each section, and exits with status 1 if a number is wrong or could not be compared.
+``python -m recipes.gpu_check --config-name gpu_check_small device=cpu`` is a smaller version.
+
+Takes about a minute on two CPU cores with ``gpu_check_small``; a GPU was not measured.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from recipes.reporting.records import plain
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import chosen_device, environment
-from recipes.runtime.jobs import quiet
 from recipes.runtime.progress import track
 from recipes.runtime.settings import resolved
 
@@ -43,7 +44,6 @@ Rows = list[dict[str, Any]]
 @command("gpu_check")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    quiet()
     if wrong(gpu_check(config)):
         sys.exit(1)
 
@@ -61,7 +61,7 @@ def gpu_check(config: DictConfig) -> dict[str, dict[str, Any]]:
         rows: Rows = []
         try:
             SECTIONS[name](config, device, rows)
-        except Exception as raised:  # whatever a device makes of it: the other sections go on
+        except Exception as raised:  # a device may raise any error: continue with the other sections
             error = "".join(traceback.format_exception_only(raised)).strip()
         sections[name] = {"rows": rows, "seconds": time.perf_counter() - begin, "error": error}
         _write(config, device, folder, sections)
@@ -75,7 +75,7 @@ def check_numbers(config: DictConfig, device: torch.device, rows: Rows) -> None:
     some, begin = list(numbers()), time.perf_counter()
     for name, network in config.networks.items():
         if time.perf_counter() - begin > config.max_seconds.numbers:
-            raise TimeoutError(f"max_seconds.numbers={config.max_seconds.numbers} were over before {name}.")
+            raise TimeoutError(f"max_seconds.numbers={config.max_seconds.numbers} were used up before {name}.")
         rows += [
             {"network": name, **row} for row in compare(_small(config, network, images), images, labels, some, device)
         ]
@@ -89,7 +89,7 @@ def compare(
     device: torch.device,
     expected: dict[str, Tensor | str] | None = None,
 ) -> Rows:
-    """Return a row per number: on the device, against ``expected``, by default the CPU's."""
+    """Return a row per number: on the device, compared with ``expected`` (by default the numbers on the CPU)."""
     if expected is None:
         expected = reference(network.to(CPU), images, labels, some)
     found = reference(network.to(device), images.to(device), labels.to(device), some)
@@ -120,7 +120,7 @@ def time_large(config: DictConfig, device: torch.device, rows: Rows) -> None:
 
 
 def time_paper(config: DictConfig, device: torch.device, rows: Rows) -> None:
-    """Add rows of the paper's algorithm and ours."""
+    """Add rows of the paper's algorithm and of this package."""
     network, images = _large(config, device)
     some = timings.of_the_paper(network, images, config.large.num_paper_images)
     _add(rows, config, "paper", config.large.name, some, network, images, device)
@@ -134,7 +134,7 @@ def time_steps(config: DictConfig, device: torch.device, rows: Rows) -> None:
     batch = [images.to(device), labels.to(device)]
     seconds = config.max_seconds.steps / sum(len(chosen.networks) for chosen in config.variants.values())
     for variant, chosen in config.variants.items():
-        settings = DictConfig(resolved(config))  # takes keys that the configuration leaves out
+        settings = DictConfig(resolved(config))  # allows keys that the configuration does not have
         settings.trainer.update(accelerator="gpu" if device.type == "cuda" else "cpu", devices=1)
         settings.trainer.precision = chosen.precision
         for name in chosen.networks:
@@ -172,7 +172,7 @@ def markdown(sections: dict[str, dict[str, Any]]) -> str:
         if section["error"] is not None:
             parts.append(f"Error: {section['error']}\n")
         if section["rows"]:
-            cells = pd.DataFrame(section["rows"], dtype=object)  # which leaves whole numbers whole
+            cells = pd.DataFrame(section["rows"], dtype=object)  # integers stay integers
             parts.append(markdown_table(cells.map(_shown)) + "\n")
     return "\n".join(parts)
 

@@ -1,4 +1,4 @@
-"""How long things take on a device, as ratios of times measured alternately: a part of ``recipes.gpu_check``."""
+"""Run times on a device, as ratios of times measured alternately: a part of ``recipes.gpu_check``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timed:
-    """A call and on how many images it works."""
+    """A call and its number of images."""
 
     name: str
     call: Call
@@ -48,13 +48,13 @@ def forward(network: nn.Module, images: Tensor) -> None:
 
 
 def strict_forward(network: nn.Module, images: Tensor) -> None:
-    """Run the network as an estimate does: what strict float32 costs."""
+    """Run the network in strict float32, as in an estimate, to measure its cost."""
     with strictly(images.device):
         forward(network, images)
 
 
 def by_dual_numbers(network: nn.Module, images: Tensor) -> Tensor:
-    """Return eigenvalues without quotients, in the precision in which torch is set to compute (TensorFloat-32)."""
+    """Return eigenvalues without difference quotients, in the precision set in torch (TensorFloat-32)."""
     with differentiable(images) as inputs:
         function = in_fast_layout(WithSideInputs(deployed(network, inputs), None, len(inputs)), inputs)
         fisher = InputFisher(function, inputs, Categorical(), quotients=False)
@@ -76,7 +76,7 @@ def of_estimates(network: nn.Module, images: Tensor) -> list[Timed]:
 
 
 def of_the_paper(network: nn.Module, images: Tensor, num_images: int) -> list[Timed]:
-    """Return the algorithm of the paper on few images, one at a time, and ours on the batch."""
+    """Return the algorithm of the paper on few images, one at a time, and the estimate of the batch."""
     few = images[:num_images]
     return [
         Timed("paper, white box", partial(paper_white_box, network, few), len(few)),
@@ -87,7 +87,7 @@ def of_the_paper(network: nn.Module, images: Tensor, num_images: int) -> list[Ti
 def alternately(
     some: list[Timed], network: nn.Module, images: Tensor, device: torch.device, num_rounds: int, max_seconds: float
 ) -> list[dict[str, Any]]:
-    """Time each call right after a forward of the whole batch, round after round; the first round warms up.
+    """Time each call directly after a forward of the whole batch, round after round; the first round is a warm-up.
 
     Returns:
         A row per call: ``forwards`` is the median over the rounds of the time per image in forwards per image. On a
@@ -125,7 +125,7 @@ def _row(one: Timed, times: list[tuple[float, float]], num_images: int, device: 
 
 
 def synchronisations(call: Call) -> int:
-    """Return how often the host waits for the GPU in a call, as torch counts it."""
+    """Return the number of synchronisations with the GPU in a call, as counted by torch."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -164,7 +164,7 @@ _NUM_CLASSES = 10
 
 def _memory_of_a_step(config: DictConfig, network: nn.Module, name: str, batch: list[Tensor]) -> dict[str, float]:
     device = batch[0].device
-    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # which would be compiled once more
+    if device.type != "cuda" or hasattr(network, "_orig_mod"):  # otherwise it would be compiled again
         return {}
     step = partial(fit, config, _NUM_CLASSES, network, config.methods[name].callback, batch, 1, [])
     return {"peak_memory_mb": peak_memory(step, device) / 2**20}

@@ -1,4 +1,4 @@
-"""Networks, how they are trained, and how their weights are read."""
+"""Networks, their training, and their checkpoints."""
 
 from recipes.models.zoo import Normalize, densenet, resnet, torchvision_model, vgg, vit
 

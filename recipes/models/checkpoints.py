@@ -1,4 +1,4 @@
-"""The network of an audit: built by any factory, with the weights of any file that holds nothing but weights."""
+"""The network of an audit: built by any factory, with weights from a file that contains only tensors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _REMEDY = "Choose the factory that made it, with its arguments: model=… or ~mo
 def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
     """Build ``config.model``, load ``config.checkpoint`` and put ``config.normalize`` in front.
 
-    A factory that has a parameter ``spec`` gets that of the data; any other one gets its own arguments alone.
+    A factory with a parameter ``spec`` gets that of the data; any other factory gets only its own arguments.
 
     Returns:
         The network, in evaluation mode.
 
     Raises:
-        ValueError: If the factory refuses its arguments or makes no module; and as in :func:`load_weights`.
+        ValueError: If the factory raises an error or does not return a module; and as in :func:`load_weights`.
     """
     target = config.model._target_
     extra = {"spec": spec} if _takes_spec(get_object(target)) else {}
@@ -44,11 +44,11 @@ def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
     except InstantiationException as error:
         given = [name for name in config.model if name != "_target_"]
         raise ValueError(
-            f"{target} refused the arguments {given}: {error.__cause__ or error}. Give its own with model.name=…, "
+            f"{target} rejected the arguments {given}: {error.__cause__ or error}. Set its own with model.name=…, "
             "after ~model, which drops those of the group (resnet, if none was chosen)."
         ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{target} must make a torch.nn.Module; it made {type(network).__name__}.")
+        raise ValueError(f"{target} must return a torch.nn.Module; it returned {type(network).__name__}.")
     if config.checkpoint is not None:
         load_weights(network, config.checkpoint, prefix=config.prefix)
     if config.normalize is None:
@@ -57,18 +57,18 @@ def built_network(config: DictConfig, spec: ImageSpec) -> nn.Module:
 
 
 def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
-    """Try a network on one image ``(1, C, H, W)``.
+    """Evaluate a network on one image ``(1, C, H, W)`` as a check.
 
     Raises:
-        ValueError: If the image does not fit, or the output is not one finite logit for each class.
+        ValueError: If the image has the wrong shape, or the output is not one finite logit for each class.
     """
     try:
         with torch.no_grad():
             deployed(network, image)(image)
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # the user's forward may raise any error
         raise ValueError(
             f"The network cannot take an image of shape {tuple(image.shape[1:])} (channels, height, width): "
-            f"{error} Give images of its size (data.image_size=…, data.num_channels=3) or build it for these."
+            f"{error} Use images of its size (data.image_size=…, data.num_channels=3) or build it for these."
         ) from error
     with evaluation_operator(network, image) as fisher:
         num_outputs = fisher.logits.shape[1]
@@ -79,34 +79,34 @@ def check_network(network: nn.Module, image: Tensor, num_classes: int) -> None:
         )
 
 
-# timm's reader knows the prefixes of DataParallel and torch.compile alone. In a LightningModule the prefix is the name
-# of an attribute, whatever it is, and the file may hold other networks besides.
+# timm's reader supports only the prefixes of DataParallel and torch.compile. In a LightningModule the prefix is the
+# name of any attribute, and the file may contain other networks.
 def load_weights(network: nn.Module, path: str | Path, *, prefix: str | None = None) -> None:
-    """Load every weight of a network from a file that holds tensors only: nothing in it is executed.
+    """Load every weight of a network from a file that contains only tensors; no code in it is executed.
 
-    The file is that of ``torch.save`` or safetensors: a state dict, or a dict with one, as Lightning, timm and
-    torchvision write it. Where a module held the network, as a LightningModule or DistributedDataParallel does, the
-    keys have a prefix; it is found from the network's own keys, and whatever lies beside it is left alone.
+    The file is from ``torch.save`` or safetensors: a state dict, or a dict with one, as written by Lightning, timm and
+    torchvision. If the network was part of a module, such as a LightningModule or DistributedDataParallel, the keys
+    have a prefix; it is determined from the keys of the network, and other keys are ignored.
 
     Args:
-        network: Changed in place; as it was if the file is refused.
+        network: Changed in place; not changed if there is an error.
         path: The file.
-        prefix: Of the network's keys in the file, needed only if several networks in it fit.
+        prefix: Prefix of the network's keys in the file, needed only if several networks in it fit.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, needs more than tensors or belongs to another network (the message names the
-            first key that does not match).
+        ValueError: If the file is damaged, contains other objects than tensors or belongs to another network (the
+            message names the first key that does not match).
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path.resolve()}; say where it is with checkpoint=…")
+        raise FileNotFoundError(f"There is no file {path.resolve()}; set its path with checkpoint=…")
     expected = network.state_dict()
     given = _state_dict(path, _read(path))
     if prefix is None:
         prefix = _prefix(given, expected, path)
     chosen = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
-    for key, value in expected.items():  # of batch norms older than 2018: it counts training steps
+    for key, value in expected.items():  # a counter of training steps, missing in batch norms from before 2018
         if key.endswith("num_batches_tracked"):
             chosen.setdefault(key, value)
     _check(chosen, expected, path)
@@ -130,8 +130,8 @@ def _read(path: Path) -> Any:
         if refused is None:
             raise ValueError(_damaged(path, error)) from error
         raise ValueError(
-            f"{path} holds more than tensors: {refused[1]} was refused, since loading it could run any code. Load it "
-            "where it was made and save the weights alone: torch.save(model.state_dict(), path)."
+            f"{path} contains more than tensors: {refused[1]} was rejected, since loading it could run any code. Load "
+            "it where it was made and save only the weights: torch.save(model.state_dict(), path)."
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(_damaged(path, error)) from error
@@ -150,9 +150,9 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    # the first sentence alone: torch goes on to advise weights_only=False
+    # only the first sentence: torch continues with the advice weights_only=False
     first = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0]
-    return f"{path} is damaged or no file of weights by torch.save or safetensors ({first}). Copy or save it again."
+    return f"{path} is damaged or not a file of weights by torch.save or safetensors ({first}). Copy or save it again."
 
 
 def _state_dict(path: Path, content: Any) -> Weights:
@@ -170,7 +170,7 @@ def _state_dict(path: Path, content: Any) -> Weights:
 
 
 def _prefix(given: Weights, expected: Weights, path: Path) -> str:
-    """Return what stands before most of the network's keys in the file; of equals, the shortest."""
+    """Return the most frequent prefix of the network's keys in the file; the shortest of several."""
     counts: Counter[str] = Counter({"": 0})
     for key in given:
         ends = [0, *(match.end() for match in re.finditer(r"\.", key))]
@@ -201,7 +201,7 @@ def _shape(weights: Weights, key: str) -> str:
 
 
 def _check(given: Weights, expected: Weights, path: Path) -> None:
-    """Refuse weights of another network."""
+    """Raise an error for weights of another network."""
     wrong = [key for key in {**expected, **given} if _shape(given, key) != _shape(expected, key)]
     if not wrong:
         return
@@ -226,7 +226,7 @@ def _check(given: Weights, expected: Weights, path: Path) -> None:
 
 
 def _rows(given: Any, expected: Any) -> tuple[int, int] | None:
-    """Return the numbers of rows of two weights that differ in nothing else."""
+    """Return the numbers of rows of two weights whose shapes differ only in them."""
     if not (isinstance(given, Tensor) and isinstance(expected, Tensor) and given.ndim and expected.ndim):
         return None
     return (len(given), len(expected)) if given.shape[1:] == expected.shape[1:] else None

@@ -1,4 +1,4 @@
-"""A plain LightningModule: it knows nothing of Fisher matrices, as a user's module does not."""
+"""A plain LightningModule without any code for Fisher matrices, like a user's module."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Classifier(pl.LightningModule):
         network: Maps images ``(B, C, H, W)`` in [0, 1] to logits ``(B, num_classes)``.
         num_classes: Number of labels.
         optimizer: From parameters to optimizer.
-        attack: Adversarial training as in arXiv 2606.04767: each batch is followed by its images as this attack of the
-            network of that moment leaves them.
-        annealed: Whether the learning rate falls to zero along a cosine over the training.
+        attack: Adversarial training as in arXiv 2606.04767: each batch is extended by its images after this attack on
+            the current network.
+        annealed: Whether the learning rate decreases to zero along a cosine over the training.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Classifier(pl.LightningModule):
         self.log("test/accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Anneal the learning rate per step, or leave it as it is."""
+        """Anneal the learning rate per step, or keep it constant."""
         optimizer = self.optimizer(self.parameters())
         if not self.annealed:
             return {"optimizer": optimizer}

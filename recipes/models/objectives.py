@@ -1,4 +1,4 @@
-"""What a sweep over trainings minimises."""
+"""Objectives of a sweep over trainings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.data.chosen import chosen_examples
 
 
 class Objective(Protocol):
-    """From a trained network to a number; the smaller, the better."""
+    """From a trained network to a number to minimise."""
 
     def __call__(self, summary: Mapping[str, Any], network: nn.Module, data: ImageData) -> float:
         """Return the number; ``summary`` is that of the training."""
@@ -24,13 +24,13 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class LambdaAtAccuracy:
-    """The decimal logarithm of the mean of λ over the test images, of networks that are accurate enough.
+    """The decimal logarithm of the mean of λ over the test images, with a penalty for low accuracy.
 
-    A hundredth of accuracy below the floor counts as much as a factor of ten of λ, so that a search is led back above
-    it. It costs nothing, since the training measures both.
+    An accuracy of one percentage point below the floor has the same weight as a factor of ten of λ. The objective costs
+    no pass, since the training measures both.
 
     Args:
-        floor: Accuracy on the test images from which on λ alone counts.
+        floor: Accuracy on the test images above which only λ counts.
     """
 
     floor: float = 0.9
@@ -44,11 +44,11 @@ class LambdaAtAccuracy:
 
 @dataclass(frozen=True)
 class RobustAccuracy:
-    """Minus the share of test images that are classified rightly under an attack.
+    """Minus the robust accuracy: the share of test images that are classified correctly under an attack.
 
     Args:
         attack: The attack.
-        num_images: Test images, from anywhere in the split; all of them where there are fewer.
+        num_images: Number of random test images; all if there are fewer.
     """
 
     attack: Attack

@@ -1,4 +1,4 @@
-"""Going on with a training that was stopped, to the same numbers as one that was not."""
+"""Resuming a stopped training, with the same numbers as without the stop."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LAST = "last.ckpt"
 
 
 class ResumePoint(Checkpoint):
-    """Keeps ``last.ckpt``, the state after the last finished epoch, whole at any moment.
+    """Writes ``last.ckpt``, the state after the last finished epoch, atomically.
 
-    The file has all that Lightning saves (weights, optimiser, schedules, the states of the callbacks) and the states of
-    the random generators. Under several processes these are those of the first one.
+    The file has everything that Lightning saves (weights, optimiser, schedules, the states of the callbacks) and the
+    states of the random generators. With several processes these are those of the first process.
 
     Args:
-        folder: Where ``last.ckpt`` is to be.
+        folder: The folder of ``last.ckpt``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,21 +36,21 @@ class ResumePoint(Checkpoint):
         self._begin = time.perf_counter()
 
     def seconds(self) -> float:
-        """Return how long the training has taken, with its parts before it was stopped."""
+        """Return the duration of the training, including its parts before it was stopped."""
         return time.perf_counter() - self._begin
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save."""
-        trainer.save_checkpoint(self._next)
+        trainer.save_checkpoint(self._next, weights_only=False)
 
-    # Lightning logs the means of an epoch after the hook above: only then has the log all of what the file is after.
+    # Lightning logs the means of an epoch after the hook above: only then is the log complete for this checkpoint.
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put what was saved in place of the older file."""
+        """Replace the older file by the saved one."""
         self._publish(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put what was saved in place of the older file."""
+        """Replace the older file by the saved one."""
         self._publish(trainer)
 
     def _publish(self, trainer: pl.Trainer) -> None:
@@ -58,7 +58,7 @@ class ResumePoint(Checkpoint):
             os.replace(self._next, self._last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seconds, and the states of the generators of torch, numpy and Python as plain values."""
+        """Return the seconds, and the states of the generators of torch, NumPy and Python as plain values."""
         numpy = np.random.get_state(legacy=False)
         return {
             "seconds": self.seconds(),
@@ -80,12 +80,12 @@ class ResumePoint(Checkpoint):
 
 @dataclass(frozen=True)
 class Stopped:
-    """Where a training was stopped.
+    """The point at which a training was stopped.
 
     Args:
-        checkpoint: The file to go on from, ``None`` if no epoch was finished.
-        epoch: The last finished one, from 0; -1 if there is none.
-        step: Optimiser steps until then.
+        checkpoint: The file to resume from; ``None`` if no epoch was finished.
+        epoch: The last finished epoch, from 0; -1 if there is none.
+        step: Number of optimiser steps until then.
     """
 
     checkpoint: Path | None = None
@@ -94,7 +94,7 @@ class Stopped:
 
 
 def stopped_at(folder: Path) -> Stopped:
-    """Return where the training that keeps its :class:`ResumePoint` in a folder was stopped."""
+    """Return the point at which the training with a :class:`ResumePoint` in a folder was stopped."""
     path = folder / LAST
     if not path.exists():
         return Stopped()
@@ -103,9 +103,9 @@ def stopped_at(folder: Path) -> Stopped:
 
 
 def restore_log(logger: CSVLogger, last_epoch: int) -> None:
-    """Make the rows until ``last_epoch`` those of a new logger, which deletes the file when it begins.
+    """Copy the rows until ``last_epoch`` to a new logger, which deletes the file when it starts.
 
-    They are kept in a second file until they are back, so that nothing is lost if this is stopped, too.
+    They are stored in a second file until then, so that nothing is lost if this process is stopped too.
     """
     path = Path(logger.log_dir) / "metrics.csv"
     kept = path.with_suffix(".kept")

@@ -1,4 +1,4 @@
-"""The folder that ``recipes.train`` leaves: its configuration and its last checkpoint."""
+"""The output folder of ``recipes.train``: its configuration and its last checkpoint."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _TAKEN = ("data", "model")
 
 
 def run_config(folder: Path) -> DictConfig:
-    """Return the configuration of a training, with the folder where it is now in place of that where it was.
+    """Return the configuration of a training, with its current folder instead of the original one.
 
     Raises:
-        FileNotFoundError: If the folder has none.
+        FileNotFoundError: If the folder has no configuration.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no training: there is no {path.name} in it. Give the folder that recipes.train printed last."
+            f"{folder} has no training: there is no {path.name} in it. Pass the folder that recipes.train printed last."
         )
     content = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(content, dict) or "output_dir" not in content:
-        raise FileNotFoundError(f"{path} is not of a training. Give the folder that recipes.train printed last.")
+        raise FileNotFoundError(f"{path} is not of a training. Pass the folder that recipes.train printed last.")
     moved: dict[str, Any] = _moved(content, str(content["output_dir"]), str(folder))
     return OmegaConf.create(moved)
 
@@ -46,12 +46,12 @@ def last_checkpoint(folder: Path) -> Path:
 def with_run(config: DictConfig) -> DictConfig:
     """Return a configuration with the data, the network and the checkpoint of the training in ``config.run``.
 
-    ``config.checkpoint`` alone, if it lies where ``recipes.train`` puts it, means its training, too. Without either
-    the configuration stays as it is.
+    ``config.checkpoint`` alone, if it is in an output folder of ``recipes.train``, also selects its training. Without
+    either the configuration is not changed.
 
     Raises:
         FileNotFoundError: If there is no training in the folder, or no checkpoint.
-        ValueError: If the command line chooses data or a network besides ``run``.
+        ValueError: If the command line also chooses data or a network.
     """
     folder = None if config.run is None else Path(config.run)
     chosen = [text for text in overrides() if text.lstrip("+~").split("=")[0].split(".")[0] in _TAKEN]
@@ -75,20 +75,20 @@ def with_run(config: DictConfig) -> DictConfig:
 
 
 def check_unused(folder: Path) -> None:
-    """Refuse a folder in which a training was begun.
+    """Raise an error for a folder that already has a training.
 
     Raises:
         ValueError: If there is one.
     """
     if (folder / "config.yaml").exists():
         raise ValueError(
-            f"{folder} has a training already: go on with it by {command_line('train', resume=folder)}, or give "
+            f"{folder} already has a training: resume it with {command_line('train', resume=folder)}, or set "
             "another hydra.run.dir."
         )
 
 
 def _moved(value: Any, old: str, new: str) -> Any:
-    """Return settings with another beginning of the paths below a folder."""
+    """Return settings in which paths below a folder have another prefix."""
     if isinstance(value, dict):
         return {key: _moved(part, old, new) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A trained network for the recipes that measure one: a checkpoint of ``recipes.train``, or trained on the spot."""
+"""A trained network for other recipes: a checkpoint of ``recipes.train``, or trained in the same run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""torchvision's own classes at sizes that suit small images, fed with pixels in [0, 1].
+"""torchvision's classes at sizes for small images, with pixels in [0, 1] as inputs.
 
 Normalisation is the first layer of every network, so that inputs, attacks and Fisher eigenvalues are in pixel units.
-``activation`` is ``"relu"``, ``"silu"``, ``"gelu"``, or None for the one of the publication.
+``activation`` is ``"relu"``, ``"silu"``, ``"gelu"``, or None for that of the publication.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def vgg(
 
 
 def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1, activation: str | None = None) -> nn.Module:
-    """Build a :class:`torchvision.models.ResNet` of basic blocks; a stage of 0 blocks, from the end, is left out."""
+    """Build a :class:`torchvision.models.ResNet` of basic blocks; the last stages may have 0 blocks."""
     kept = [blocks for blocks in layers if blocks > 0]
     network = ResNet(BasicBlock, [max(1, blocks) for blocks in layers], num_classes=spec.num_classes)
     for stage in range(len(kept), len(layers)):
@@ -64,7 +64,7 @@ def resnet(spec: ImageSpec, layers: Sequence[int], stem_stride: int = 1, activat
 
 
 class OtherDenseNet(DenseNet):  # type: ignore[misc]  # torchvision has no types
-    """A DenseNet whose last activation, a function in torchvision's forward, is a module too."""
+    """A DenseNet whose last activation, a function in torchvision's forward, is a module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,7 +84,7 @@ def densenet(
     stem_stride: int = 1,
     activation: str | None = None,
 ) -> nn.Module:
-    """Build a :class:`torchvision.models.DenseNet` with a 3 x 3 stem and no first pooling."""
+    """Build a :class:`torchvision.models.DenseNet` with a 3 x 3 stem and without the first pooling."""
     build = DenseNet if activation in (None, "relu") else OtherDenseNet
     network = build(growth_rate, tuple(block_config), num_init_features, num_classes=spec.num_classes)
     network.features.conv0 = nn.Conv2d(
@@ -140,7 +140,7 @@ def with_activation(network: nn.Module, name: str) -> None:
     """Replace the activations of a network, modules of the classes in ``ACTIVATIONS``, in place.
 
     Args:
-        network: Its weights stay as they are, also where they were drawn for another activation.
+        network: Its weights are not changed, even if they were initialised for another activation.
         name: A key of ``ACTIVATIONS``.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Which regulariser buys robustness, and at what price: ``python -m recipes.penalties``."""
+"""Comparison of regularisers by robust accuracy and cost: ``python -m recipes.penalties``."""

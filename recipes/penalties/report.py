@@ -15,7 +15,7 @@ KEYS = ["model", "method", "strength"]
 PLAIN = "none"
 DEFAULT = "default"
 ROBUST = "l2_0.25"
-"""The attack that finalists are chosen by and figures show, unless another is named; see ``attack_name``."""
+"""The default attack for the choice of finalists and for figures; see ``attack_name``."""
 _TITLES = {
     "seeds": "seeds",
     "clean": "clean",
@@ -27,10 +27,10 @@ _TITLES = {
 
 
 def finalists(frame: pd.DataFrame, max_clean_loss: float, robust: str = ROBUST) -> set[tuple[str, str, float]]:
-    """Choose the strength of each method of each model that AutoAttack sees too.
+    """Choose for each method and model the strength that is also attacked by AutoAttack.
 
-    It is the one with the highest accuracy under attack among those whose accuracy is at most ``max_clean_loss`` below
-    that of the plain training; the one with the highest accuracy where there is none.
+    It is the one with the highest robust accuracy among those whose accuracy is at most ``max_clean_loss`` below that
+    of the plain training, or the one with the highest accuracy if there is none.
 
     Returns:
         Model, method and strength of each.

@@ -1,14 +1,17 @@
-"""Which regulariser buys robustness, and at what price: ``python -m recipes.compare_penalties``.
+"""Compare regularisers by robust accuracy and cost: ``python -m recipes.compare_penalties``.
 
-Trains each model with each method at several strengths and seeds, and measures on the test images: accuracy, accuracy
-under projected gradient attacks of kept libraries, the largest Fisher eigenvalue, the expected calibration error, and
-the seconds of the training (of one processor on a CPU, so that runs beside each other do not count twice). The best
-setting of each method, by the first of ``attacks``, is attacked by AutoAttack too, since a penalty may mask gradients
-instead of buying robustness. A method that is null is left out.
+Trains each model with each method at several strengths and seeds, and measures on the test images: accuracy, robust
+accuracy under projected gradient attacks of maintained libraries, the largest Fisher eigenvalue, the expected
+calibration error, and the seconds of the training (processor time on a CPU, so that simultaneous runs do not affect
+it). The best setting of each method, by the first of ``attacks``, is also attacked by AutoAttack, since a penalty may
+only mask gradients. A method that is null is left out.
 
-Leaves ``penalties.csv`` (a row per network), ``penalties.md``, ``penalties.json`` and ``penalties.png`` in Hydra's run
-folder. Finished networks are kept in ``cache_dir``, so that a run that was killed goes on where it was; a run that was
-interrupted leaves the first two of the networks that it finished.
+Writes ``penalties.csv`` (a row per network), ``penalties.md``, ``penalties.json`` and ``penalties.png`` to Hydra's run
+folder. Finished networks are cached in ``cache_dir``, so that an interrupted run resumes where it was; it writes the
+first two files for the networks that it finished.
+
+Takes about half an hour on two CPU cores, and AutoAttack at the end was not measured; nor was
+``experiment=compare_penalties/cifar10_gpu``.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
         One row per network, as in ``penalties.csv``.
 
     Raises:
-        ValueError: For settings that :func:`check` refuses; before any training.
+        ValueError: For settings that :func:`check` rejects; before any training.
     """
     workers = Workers.of(config)
     check(config, plan(config))
@@ -55,7 +58,7 @@ def compare_penalties(config: DictConfig) -> pd.DataFrame:
     try:
         for index, row in execute("training", runs, train_and_measure, workers, _described, cache):
             rows.append(_named(runs[index]) | row)
-    finally:  # an interrupt leaves what there is
+    finally:  # also after an interrupt
         frame = _written(pd.DataFrame(rows), folder)
     robust = attack_name(config.attacks[0])
     if config.auto_attacks:
@@ -94,7 +97,7 @@ def _named(run: Settings) -> Settings:
 
 
 def plan(config: DictConfig) -> list[Settings]:
-    """Return everything that the numbers of each network depend on, the first seed of all methods first."""
+    """Return the settings on which the numbers of each network depend, sorted by seed."""
     everything = resolved(config, output_dir=config.cache_dir)
     return [
         {key: everything[key] for key in _SETTINGS}
@@ -109,14 +112,14 @@ def plan(config: DictConfig) -> list[Settings]:
 
 
 def check(config: DictConfig, runs: list[Settings]) -> None:
-    """Refuse what would fail after hours of training.
+    """Raise an error for settings that would fail after hours of training.
 
     Raises:
-        ValueError: If nothing is to be done, a seed occurs twice, or there are fewer test images than asked for. A
-            network or a callback that cannot be built raises what its constructor says.
+        ValueError: If there is no work, a seed occurs twice, or there are fewer test images than requested. A network
+            or a callback that cannot be built raises the error of its constructor.
     """
     if not runs:
-        raise ValueError("There is nothing to train: give models, methods with strengths, and seeds.")
+        raise ValueError("There is nothing to train: set models, methods with strengths, and seeds.")
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; standard errors would be too small.")
     data = prepared_data(merged(runs[0], {"data": config.data}))

@@ -1,4 +1,4 @@
-"""One network of ``recipes.compare_penalties``: trained with a method, measured, and attacked again by AutoAttack."""
+"""One network of ``recipes.compare_penalties``: trained with a method, measured, and attacked by AutoAttack."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def callbacks(run: Settings) -> list[pl.Callback]:
 
 
 def train_and_measure(run: Settings, cache: Path) -> Result:
-    """Train a network, keep its weights, and measure it."""
+    """Train a network, store its weights, and measure it."""
     data, device = prepared_data(DictConfig(run)), chosen_device(run["device"])
     network = instantiate(run["network"], spec=data.spec)
     module = Classifier(network, data.spec.num_classes, instantiate(run["optimizer"]))

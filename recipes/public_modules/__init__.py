@@ -1,4 +1,4 @@
-"""LightningModules of other people, small and with random weights, each with a batch of the structure of its data."""
+"""LightningModules of other packages, small and with random weights, each with a batch like its data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Public:
-    """A module with what is needed to train it and to check what is measured of it.
+    """A module with the data to train it and to check its measurements.
 
     Attributes:
-        module: As its package builds it.
-        batch: What its data give.
+        module: The module, as built by its package.
+        batch: A batch with the structure of its data.
         network: From inputs ``(B, *S)`` to logits ``(B, K)``, written by hand with the parts of ``module``.
         inputs: Returns the inputs ``(B, *S)`` of the batch.
-        names: Functions that ``needs`` may call.
+        names: Functions that the arguments in ``needs`` may call.
     """
 
     module: pl.LightningModule

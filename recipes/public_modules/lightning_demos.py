@@ -1,4 +1,4 @@
-"""Modules that Lightning itself shows."""
+"""Demonstration modules of Lightning."""
 
 from __future__ import annotations
 

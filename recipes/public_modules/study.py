@@ -1,13 +1,15 @@
-"""Attach both callbacks to public LightningModules, unchanged: ``python -m recipes.public_modules``.
+"""Attach both callbacks to unchanged public LightningModules: ``python -m recipes.public_modules``.
 
 Each of ``modules`` in ``conf/public_modules.yaml`` is built with random weights, in a small configuration, and trained
-for two steps on batches of random numbers with the structure that its own data have. First the callbacks get no
-argument that depends on the module. Where that is refused or measures nothing, they get the arguments in ``needs``. The
-logged lambda is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's
-network. A package that is not installed is a row that says so.
+for two steps on batches of random numbers with the structure of its data. First the callbacks get no argument that
+depends on the module. If that raises an error or measures nothing, they get the arguments in ``needs``. The logged
+lambda is compared with the largest eigenvalue of the Fisher matrix from an explicit Jacobian of the module's network. A
+package that is not installed has a row with this status.
 
-Leaves in Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
+Writes to Hydra's run folder ``public_modules.csv`` (a row per module), ``public_modules.json`` (with versions and
 settings) and ``public_modules.md``.
+
+Takes about two minutes on two CPU cores, the more the more packages are installed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from hydra.utils import instantiate
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from pytorch_lightning.loggers.logger import DummyLogger
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,6 +45,7 @@ from recipes.reporting.files import show, write
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.command import command
 from recipes.runtime.environment import environment, installed
+from recipes.runtime.progress import track
 from recipes.runtime.settings import resolved
 
 _EQUAL = 0.05  # the tolerance of the default solver
@@ -57,16 +59,15 @@ def main(config: DictConfig) -> None:
 
 
 def public_modules(config: DictConfig) -> pd.DataFrame:
-    """Try every module, write the files, and return the rows of ``public_modules.csv``, which grows row by row."""
+    """Test every module, write the files, and return the rows of ``public_modules.csv``, which grows row by row."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("pytorch_lightning", "lightning"):
         for part in ("", ".utilities.rank_zero", ".pytorch.utilities.rank_zero"):
             logging.getLogger(name + part).setLevel(logging.ERROR)
     rows: list[dict[str, Any]] = []
-    for entry in config.modules:
+    for entry in track(config.modules, "modules", lambda entry: f"{entry.package} {entry.name}"):
         rows.append(tried(entry, config))
-        Console().print(f"{entry.package} {entry.name}: {rows[-1]['status']}", highlight=False, soft_wrap=True)
         pd.DataFrame(rows).to_csv(folder / "public_modules.csv", index=False)
     frame = pd.DataFrame(rows)
     settings = resolved(config)
@@ -90,7 +91,7 @@ def tried(entry: DictConfig, config: DictConfig) -> dict[str, Any]:
     try:
         row["batch"] = described(_built(entry, config).batch)
         trained(_built(entry, config), config, callbacks=[])
-    except Exception as error:  # another version of the package may know other names and arguments
+    except Exception as error:  # another version of the package may have other names and arguments
         return row | {"status": f"does not train by itself: {_line(error)}"}
     found = attached(_built(entry, config), {}, config)
     row["untouched"] = found.message or "works"
@@ -115,15 +116,15 @@ def _built(entry: DictConfig, config: DictConfig) -> Public:
 
 @dataclass(frozen=True)
 class Attached:
-    """What became of a training with both callbacks.
+    """The result of a training with both callbacks.
 
     Attributes:
-        message: Why there is no eigenvalue; empty where there is one.
+        message: Why there is no eigenvalue; empty if there is one.
         is_refused: Whether the message is a named error of fisher_reg.
         eigenvalue: ``fisher/lambda_max_mean`` after the last step.
-        by_hand: The same from an explicit Jacobian.
+        by_hand: The eigenvalue from an explicit Jacobian.
         bound: The logged ``fisher/log10_bound_global``, or why there is none.
-        warning: The first warning of a callback that is about neither.
+        warning: The first warning of a callback about anything else.
     """
 
     message: str = ""
@@ -135,9 +136,9 @@ class Attached:
 
 
 def attached(public: Public, needs: Mapping[str, str], config: DictConfig) -> Attached:
-    """Train with both callbacks, and compare what is logged with the explicit Jacobian."""
+    """Train with both callbacks, and compare the logged values with the explicit Jacobian."""
     names = vars(fisher_reg) | {"torch": torch, "module": public.module, "batch": public.batch} | public.names
-    options = {name: eval(text, names) for name, text in needs.items()}  # the table shows what was run
+    options = {name: eval(text, names) for name, text in needs.items()}  # the same text is in the table
     monitor = FisherMonitor(num_samples=config.num_samples, **options)
     options.pop("probe", None)
     likelihood = {"likelihood": options.pop("likelihood")} if "likelihood" in options else {}
@@ -146,7 +147,7 @@ def attached(public: Public, needs: Mapping[str, str], config: DictConfig) -> At
         warnings.simplefilter("always")
         try:
             trained(public, config, callbacks=[monitor, regularizer])
-        except Exception as error:  # whatever the user's module raises through the callbacks
+        except Exception as error:  # the module may raise any error in the callbacks
             return Attached(message=_line(error), is_refused=isinstance(error, _NAMED))
     said = [str(one.message) for one in caught if str(one.message).startswith(("FisherMonitor", "FisherRegularizer"))]
     eigenvalue = monitor.history[-1]["fisher/lambda_max_mean"]
@@ -167,7 +168,7 @@ _BOUND = "fisher/log10_bound_global"
 
 
 def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) -> None:
-    """Fit a module on its one batch, which is also that of the validation."""
+    """Fit a module on its batch, which is also the validation batch."""
     loader: DataLoader[Any] = DataLoader(
         cast("Dataset[Any]", [public.batch] * config.num_steps), batch_size=None, collate_fn=_as_it_is
     )
@@ -188,7 +189,7 @@ def trained(public: Public, config: DictConfig, callbacks: list[pl.Callback]) ->
 
 
 def _namespace(module: Any) -> Any:
-    """Return the package of Lightning that a module comes from: a Trainer takes those of its own alone."""
+    """Return the Lightning package of a module, since a Trainer accepts only modules of its own package."""
     return pl if isinstance(module, pl.LightningModule) else import_module("lightning.pytorch")
 
 

@@ -1,4 +1,4 @@
-"""Modules for images, of packages that bring their own, or as the examples of a package write them."""
+"""Modules for images, from packages with their own modules or written like the examples of a package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.public_modules import Public
 
 
 class Task(pl.LightningModule):
-    """What the examples of most packages write around a network: one loss, one optimiser.
+    """A module like those in the examples of most packages: a network, one loss, one optimiser.
 
     Args:
         network: Any network; ``forward`` calls it.
@@ -204,7 +204,7 @@ def torch_uncertainty_classification() -> Public:
 
 
 def uq_box_classification() -> Public:
-    """Return lightning-uq-box's classifier with dropout kept at prediction."""
+    """Return lightning-uq-box's classifier with dropout at prediction."""
     from lightning_uq_box.uq_methods import MCDropoutClassification
 
     network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))

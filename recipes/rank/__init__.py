@@ -1,1 +1,1 @@
-"""Whether the spectral bounds rank networks by their sensitivity: ``python -m recipes.rank``."""
+"""Test whether the spectral bounds rank networks by their sensitivity: ``python -m recipes.rank``."""

@@ -1,4 +1,4 @@
-"""How far the bounds' orders of networks agree with lambda's: numbers, sentences, tables and the figure.
+"""Agreement of the rankings of networks by bounds and by lambda: numbers, sentences, tables and the figure.
 
 Rows are those of ``rank.csv``: one per network, with columns ``model, family, seed``, the summaries of lambda and the
 log10 of the bounds. Every model has the same seeds.
@@ -36,10 +36,10 @@ from recipes.statistics.agreement import (
 
 @dataclass(frozen=True)
 class Comparison:
-    """A bound and what it should rank networks by.
+    """A bound and the quantity by which it should rank networks.
 
     Attributes:
-        level: Where the bound looks.
+        level: Level of the bound.
         bound: Column of its log10.
         target: Column of a summary of lambda over the images.
     """
@@ -60,7 +60,7 @@ COMPARISONS = (
 
 
 def correlations(rows: pd.DataFrame, num_resamples: int) -> pd.DataFrame:
-    """Compare every bound's order with lambda's.
+    """Compare the ranking by every bound with that by lambda.
 
     Returns:
         One row per group of networks (``over``) and comparison, with ``tau, tau_low, tau_high, tau_p``, the same of
@@ -90,48 +90,48 @@ def compare(rows: pd.DataFrame, comparison: Comparison, over: str, num_resamples
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Say what a row of :func:`correlations` allows to say of tau, and no more.
+    """Return the conclusion about tau from a row of :func:`correlations`.
 
     Returns:
-        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05; for ``num_models`` whose
-        smallest possible p, ``2 / num_models!``, is larger it says that they are too few.
+        A sentence. It claims an order only if the interval excludes 0 and p is at most 0.05. If the smallest possible
+        p, ``2 / num_models!``, is larger, it states that there are too few models.
     """
     tau, low, high, p = (result[key] for key in ("tau", "tau_low", "tau_high", "tau_p"))
     bound, things = f"the {result['level']} bound", result["over"]
     if math.isnan(tau):
-        return (
-            f"tau is undefined: {bound} or {result['target']} is the same for all {things}, so that there is no order."
-        )
+        return f"tau is undefined: {bound} or {result['target']} is the same for all {things}."
     if 2 / math.factorial(result["num_models"]) > SIGNIFICANCE:
-        return f"{result['num_models']} models are too few: no order of the {things} can be told from chance."
+        return f"{result['num_models']} models are too few: no ranking of the {things} can be significant."
     said = f"tau = {tau:.2f} [{low:.2f}, {high:.2f}], p = {p:.2g}: "
     if low <= 0 <= high:
         return f"{said}{bound} does not rank these {things} by {result['target']}."
     if p > SIGNIFICANCE:
-        return f"{said}{result['num_models']} models are too few to tell the order of {bound} from chance."
+        return f"{said}{result['num_models']} models are too few for a significant ranking by {bound}."
     if high < 0:
-        return f"{said}{bound} ranks these {things} backwards by {result['target']}."
+        return f"{said}{bound} ranks these {things} in the opposite order of {result['target']}."
     if tau > 1 - 1e-9:
-        return f"{said}{bound} ranks these {things} by {result['target']}, every pair in order."
-    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs stand in the same order"
+        return f"{said}{bound} ranks these {things} by {result['target']}, with every pair in the same order."
+    agreeing = f"about {(1 + tau) / 2:.0%} of the pairs are in the same order"
     return f"{said}{bound} ranks these {things} in part by {result['target']}: {agreeing}."
 
 
 def reproducibility(rows: pd.DataFrame, target: str) -> float:
-    """Return the mean tau between the orders of the models by ``target`` in two seeds: about what a bound can reach."""
+    """Return the mean tau between the rankings of models by ``target`` in two seeds: about the largest possible tau."""
     pairs = combinations(grid(rows, target).T, 2)
     return float(np.mean([tau(*pair) for pair in pairs])) if rows.seed.nunique() > 1 else math.nan
 
 
 def notes(rows: pd.DataFrame) -> list[str]:
-    """Return what a reader of the numbers must know."""
+    """Return notes for readers of the numbers."""
     found = [
-        "lambda_median_few and lambda_max_few: over the images of the blockwise bound alone.",
+        "lambda_median_few and lambda_max_few: over the images of the blockwise bound only.",
         "Intervals: bootstrap over models, and seeds within them. p: permutations of models. Neither is corrected for "
         f"the number of comparisons ({len(COMPARISONS)} in each group).",
     ]
     if rows.seed.nunique() == 1:
-        found.append("One seed per model: the intervals hold the choice of the models, not the chance of training.")
+        found.append(
+            "One seed per model: the intervals account for the choice of the models, not for the seed of the training."
+        )
     else:
         taus = [f"{reproducibility(rows, target):.2f} ({target})" for target in ("lambda_median", "lambda_max")]
         found.append(f"Two seeds agree in the order of the models by lambda to tau = {' and '.join(taus)} on average.")

@@ -16,11 +16,11 @@ from recipes.models.training import share_correct, trained_network
 from recipes.runtime.cache import Result, Settings
 from recipes.runtime.environment import chosen_device
 
-_ROUND_OFF = 1e-6  # decades by which a bound may seem to lie below what it bounds
+_ROUND_OFF = 1e-6  # rounding tolerance of a bound below the eigenvalue, in log10
 
 
 def measure(settings: Settings, cache: Path) -> Result:
-    """Train one network and measure it; the network is not kept."""
+    """Train one network and measure it; the network is not stored."""
     config = OmegaConf.create(settings)
     begin = time.perf_counter()
     device = chosen_device(config.device)

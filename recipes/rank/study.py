@@ -1,24 +1,25 @@
-r"""Ask whether the spectral bounds rank networks by their sensitivity: ``python -m recipes.rank``.
+r"""Test whether the spectral bounds rank networks by their sensitivity: ``python -m recipes.rank``.
 
-Every network (each of ``models`` with each of ``seeds``) is trained alike and measured on the same test images, in
-float64: lambda, the largest eigenvalue of its Fisher matrix, per image, and three upper bounds: the global one, and the
-local and the blockwise one per image. A little noise keeps the images off the kinks of max pooling. Then each bound's
-order of the networks is compared with lambda's, by Kendall's tau-b and Spearman's rho: the median of lambda with the
+Every network (each of ``models`` with each of ``seeds``) is trained in the same way and measured on the same test
+images, in float64: lambda, the largest eigenvalue of its Fisher matrix, per image, and three upper bounds: the global
+one, and the local and the blockwise one per image. A little noise avoids the kinks of max pooling. The ranking by each
+bound is compared with that by lambda, by Kendall's tau-b and Spearman's rho: the median of lambda with the
 mean of the bound's log10, the maximum with the maximum, over the same images (``_few``: those of the blockwise
 bound).
 
 * ``over = models`` compares means of log10 over seeds, ``networks`` all networks, ``models of vgg`` those of a family.
 * Intervals are 95 % percentile bootstrap intervals with a fixed generator: models are drawn with replacement, and seeds
-  within each, the same for bound and lambda. Seeds alone would say only how these very models come out when trained
-  again; the question is about architectures, so that their choice belongs to the uncertainty.
-* p-values permute whole models, since the seeds of one model are no independent witnesses.
+  within each, the same for bound and lambda. Seeds alone would show only the variation of these models when they are
+  trained again; the question is about architectures, so that their choice is part of the uncertainty.
+* p-values permute whole models, since the seeds of one model are not independent.
 * A verdict claims an order only if its interval excludes 0 and p is at most 0.05. Nothing is corrected for the number
   of comparisons. Four models or fewer cannot reach that p.
 
-Leaves ``rank.csv`` (a row per network), ``rank.json`` (correlations, verdicts), ``rank.md`` and ``rank.png`` in Hydra's
-run folder, and ``rank.csv`` where it was interrupted, too. Finished networks are kept in ``cache_dir`` under their
-settings, their data, the versions of torch and fisher-reg, and the source that they use: a run that was killed goes on
-where it was.
+Writes ``rank.csv`` (a row per network), ``rank.json`` (correlations, verdicts), ``rank.md`` and ``rank.png`` to Hydra's
+run folder, and ``rank.csv`` also after an interrupt. Finished networks are cached in ``cache_dir`` by their settings,
+their data, the versions of torch and fisher-reg, and the source that they use: an interrupted run resumes where it was.
+
+Takes about half an hour on two CPU cores, and half of that with ``num_processes=2``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from recipes.reporting.files import settings_of, write
 from recipes.reporting.tables import print_table
 from recipes.runtime.cache import Settings, stamped
 from recipes.runtime.command import command
-from recipes.runtime.jobs import Workers, execute, folders, quiet
+from recipes.runtime.jobs import Workers, execute, folders
 from recipes.runtime.settings import merged, resolved
 from recipes.statistics.agreement import MIN_MODELS
 
@@ -56,7 +57,6 @@ _SETTINGS = ("data", "trainer", "optimizer", "solver", "num_images", "num_blockw
 @command("rank")
 def main(config: DictConfig) -> None:
     """Hydra's entry point."""
-    quiet()
     rank(config)
 
 
@@ -67,7 +67,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
         The correlations, as in ``rank.json``.
 
     Raises:
-        ValueError: For settings that :func:`check` refuses; before any training.
+        ValueError: For settings that :func:`check` rejects; before any training.
     """
     workers = Workers.of(config)
     networks = [(model, seed) for seed in config.seeds for model in config.models]
@@ -80,7 +80,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
         for index, row in execute("networks", runs, measure, workers, lambda run: f"seed {run['seed']}", cache):
             model, seed = networks[index]
             rows[index] = {"model": model.name, "family": model.family, "seed": seed} | row
-    finally:  # an interrupt leaves what there is
+    finally:  # also after an interrupt
         frame = pd.DataFrame([rows[index] for index in sorted(rows)])
         frame.to_csv(folder / "rank.csv", index=False, float_format="%.6g")
     found = correlations(frame, config.num_resamples)
@@ -97,7 +97,7 @@ def rank(config: DictConfig) -> pd.DataFrame:
 
 
 def settings(config: DictConfig, model: DictConfig, seed: int) -> Settings:
-    """Return everything that the numbers of one network depend on.
+    """Return the settings on which the numbers of one network depend.
 
     Raises:
         ValueError: If there is no such family.
@@ -111,15 +111,15 @@ def settings(config: DictConfig, model: DictConfig, seed: int) -> Settings:
 
 
 def check(config: DictConfig, networks: list[Settings]) -> None:
-    """Refuse what would fail or mislead after hours of training.
+    """Raise an error for settings that would fail or mislead after hours of training.
 
     Raises:
         ValueError: For fewer than three models, names or seeds that occur twice, no seeds, or numbers of images that
-            the data or each other do not allow. Networks that cannot be built raise what their constructor says.
+            do not fit the data or each other. Networks that cannot be built raise the errors of their constructors.
     """
     names = [model.name for model in config.models]
     if len(names) < MIN_MODELS:
-        raise ValueError(f"An order needs at least {MIN_MODELS} models; got {names}. Add some to models=[…].")
+        raise ValueError(f"A ranking needs at least {MIN_MODELS} models; got {names}. Add some to models=[…].")
     for key, values in (("models", names), ("seeds", list(config.seeds))):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{key} must have at least one entry, and none twice; got {values}.")

@@ -1,1 +1,1 @@
-"""Whether the numbers can be trusted: ``python -m recipes.reliability``."""
+"""Reliability of the estimates: ``python -m recipes.reliability``."""

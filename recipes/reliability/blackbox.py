@@ -1,8 +1,8 @@
-"""How far the estimate by queries can be trusted: five trained networks, and services with a fault.
+"""Reliability of the estimate by queries: five trained networks, and services with a fault.
 
 :func:`rows` compares :func:`fisher_reg.blackbox_spectral_norm` with the exact eigenvalue at images of handwritten
-digits, whose backgrounds are flat. A network answers in float32; its exact eigenvalue is computed in float64. A service
-with a fault should give the eigenvalue of the network behind it, or NaN.
+digits, whose backgrounds are flat. A network predicts in float32; its exact eigenvalue is computed in float64. For a
+service with a fault the estimate should be the eigenvalue of its network, or NaN.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Service:
-    """What stands between the user and the network.
+    """A service that wraps a network.
 
     Attributes:
-        before: What it does to the inputs.
-        after: What it does to the probabilities.
-        bounds: What the user says of the inputs.
+        before: Function applied to the inputs.
+        after: Function applied to the probabilities.
+        bounds: The bounds of the inputs that the user passes.
     """
 
     before: Answer = lambda images: images
@@ -100,13 +100,13 @@ def rows(seed: int = 0, num_images: int = 100) -> list[dict[str, Any]]:
     """Train the networks and return a row for each, and for each service in front of the first and the last of them.
 
     Args:
-        seed: Of the networks and of the directions.
-        num_images: Images per network.
+        seed: Seed of the networks and of the directions.
+        num_images: Number of images per network.
 
     Returns:
         Rows with ``network``, ``service``, ``num_images``, ``median_ratio`` to the exact eigenvalue, ``coverage`` of
-        two standard errors among the numbers, and ``nan_share``. The forest has no exact value: it is nowhere
-        differentiable, and every number is wrong.
+        two standard errors among the numbers, and ``nan_share``. The forest has no exact value, since it is a step
+        function, and every number is wrong.
     """
     images, labels = _digits()
     shown = images[_NUM_TRAINING : _NUM_TRAINING + num_images]

@@ -1,4 +1,4 @@
-"""Whether a result that counts as converged is right: on networks, and on models made to mislead a solver."""
+"""Accuracy of converged results, on networks and on models constructed to mislead a solver."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from recipes.models import zoo as models
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs of one function, and the largest eigenvalues there.
+    """Inputs of one function, and the largest eigenvalues at these inputs.
 
     Attributes:
         function: From inputs and side inputs to logits.
         inputs: ``(B, *S)``.
         exact: ``(B,)``, in double precision.
-        options: Of the estimate.
+        options: Options of the estimate.
     """
 
     function: Callable[..., Tensor]
@@ -53,8 +53,8 @@ def network_rows(num_images: int, seed: int) -> list[dict[str, Any]]:
     """Measure 24 networks: four families, each untrained, trained, and trained with logits eight times as large.
 
     Args:
-        num_images: Test images of the digits.
-        seed: Of the weights; each network comes with it and with the next one.
+        num_images: Number of test images of the digits.
+        seed: Seed of the weights; each network is built with this seed and the next one.
 
     Returns:
         A row per solver.
@@ -73,8 +73,8 @@ def model_rows(num_models: int, seed: int) -> list[dict[str, Any]]:
     """Measure random linear models of each likelihood, decoupled classes, and multi-label heads.
 
     Args:
-        num_models: Linear models per likelihood.
-        seed: Of the weights.
+        num_models: Number of linear models per likelihood.
+        seed: Seed of the weights.
 
     Returns:
         A row per kind and solver.
@@ -133,7 +133,7 @@ def _networks(data: ImageData, seed: int) -> Iterator[nn.Module]:
 
 
 class _Scaled(nn.Module):
-    """Logits that are larger: more confident predictions."""
+    """Scaled logits, for more confident predictions."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def _train(network: nn.Module, data: ImageData) -> None:
 
 
 def _linear(count: int, seed: int, likelihood: Likelihood) -> Iterator[Examples]:
-    """Rows of different lengths, logits of different size, more and fewer inputs than classes."""
+    """Linear models with rows of different norms, logits of different size, more and fewer inputs than classes."""
     generator = torch.Generator().manual_seed(seed)
     settings = list(product((7, 10, 20, 50, 100, 200), (5, 20, 100, 300), (0.0, 1.0, 2.0), (0.1, 1.0, 5.0)))
     for number, (num_classes, num_inputs, spread, scale) in enumerate(settings):
@@ -172,7 +172,7 @@ def _linear(count: int, seed: int, likelihood: Likelihood) -> Iterator[Examples]
 
 
 def _decoupled() -> Iterator[Examples]:
-    """One input per class, one of them with a larger weight, at any rank of the probabilities."""
+    """One input per class; the class of the larger weight has any rank among the probabilities."""
     for num_classes, slope in product((10, 30, 100, 300, 1000), (1e-3, 1e-2, 0.1, 1.0)):
         ranks = sorted({1, 2, 3, 5, num_classes // 4, num_classes // 2, num_classes - 1})
         pairs = list(product((2.0, 6.0, 20.0), ranks))
@@ -185,7 +185,7 @@ def _decoupled() -> Iterator[Examples]:
 
 
 def _multi_label(count: int, seed: int) -> Iterator[Examples]:
-    """Many rare labels, a few common ones, and groups that go together."""
+    """Many rare labels, a few common ones, and groups of correlated labels."""
     generator = torch.Generator().manual_seed(seed)
     size = max(1, count // 3)
     for num_labels in (20, 80, 300):
@@ -196,14 +196,14 @@ def _multi_label(count: int, seed: int) -> Iterator[Examples]:
 
 
 def _affine(weight: Tensor, bias: Tensor, likelihood: Likelihood) -> Examples:
-    """A linear model of its own for each input, which is zero."""
+    """A separate linear model for each input; the inputs are zero."""
     exact = torch.stack([_largest(w, z, likelihood) for w, z in zip(weight, bias, strict=True)])
     options = {"side_inputs": (weight, bias), "likelihood": likelihood}
     return Examples(_matrix_times, torch.zeros(len(weight), weight.shape[2]), exact, options)
 
 
 def _largest(jacobian: Tensor, logits: Tensor, likelihood: Likelihood) -> Tensor:
-    """Largest eigenvalue of ``L J Jᵀ Lᵀ``, from the matrix itself."""
+    """Largest eigenvalue of ``L J Jᵀ Lᵀ``, from the dense matrix."""
     columns = jacobian.double().T
     whitened = likelihood.whiten(logits.double().expand(len(columns), -1), columns)
     result: Tensor = torch.linalg.matrix_norm(whitened, 2).square()

@@ -1,7 +1,7 @@
-"""How often the interval of the largest eigenvalue fails on synthetic spectra, and whether Ritz values exceed it.
+"""Failure rates of the interval of the largest eigenvalue on synthetic spectra, and accuracy of Ritz values.
 
-A search sees a matrix only through products, so that diagonal matrices stand for all with their eigenvalues. Each batch
-has a random vector of its own, and the eigenvalues lie in another order in each example.
+A search uses a matrix only through products, so that diagonal matrices represent all matrices with their eigenvalues.
+Each batch has its own random vector, and the order of the eigenvalues differs between examples.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Spectra = Callable[[int, int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Diagonal:
-    """Diagonal matrices ``A = diag(roots)`` ``(B, K)``; the search begins at the vector ``start`` ``(B, K)``."""
+    """Diagonal matrices ``A = diag(roots)`` ``(B, K)``; the search starts at the vector ``start`` ``(B, K)``."""
 
     roots: Tensor
     start: Tensor
 
     def starts(self, count: int) -> Tensor:
-        """Return the one start."""
+        """Return the start vector."""
         return self.start[:, None]
 
     def labels(self, generator: torch.Generator | None) -> Tensor:
-        """Refuse: there is no model.
+        """Raise an error, since there is no model.
 
         Raises:
             NotImplementedError: Always.
@@ -52,7 +52,7 @@ class Diagonal:
         return self.roots * cotangent
 
     def restrict(self, keep: Tensor) -> Diagonal:
-        """Return some of them."""
+        """Return the matrices at ``keep``."""
         return Diagonal(self.roots[keep], self.start[keep])
 
 
@@ -96,17 +96,17 @@ KINDS: dict[str, Spectra] = {
 def interval_rows(
     num_spectra: int, size: int, num_batches: int, probabilities: list[float], seed: int
 ) -> list[dict[str, Any]]:
-    """Count how often the interval misses the largest eigenvalue, and how wide it is, for each promise.
+    """Count the failures of the interval of the largest eigenvalue, and measure its width, by failure probability.
 
     Args:
-        num_spectra: Per promise, over all kinds.
+        num_spectra: Number of spectra per failure probability, over all kinds.
         size: ``K``.
-        num_batches: Random vectors per kind.
-        probabilities: Failure probabilities that are promised.
-        seed: Of everything.
+        num_batches: Number of random vectors per kind.
+        probabilities: Failure probabilities of the intervals.
+        seed: Seed of all random numbers.
 
     Returns:
-        A row per promise, kind and start.
+        A row per failure probability, kind and start.
     """
     rows = []
     cases = [(kind, orthogonal) for kind in KINDS for orthogonal in (False, True)]
@@ -145,8 +145,8 @@ def ritz_rows(num_values: int, seed: int) -> list[dict[str, Any]]:
     """Compare Ritz values, and lower ends of intervals, with exact eigenvalues of random matrices.
 
     Args:
-        num_values: How many.
-        seed: Of the matrices.
+        num_values: Number of Ritz values.
+        seed: Seed of the matrices.
 
     Returns:
         A row per precision.

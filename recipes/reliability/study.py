@@ -1,10 +1,10 @@
-"""Whether the numbers can be trusted, tried on what is known exactly: ``python -m recipes.reliability``.
+"""Test the reliability of the estimates against exact values: ``python -m recipes.reliability``.
 
-Four tables, with fixed seeds: how often the interval of the largest eigenvalue fails on synthetic spectra, beside what
-it promises; Ritz values against exact eigenvalues; the solvers on 24 networks and on models made to mislead them;
-and the estimate by queries on trained networks and behind faulty services.
+Four tables, with fixed seeds: the failure rate of the interval of the largest eigenvalue on synthetic spectra, compared
+with its failure probability; Ritz values compared with exact eigenvalues; the solvers on 24 networks and on models
+constructed to mislead them; and the estimate by queries on trained networks and faulty services.
 
-Leaves ``reliability.md`` and ``reliability.json`` (with versions and settings) in Hydra's run folder. Takes about a
+Writes ``reliability.md`` and ``reliability.json`` (with versions and settings) to Hydra's run folder. Takes about a
 quarter of an hour on two CPU cores.
 """
 
@@ -27,9 +27,9 @@ from recipes.runtime.environment import environment
 from recipes.runtime.progress import track
 
 TITLES = {
-    "interval": "Interval on synthetic spectra: promised and observed failures",
+    "interval": "Interval on synthetic spectra: guaranteed and observed failure rates",
     "ritz": "Ritz values and lower ends against exact eigenvalues",
-    "solvers": "Solvers on networks, and on models made to mislead them",
+    "solvers": "Solvers on networks and on difficult models",
     "black_box": "Estimate by queries: +-2 standard errors",
 }
 
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
 
 
 def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
-    """Make the tables, write the files, and return the rows."""
+    """Compute the tables, write the files, and return the rows."""
     folder = Path(config.output_dir)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "interval": lambda: spectra.interval_rows(
@@ -67,7 +67,10 @@ def reliability(config: DictConfig) -> dict[str, list[dict[str, Any]]]:
 
 def as_markdown(tables: dict[str, list[dict[str, Any]]]) -> str:
     """Return the tables as a page."""
-    parts = ["# How far the numbers can be trusted", "Made by `python -m recipes.reliability`."]
+    parts = [
+        "# Errors of the estimates on problems with known exact values",
+        "Made by `python -m recipes.reliability`.",
+    ]
     for name, rows in tables.items():
         frame = pd.DataFrame(rows)
         parts += [f"## {TITLES[name]}", markdown_table(frame)]

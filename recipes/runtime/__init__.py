@@ -1,1 +1,1 @@
-"""How a recipe runs: its command line, its work in several processes, what it keeps, its clock."""
+"""The runtime of recipes: command line, work in several processes, cache of results, timing."""

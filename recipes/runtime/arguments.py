@@ -1,16 +1,18 @@
-"""Overrides on the command line: what Hydra would refuse for a YAML's sake, and what it would accept in vain.
+"""Overrides on the command line, checked against the signatures of their targets.
 
-A YAML of this project names what deviates from a default. Hydra would therefore want ``+data.num_train=300`` where
-``data.num_train=300`` is meant, and take ``+data.num_trian=300`` as well. :func:`completed` looks at the signature of
-the class or function that the node names by ``_target_`` instead.
+A YAML of this project contains only deviations from defaults. Hydra alone would therefore require
+``+data.num_train=300`` instead of ``data.num_train=300``, and also accept ``+data.num_trian=300``. :func:`completed`
+checks the signature of the class or function in ``_target_`` instead.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,31 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+
+from recipes.runtime.mistakes import told_in_a_line
+from recipes.runtime.values import check_default, check_hint, hints
 
 _ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
 _OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+_WITH_VALUE = ("-c", "--cfg", "-i", "--info", "-p", "--package", "--experimental-rerun")
 _OTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "-cn", "--config-name", "-cp", "--config-path", "-cd")
 
 
 def composed(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does, :func:`completed` included."""
+    """Compose a configuration like the command line, including :func:`completed`."""
     with initialize_config_dir(str(conf), version_base="1.3"):
         return compose(config_name, _completed(conf, config_name, overrides))
 
 
 def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line as Hydra takes them.
+    """Return the arguments of a command line in the form that Hydra accepts.
 
     - ``node.name=value`` becomes ``++node.name=value`` if the node's ``_target_`` has that parameter and the YAML does
       not name it.
     - ``experiment=name`` becomes ``experiment=recipe/name``.
     - In a sweep, what is the same in all jobs is left out of the names of their folders.
-    - What Hydra cannot compose is left for it to refuse.
+    - A value must be of the type that the parameter or the default has (:mod:`recipes.runtime.values`).
 
     Args:
         conf: The folder of configurations.
@@ -47,19 +52,21 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
         arguments: Flags and overrides.
 
     Raises:
-        ValueError: For a parameter that the target does not have, a top-level key that the recipe does not know, or
-            another recipe's experiment.
+        ValueError: For a parameter that the target does not have, a top-level key that the recipe does not know, a
+            value of another type, another recipe's experiment, or what Hydra cannot compose.
     """
     if any(argument.split("=")[0] in _OTHER_CONFIGURATION for argument in arguments):
         return list(arguments)
-    places = [place for place, text in enumerate(arguments) if _is_override(text)]
+    places = [place for place in range(len(arguments)) if _is_override(arguments, place)]
     if not places:
         return list(arguments)
     with initialize_config_dir(str(conf), version_base="1.3"):
         texts = _completed(conf, config_name, [arguments[place] for place in places])
+        is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+        _check_composed(conf, config_name, texts, is_sweep)
     changed = dict(zip(places, texts, strict=True))
     done = [changed.get(place, text) for place, text in enumerate(arguments)]
-    return done + _without_constants(texts) if {"-m", "--multirun"} & set(arguments) else done
+    return done + _without_constants(texts) if is_sweep else done
 
 
 def run_name(overrides: str, number: int, sweeper: str) -> str:
@@ -92,7 +99,7 @@ OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
 def _without_constants(texts: Sequence[str]) -> list[str]:
-    """Return the setting by which Hydra leaves what is not swept out of the names of folders."""
+    """Return the setting that excludes overrides without a sweep from the names of folders."""
     option = "hydra.job.config.override_dirname.exclude_keys"
     try:
         parsed = OverridesParser.create().parse_overrides(list(texts))
@@ -106,27 +113,81 @@ def _without_constants(texts: Sequence[str]) -> list[str]:
 
 def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
     texts = [_experiment(conf, config_name, text) for text in texts]
-    try:
+    with told_in_a_line():
         parsed = OverridesParser.create().parse_overrides(texts)
+        _check_choices(conf, parsed)
         # An experiment of the recipe's own may declare keys, as the recipe's YAML does.
-        known = set(compose(config_name, [text for text in texts if text.lstrip("+").startswith("experiment=")]))
-        _check_names(conf, config_name, parsed, {str(name) for name in known})
-        config = compose(config_name, [text for override in parsed if _is_choice(override) for text in _one(override)])
-    except HydraException:
-        return texts
+        experiments = [text for one in parsed if one.key_or_group == "experiment" for text in _one(one)]
+        known = compose(config_name, experiments)
+    names = set(map(str, known))
+    _check_names(conf, config_name, parsed, names)
+    chosen = [override for override in parsed if _is_choice(override)]
+    _check_values(conf, known, chosen)
+    with told_in_a_line():
+        config = compose(config_name, [text for override in chosen for text in _one(override)])
     OmegaConf.set_struct(config, False)
     done = []
     for override in parsed:
         if not _is_choice(override) and _knows_all(parsed):
             _check_place(config, override)
         done.append(override.input_line if _is_choice(override) else _setting(config, override))
-    for name in sorted(set(map(str, config)) - set(map(str, known))):
-        raise ValueError(_unknown(config_name, name, set(map(str, known))))
+    for name in sorted(set(map(str, config)) - names):
+        raise ValueError(_unknown(config_name, name, names))
+    for name in sorted(names - set(map(str, config))):
+        raise ValueError(f"~{name} leaves recipes.{config_name} without {name}, which it needs. Leave ~{name} out.")
     return [str(text) for text in done]
 
 
+def _check_composed(conf: Path, config_name: str, texts: Sequence[str], is_sweep: bool) -> None:
+    """Refuse what Hydra cannot compose, its own settings included; of a sweep, with each choice of each group."""
+    with told_in_a_line():
+        parsed = OverridesParser.create().parse_overrides(list(texts))
+        jobs = [text for override in parsed for text in _first(override)] if is_sweep else list(texts)
+        config = compose(config_name, jobs, return_hydra_config=True)
+        for override in parsed if is_sweep else []:
+            group = str(override.input_line).partition("=")[0]
+            others = [text for text in jobs if not text.startswith(f"{group}=")]
+            for value in _values(override)[1:] if (conf / str(override.key_or_group)).is_dir() else []:
+                compose(config_name, [*others, f"{group}={value}"])
+    for override in parsed:
+        path, _, name = str(override.key_or_group).rpartition(".")
+        kind = OmegaConf.get_type(OmegaConf.select(config, path)) if override.is_hydra_override() else None
+        if is_dataclass(kind) and name not in kind.__dataclass_fields__:
+            raise ValueError(f"{path} has no {name}. It has {', '.join(kind.__dataclass_fields__)}.")
+
+
+def _check_choices(conf: Path, overrides: Iterable[Override]) -> None:
+    """Refuse ``group=null``, which Hydra takes in a YAML alone."""
+    for override in overrides:
+        group = str(override.key_or_group)
+        folder = conf / group
+        if None in _values(override) and folder.is_dir():
+            choices = sorted(path.stem for path in folder.glob("*.yaml"))
+            remedy = f"choose one of {', '.join(choices)}" if choices else f"leave {group} out"
+            remedy = f"write {group}=none" if "none" in choices else remedy
+            raise ValueError(f"{group}=null is no configuration: {remedy}.")
+
+
+def _check_values(conf: Path, known: DictConfig, overrides: Iterable[Override]) -> None:
+    """Refuse values at the top level that are of another type than their defaults."""
+    for override in overrides:
+        key = str(override.key_or_group)
+        if key in known and not (conf / key).is_dir():
+            for value in _values(override):
+                check_default(key, value, _plain(known)[key])
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the value of an override; of a sweep's, all that it lists."""
+    if override.is_delete():
+        return []
+    if not override.is_sweep_override():
+        return [override.value()]
+    return list(override.sweep_iterator()) if override.is_choice_sweep() else []
+
+
 def _check_names(conf: Path, recipe: str, overrides: Iterable[Override], known: set[str]) -> None:
-    """Refuse a first name that is neither a key of the recipe nor a group of configurations."""
+    """Raise an error for a first name that is neither a key of the recipe nor a group of configurations."""
     for override in overrides:
         name = re.split(r"[./@]", str(override.key_or_group))[0]
         if not (override.is_hydra_override() or override.is_delete() or name in known or (conf / name).is_dir()):
@@ -139,8 +200,9 @@ def _unknown(recipe: str, name: str, known: set[str]) -> str:
     return f"recipes.{recipe} has no {name}.{meant} It has {', '.join(sorted(known))}."
 
 
-def _is_override(text: str) -> bool:
-    return not text.startswith("-") and ("=" in text or text.startswith("~"))
+def _is_override(arguments: Sequence[str], place: int) -> bool:
+    """Whether an argument is neither a flag nor a flag's value."""
+    return not arguments[place].startswith("-") and (place == 0 or arguments[place - 1] not in _WITH_VALUE)
 
 
 def _is_choice(override: Override) -> bool:
@@ -151,10 +213,13 @@ def _is_choice(override: Override) -> bool:
 
 
 def _one(override: Override) -> list[str]:
-    """Return the override; of a sweep's, that of its first value, if it lists them; none for Hydra itself."""
+    """Return :func:`_first`; none for Hydra itself."""
+    return [] if override.is_hydra_override() else _first(override)
+
+
+def _first(override: Override) -> list[str]:
+    """Return the override; of a sweep's, that of its first value, if it lists them."""
     text = str(override.input_line)
-    if override.is_hydra_override():
-        return []
     if not override.is_sweep_override():
         return [text]
     if not override.is_choice_sweep():
@@ -163,7 +228,7 @@ def _one(override: Override) -> list[str]:
 
 
 def _knows_all(overrides: Iterable[Override]) -> bool:
-    """Whether :func:`_one` has composed all that the command line chooses."""
+    """Whether :func:`_one` has composed all choices of the command line."""
     chosen = [override for override in overrides if _is_choice(override)]
     return all(override.key_or_group != "hydra.searchpath" for override in chosen) and all(
         override.is_hydra_override() or override.is_delete() or bool(_one(override)) for override in chosen
@@ -171,7 +236,7 @@ def _knows_all(overrides: Iterable[Override]) -> bool:
 
 
 def _check_place(config: DictConfig, override: Override) -> None:
-    """Refuse a value below a node that is not there, and a new name in a node that has no ``_target_``."""
+    """Raise an error for a value below a missing node, and for a new name in a node without ``_target_``."""
     path, _, name = override.key_or_group.rpartition(".")
     node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
     if override.type in _ADDED or name == "_target_" or _has_target(node):
@@ -179,25 +244,31 @@ def _check_place(config: DictConfig, override: Override) -> None:
     if not isinstance(node, DictConfig):
         raise ValueError(
             f"{path}.{name} cannot be set: the configuration has no settings below {path}. To build an object there, "
-            f"give {path}._target_=… first."
+            f"set {path}._target_=… first."
         )
     if name not in node.keys():  # noqa: SIM118 (`in` resolves the value)
         close = difflib.get_close_matches(name, map(str, node), 1)
         meant = f" Did you mean {path}.{close[0]}?" if close else ""
         raise ValueError(
-            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one by +{path}.{name}=…."
+            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one with +{path}.{name}=…."
         )
 
 
 def _setting(config: DictConfig, override: Override) -> str:
-    """Check one override of a value and apply it; return it as Hydra takes it."""
+    """Check one override of a value and apply it; return it in the form that Hydra accepts."""
     key, text = override.key_or_group, str(override.input_line)
     path, _, name = key.rpartition(".")
     node = OmegaConf.select(config, path, throw_on_resolution_failure=False)
     is_there = isinstance(node, DictConfig) and name in node.keys()  # noqa: SIM118 (`in` resolves the value)
     names = _parameters(node)
     if not is_there and names is not None and name not in names:
-        raise ValueError(_refusal(path, name, str(node["_target_"]), names))
+        raise ValueError(_refusal(path, name, str(node["_target_"]), list(names)))
+    hint = Any if names is None else names.get(name, Any)
+    for value in _values(override):
+        if hint is not Any:
+            check_hint(key, value, hint)
+        elif is_there:
+            check_default(key, value, _plain(node)[name])
     is_added = override.type in _ADDED
     if is_there or is_added or names is not None or name == "_target_":
         value = None if override.is_sweep_override() else override.value()
@@ -206,33 +277,38 @@ def _setting(config: DictConfig, override: Override) -> str:
     return f"++{text}" if has_to_be_added else text
 
 
+def _plain(node: DictConfig) -> Any:
+    return OmegaConf.to_container(node, resolve=False)
+
+
 def _has_target(node: Any) -> bool:
     return isinstance(node, DictConfig) and isinstance(node.get("_target_"), str)
 
 
-def _parameters(node: Any) -> list[str] | None:
-    """Return what a node's target takes, ``None`` where that is not known."""
+def _parameters(node: Any) -> dict[str, Any] | None:
+    """Return what a node's target takes, with annotations; ``None`` where that is not known."""
     if not _has_target(node):
         return None
     try:
-        names = _names(get_object(node["_target_"]))
+        names = _annotated(pkgutil.resolve_name(node["_target_"]))
     except Exception:  # of an import: Hydra tells it where the target is built
         return None
-    return None if names is None else [*names, *_OF_HYDRA]
+    return None if names is None else names | dict.fromkeys(_OF_HYDRA, Any)
 
 
-def _names(target: Callable[..., Any]) -> list[str] | None:
-    """Return the parameters' names, those of base classes included that ``**kwargs`` passes on."""
+def _annotated(target: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return the parameters, those of base classes included that ``**kwargs`` passes on, with their annotations."""
     owners: Iterable[Any] = target.__mro__ if isinstance(target, type) else [target]
-    names: dict[str, None] = {}
+    names: dict[str, Any] = {}
     for owner in owners:
         if isinstance(owner, type) and "__init__" not in vars(owner):
             continue
         parameters = inspect.signature(owner).parameters.values()
+        annotations = hints(owner)
         named = (one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY))
-        names |= dict.fromkeys(named)
+        names |= {name: annotations.get(name, Any) for name in named if name not in names}
         if all(one.kind is not one.VAR_KEYWORD for one in parameters):
-            return list(names)
+            return names
     return None
 
 
@@ -245,7 +321,7 @@ def _refusal(path: str, name: str, target: str, names: Sequence[str]) -> str:
 
 
 def _experiment(conf: Path, config_name: str, text: str) -> str:
-    """Give the names of experiments their folder, which is that of the recipe; a ``+`` is not needed."""
+    """Add the folder of the recipe to the names of experiments; a ``+`` is not needed."""
     key, _, value = text.partition("=")
     if key.lstrip("+") != "experiment":
         return text

@@ -1,8 +1,8 @@
-"""Results of long computations, kept by ``joblib.Memory`` under everything that they depend on.
+"""Cache of long computations with ``joblib.Memory``; the key contains everything that a result depends on.
 
 :func:`stamped` adds to the settings of a piece of work the versions of torch and fisher-reg, a digest of the source
-that the work uses, and a digest of its data. :func:`kept` does the work, or reads its result where all of them are the
-same.
+that the work uses, and a digest of its data. :func:`kept` does the work, or reads the cached result if all of these
+are the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from recipes.runtime.environment import installed
 Settings = dict[str, Any]
 Result = dict[str, Any]
 Work = Callable[[Settings, Path], Result]
-"""Maps settings and the folder of kept files to a result; a function of a module, so that other processes find it."""
+"""From settings and the cache folder to a result; a module-level function, so that other processes can import it."""
 
 _ROOTS = {name: Path(__file__).parents[2] / name for name in ("fisher_reg", "recipes")}
 
 
 def stamped(settings: Settings, work: Work) -> Settings:
-    """Return the settings with whatever else the result of the work depends on.
+    """Return the settings with everything else that the result of the work depends on.
 
     Args:
         settings: Plain values. Their ``data``, if there is one, has a method ``digest``.
@@ -46,7 +46,7 @@ def stamped(settings: Settings, work: Work) -> Settings:
 
 
 def kept(settings: Settings, work: Work, folder: Path) -> Result:
-    """Return the result of the work, from ``folder`` if it is there. A result is there as a whole or not at all."""
+    """Return the result of the work, from ``folder`` if it is cached. Results are written atomically."""
     result: Result = _memory(folder)(_key(settings), settings, work, folder)
     return result
 
@@ -57,14 +57,14 @@ def is_kept(settings: Settings, work: Work, folder: Path) -> bool:
 
 
 def kept_file(settings: Settings, folder: Path, suffix: str) -> Path:
-    """Return where a work may keep a file beside its result."""
+    """Return the path of a file that a work may store next to its result."""
     return folder / f"{joblib.hash(_key(settings))}{suffix}"
 
 
 def source_digest(module: str, settings: Settings) -> str:
     """Return a digest of the modules of this project that a module imports, directly or not.
 
-    What the settings build (each ``_target_``) counts as imported. Other packages count by their version at most.
+    Targets in the settings (each ``_target_``) count as imported. Other packages are represented by their versions.
     """
     return _digest(tuple(sorted({module, *_targets(settings)})))
 
@@ -78,7 +78,7 @@ def _digest(names: tuple[str, ...]) -> str:
 
 
 def _closure(names: tuple[str, ...]) -> set[Path]:
-    """Return the files of what is imported, relative to the folder of the packages."""
+    """Return the files of the imported modules, relative to the folder of the packages."""
     todo, found = list(names), set()
     while todo:
         parts = todo.pop().split(".")
@@ -91,7 +91,7 @@ def _closure(names: tuple[str, ...]) -> set[Path]:
 
 
 def _file(parts: tuple[str, ...]) -> Path | None:
-    """Return the file of a module, or ``None`` for a name inside a module and for other people's packages."""
+    """Return the file of a module, or ``None`` for a name inside a module and for other packages."""
     if parts[0] not in _ROOTS:
         return None
     path = _ROOTS[parts[0]].joinpath(*parts[1:])
@@ -100,7 +100,7 @@ def _file(parts: tuple[str, ...]) -> Path | None:
 
 @cache
 def _imported(path: Path) -> list[str]:
-    """Return what a file imports, anywhere in it; this project has no relative imports."""
+    """Return all modules that a file imports; this project has no relative imports."""
     names = []
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -126,7 +126,7 @@ def data_digest(data: str) -> str | None:
 
 
 def _key(settings: Settings) -> str:
-    """Return the settings as text, since joblib would tell one object twice from two equal ones."""
+    """Return the settings as text, since joblib distinguishes a repeated object from two equal objects."""
     return json.dumps(settings, sort_keys=True)
 
 
@@ -134,6 +134,6 @@ def _memory(folder: Path) -> Any:
     return joblib.Memory(folder, verbose=0).cache(_done, ignore=["settings", "work", "folder"])
 
 
-# joblib deletes what it kept of a function when the text of the function changes: leave this one as it is.
+# joblib deletes the results of a function when its source changes: do not change this function.
 def _done(key: str, settings: Settings, work: Work, folder: Path) -> Result:
     return work(settings, folder)

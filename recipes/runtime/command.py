@@ -1,4 +1,4 @@
-"""The command line of a recipe: Hydra, with the configurations of this project from wherever it was started."""
+"""The command line of a recipe: Hydra with the configurations of this project, from any working directory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from recipes.runtime import arguments
+from recipes.runtime.help import with_help
 from recipes.runtime.mistakes import end, told
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (_PACKAGE.parent / "conf", _PACKAGE / "conf") if path.is_dir())
-"""The folder of configurations: beside the package in a clone, inside it where it was installed from a wheel."""
+"""The folder of configurations: next to the package in a clone, inside it if installed from a wheel."""
 
-_INTERRUPTED = 130  # what shells expect of a command that SIGINT ended: 128 + 2
+_INTERRUPTED = 130  # conventional exit status after SIGINT: 128 + 2
 
 Prepare = Callable[[Sequence[str]], list[str]]
 
@@ -31,8 +32,9 @@ Prepare = Callable[[Sequence[str]], list[str]]
 def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return ``hydra.main`` for one of the configurations in :data:`CONF`.
 
-    Options are written without ``+``, and names that nothing knows are refused (:mod:`recipes.runtime.arguments`). A
-    user's mistake ends the command with one line (:mod:`recipes.runtime.mistakes`).
+    Options are written without ``+``, and unknown names are errors (:mod:`recipes.runtime.arguments`). A mistake of the
+    user ends the command with one line (:mod:`recipes.runtime.mistakes`). ``--help`` shows the docstring of the recipe
+    (:mod:`recipes.runtime.help`).
 
     Args:
         config_name: Name of the YAML and of the module.
@@ -47,7 +49,7 @@ def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[...
         @functools.wraps(task)
         def main() -> None:
             try:
-                sys.argv[1:] = arguments.completed(CONF, config_name, prepare(sys.argv[1:]))
+                sys.argv[1:] = arguments.completed(CONF, config_name, prepare(with_help(task, sys.argv[1:])))
             except (ValueError, FileNotFoundError) as error:
                 if os.environ.get("HYDRA_FULL_ERROR"):
                     raise
@@ -64,17 +66,17 @@ def command(config_name: str, prepare: Prepare = list) -> Callable[[Callable[...
 
 
 def composed(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose a configuration as the command line does."""
+    """Compose a configuration like the command line."""
     return arguments.composed(CONF, config_name, overrides)
 
 
 def overrides() -> list[str]:
-    """Return the overrides of this run's command line; none where a recipe is called from Python."""
+    """Return the overrides of this run's command line; none if a recipe is called from Python."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def in_folder(key: str) -> Prepare:
-    """Return a change of arguments by which ``key=FOLDER`` makes that folder Hydra's, as it is."""
+    """Return a change of arguments that makes the folder in ``key=FOLDER`` Hydra's run folder."""
 
     def prepare(texts: Sequence[str]) -> list[str]:
         given = [text for text in texts if text.startswith(f"{key}=") and text != f"{key}=null"]
@@ -83,10 +85,10 @@ def in_folder(key: str) -> Prepare:
         value = OverridesParser.create().parse_override(given[-1]).value()
         if not (Path(str(value)) / "config.yaml").is_file():
             raise FileNotFoundError(
-                f"{key}={value}: there is no run, since there is no config.yaml in that folder. Give the folder that "
+                f"{key}={value}: there is no run, since there is no config.yaml in that folder. Pass the folder that "
                 "the command printed last."
             )
-        # Hydra's own record of the first command stays.
+        # Hydra's record of the first command is kept
         return [*texts, f"hydra.run.dir={given[-1].partition('=')[2]}", "hydra.output_subdir=null"]
 
     return prepare
@@ -104,7 +106,7 @@ def command_line(recipe: str, **settings: object) -> str:
 
 
 def _quoted(value: str) -> str:
-    """Return a value in the quotes of Hydra's grammar, where it needs them."""
+    """Return a value, quoted for Hydra's grammar if necessary."""
     if re.fullmatch(r"[\w./-]+", value):
         return value
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)

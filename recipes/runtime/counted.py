@@ -1,4 +1,4 @@
-"""What a solver asks of an operator: how many passes of each kind, over which share of the batch, in which time."""
+"""Count of the passes of a solver by kind, with their share of the batch and their time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 BACKWARD, QUOTIENT, EXACT, FORWARD = "backward pass", "difference quotient", "forward-mode pass", "forward of a part"
 IN_FORWARDS = {BACKWARD: 1, QUOTIENT: 1, EXACT: 3, FORWARD: 1}
-"""About what a pass costs, where only counts are compared."""
+"""Approximate cost of a pass, to compare counts."""
 
 
 @dataclass
 class Passes:
-    """What was counted, by kind.
+    """The counts by kind of pass.
 
     Attributes:
-        calls: How many passes.
-        shares: The sum of the shares of the batch that they covered.
-        seconds: What they took.
+        calls: Number of passes.
+        shares: Sum of the shares of the batch in these passes.
+        seconds: Duration of the passes.
     """
 
     calls: dict[str, int] = field(default_factory=lambda: dict.fromkeys(IN_FORWARDS, 0))
@@ -35,7 +35,7 @@ class Passes:
 
     @property
     def in_forwards(self) -> float:
-        """The cost per image in forwards, with the one that made the graph."""
+        """The cost per image in forwards, including the one that created the graph."""
         return 1 + sum(IN_FORWARDS[kind] * share for kind, share in self.shares.items())
 
     def timed(self, kind: str, share: float, call: Callable[[], T]) -> T:
@@ -49,13 +49,13 @@ class Passes:
 
 
 class Counted:
-    """An operator that notes its passes.
+    """An operator that counts its passes.
 
     Args:
-        operator: Of the whole batch, or of what is left of it.
-        passes: Where they are noted.
-        guess: Start vectors ``(B, n, K)`` in place of the operator's own.
-        batch_size: Of the whole batch; by default that of the operator.
+        operator: The operator of the whole batch, or of the remaining examples.
+        passes: Stores the counts.
+        guess: Start vectors ``(B, n, K)`` instead of those of the operator.
+        batch_size: Size of the whole batch; by default that of the operator.
     """
 
     def __init__(
@@ -68,28 +68,28 @@ class Counted:
         self.share = len(operator.inputs) / self.batch_size
 
     def starts(self, count: int) -> Tensor:
-        """Return the given vectors, however many are asked for, or those of the operator."""
+        """Return the given vectors, for any ``count``, or those of the operator."""
         return self.operator.starts(count) if self.guess is None else self.guess
 
     def apply(self, tangent: Tensor, *, exact: bool = False, slope: Tensor | None = None) -> Tensor:
-        """Note a difference quotient or a forward-mode pass."""
+        """Count a difference quotient or a forward-mode pass."""
         kind = QUOTIENT if self.operator.quotients and slope is not None and not exact else EXACT
         return self.passes.timed(kind, self.share, lambda: self.operator.apply(tangent, exact=exact, slope=slope))
 
     def adjoint(self, cotangent: Tensor) -> Tensor:
-        """Note a backward pass."""
+        """Count a backward pass."""
         return self.passes.timed(BACKWARD, self.share, lambda: self.operator.adjoint(cotangent))
 
     def labels(self, generator: torch.Generator | None) -> Tensor:
-        """Cost nothing."""
+        """Return labels; no pass is counted."""
         return self.operator.labels(generator)
 
     def slope_along(self, cotangent: Tensor, row: Tensor) -> Tensor:
-        """Cost nothing."""
+        """Return the slope; no pass is counted."""
         return self.operator.slope_along(cotangent, row)
 
     def restrict(self, keep: Tensor) -> Counted | None:
-        """Note the forward of the examples that are left."""
+        """Count the forward of the remaining examples."""
         share = self.share * len(keep) / len(self.operator.inputs)
         smaller = self.passes.timed(FORWARD, share, lambda: self.operator.restrict(keep))
         if smaller is None:

@@ -1,6 +1,6 @@
-"""What runs the pieces of a study: joblib's backends, chosen by the configuration group ``engine``.
+"""Engines that run the pieces of a study: backends of joblib, chosen by the configuration group ``engine``.
 
-An engine is opened for a number of processes. While it is open, ``joblib.Parallel`` runs on it.
+An engine is opened for a number of processes. While it is open, ``joblib.Parallel`` uses it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Local(Engine):
-    """Worker processes of this machine, by loky; one process works without any other."""
+    """Worker processes of this machine, by loky; with one process there are no workers."""
 
     @contextmanager
     def open(self, num_processes: int) -> Generator[None, None, None]:
-        """Start the workers when they are needed; joblib keeps them for the next piece of work."""
+        """Start the workers when they are needed; joblib keeps them for the next call."""
         with joblib.parallel_config("loky", n_jobs=num_processes):
             yield
 
@@ -43,7 +43,7 @@ class Dask(Engine):
     """The workers of a Dask cluster.
 
     Args:
-        address: Of its scheduler; without one, a cluster of this machine is started.
+        address: Address of its scheduler; without one, a cluster on this machine is started.
 
     Raises:
         ModuleNotFoundError: If ``dask`` or ``distributed`` is not installed.
@@ -64,7 +64,7 @@ class Dask(Engine):
         import dask
         from distributed import Client, LocalCluster
 
-        # Loaders of data start processes, which a daemon must not.
+        # data loaders start processes, which daemons are not allowed to do
         with ExitStack() as stack:
             stack.enter_context(dask.config.set({"distributed.worker.daemon": False}))
             cluster: Any = self.address
@@ -88,7 +88,7 @@ class Ray(Engine):
     """The workers of a Ray cluster.
 
     Args:
-        address: Of the cluster; without one, a cluster of this machine is started.
+        address: Address of the cluster; without one, a cluster on this machine is started.
 
     Raises:
         ModuleNotFoundError: If ``ray`` is not installed.
@@ -101,11 +101,11 @@ class Ray(Engine):
 
     @contextmanager
     def open(self, num_processes: int) -> Generator[None, None, None]:
-        """Connect to the cluster; ``num_processes`` of its processors work."""
+        """Connect to the cluster and use ``num_processes`` of its processors."""
         import ray
         from ray.util.joblib.ray_backend import RayBackend
 
-        # Ray's backend hands results over as they come; it only inherits that it could not.
+        # Ray's backend supports results as they complete; it only inherits a flag that says otherwise
         streaming = type("Streaming", (RayBackend,), {"supports_return_generator": True})
         own: dict[str, Any] = {} if self.address else {"num_cpus": num_processes, "include_dashboard": False}
         ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **own)
@@ -121,5 +121,5 @@ def _need(name: str) -> None:
     missing = [package for package in _NEEDED[name] if find_spec(package) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"engine={name} needs {' and '.join(missing)}: pip install {' '.join(missing)}, or take engine=local."
+            f"engine={name} needs {' and '.join(missing)}: pip install {' '.join(missing)}, or use engine=local."
         )

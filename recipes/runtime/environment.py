@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: command, commit, versions, processor, device, data."""
+"""The environment of a result: versions, processor, device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,24 @@ def installed(distribution: str) -> str | None:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """Return the named device, or the GPU where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the named device, by default the GPU if there is one.
+
+    Raises:
+        ValueError: If torch knows no such device, or there is no GPU.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={name} is not known to torch: choose cpu, cuda, or null for the GPU if there is one."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}: torch sees no GPU here. Choose device=cpu.")
+    return device
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, device."""
+    """Return versions, processor and device, on which the numbers depend."""
     versions = {name: installed(name) for name in PACKAGES}
     return {
         **versions,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,17 +19,18 @@ from rich.console import Console
 
 from recipes.runtime.cache import Result, Settings, Work, is_kept, kept
 from recipes.runtime.engines import Engine
+from recipes.runtime.noise import quiet
 from recipes.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who does the work.
+    """The workers of a study.
 
     Attributes:
-        engine: What runs it.
-        num_processes: Pieces of work that are done at once; 1 does them here, if the engine is of this machine.
-        num_threads: Of torch in each piece of work; ``None`` leaves them as they are.
+        engine: Runs the pieces of work.
+        num_processes: Number of simultaneous pieces of work; with 1 and a local engine they run in this process.
+        num_threads: Number of torch's threads in each piece of work; ``None`` does not change it.
     """
 
     engine: Engine
@@ -40,7 +39,7 @@ class Workers:
 
     @classmethod
     def of(cls, config: DictConfig) -> Workers:
-        """Return those of a configuration, before any work: the engine may lack a package.
+        """Return the workers of a configuration; checked before any work, since the engine may need a package.
 
         Raises:
             ValueError: If there is no process or no thread.
@@ -51,11 +50,11 @@ class Workers:
         return cls(instantiate(config.engine), config.num_processes, config.num_threads)
 
     def warn_of_timings(self) -> None:
-        """Say what several processes do to measured times."""
+        """Warn that several processes change measured times."""
         if self.num_processes > 1 or type(self.engine).__name__ != "Local":
             Console().print(
-                "Calls that are timed beside each other slow each other down: seconds and ratios of this run are not "
-                "those of calls alone. Take num_processes=1 and engine=local to compare times."
+                "Simultaneous calls slow each other down: seconds and ratios of this run differ from "
+                "those of single calls. Use num_processes=1 and engine=local to compare times."
             )
 
 
@@ -67,18 +66,18 @@ def execute(
     describe: Callable[[Settings], str],
     cache: Path | None = None,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Do the work of all runs and yield the place of each with its result as they come; those kept come first.
+    """Do the work of all runs and yield the index and the result of each as they complete; cached ones come first.
 
     Args:
-        title: Of the progress.
-        runs: What the work depends on; plain values, :func:`~recipes.runtime.cache.stamped` if they are kept.
-        work: A function of a module, so that other processes find it; called with a run and ``cache``.
-        workers: Who does it.
-        describe: A few words for what has just been finished.
-        cache: Folder of results; without one nothing is kept.
+        title: Title of the progress.
+        runs: Settings of the work; plain values, :func:`~recipes.runtime.cache.stamped` if results are cached.
+        work: A module-level function, so that other processes can import it; called with a run and ``cache``.
+        workers: The workers.
+        describe: Returns a short description of a finished run.
+        cache: Cache folder; without one nothing is cached.
 
     Raises:
-        KeyboardInterrupt: When the user interrupts; its text says how many are done. No worker is left.
+        KeyboardInterrupt: When the user interrupts; its text has the number of finished runs. All workers are ended.
     """
     known = [index for index, run in enumerate(runs) if cache and is_kept(run, work, cache)]
     yield from ((index, kept(runs[index], work, cache)) for index in known if cache)
@@ -99,34 +98,24 @@ def execute(
 
 
 def folders(config: DictConfig) -> tuple[Path, Path]:
-    """Make the folder of the results and that of what is kept, and return them."""
+    """Create and return the folder of the results and the cache folder."""
     made = Path(config.output_dir), Path(config.cache_dir)
     for path in made:
         path.mkdir(parents=True, exist_ok=True)
     return made
 
 
-def quiet() -> None:
-    """Silence the greetings and hints of Lightning and foolbox, which come once per network.
-
-    Where the package ``lightning`` is installed, too, they come by whichever was imported last.
-    """
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|foolbox")
-
-
 def _piece(
     index: int, run: Settings, work: Work, cache: Path | None, num_threads: int | None, parent: int
 ) -> tuple[int, Result]:
-    """Do one piece with its own number of threads, which sums of floating-point numbers depend on."""
+    """Do one piece with its number of threads, on which sums of floating-point numbers depend."""
     _begin(parent)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or before)
     try:
         return index, work(run, Path()) if cache is None else kept(run, work, cache)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends the process when it is interrupted
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits when it is interrupted
             raise KeyboardInterrupt from error
         raise
     finally:
@@ -138,11 +127,11 @@ def _begin(parent: int) -> None:
     """Set a process up, once: a worker of this machine ends with the process that started it."""
     quiet()
     if os.getppid() == parent and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, too, and ends its workers
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is also interrupted, and ends its workers
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os._exit(1)  # a result that is half written is not in its place yet
+    os._exit(1)  # safe, since results are written atomically

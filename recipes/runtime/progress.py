@@ -1,4 +1,4 @@
-"""How far a long loop is and when it will end: a bar in a terminal, else lines that a file of output can take."""
+"""Progress of a long loop and its remaining time: a bar in a terminal, else lines of text."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ _FOREVER = 1e9  # rich forgets steps after 30 s by default, and steps take minut
 
 
 class Progress:
-    """The progress of ``total`` steps, of which ``done`` were done before.
+    """The progress of ``total`` steps, of which ``done`` are already done.
 
-    In a terminal it is a bar. Elsewhere it is a line after the first and the last step, and every 30 seconds between.
+    In a terminal it is a bar; otherwise a line at the beginning, after the first and the last step, and every 30
+    seconds between.
 
     Args:
-        title: What is done.
-        total: How many steps there are.
-        done: How many of them took no time, so that they say nothing of the time left.
+        title: Title of the work.
+        total: Number of steps.
+        done: Number of steps that took no time and are not used to estimate the remaining time.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -43,18 +44,28 @@ class Progress:
         self._begin, self._last_line = time.monotonic(), -_FOREVER
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        self.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Show what is to be done."""
+        self._bar.start()
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: {self._done} of {self._total}", soft_wrap=True, highlight=False)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
         self._bar.stop()
 
     def describe(self, description: str) -> None:
-        """Say what is being done; in a terminal alone."""
+        """Show the current step; only in a terminal."""
         self._bar.update(self._task, description=f"{self._title}: {description}")
 
     def advance(self, description: str = "") -> None:
-        """Count a step that has been finished."""
+        """Count a finished step."""
         self._done += 1
         title = f"{self._title}: {description}" if description else self._title
         self._bar.update(self._task, completed=self._done, description=title)
@@ -71,7 +82,7 @@ class Progress:
 
 
 def track(steps: Sequence[T], title: str, describe: Callable[[T], str] = str) -> Generator[T, None, None]:
-    """Yield each of ``steps`` and show how many are done."""
+    """Yield each of ``steps`` and show the progress."""
     with Progress(title, len(steps)) as progress:
         for step in steps:
             progress.describe(describe(step))

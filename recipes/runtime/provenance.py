@@ -1,4 +1,4 @@
-"""What it takes to make a result again."""
+"""The provenance of a result: what is needed to reproduce it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from recipes.runtime.settings import resolved
 
 
 def provenance(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return what it takes to make a result again, without folders of this machine.
+    """Return the data that are needed to reproduce a result, without folders of this machine.
 
     Args:
-        config: Of the recipe; its ``seed``, ``device``, and ``data`` or ``datasets`` are used, if it has them.
+        config: Configuration of the recipe; its ``seed``, ``device``, and ``data`` or ``datasets`` are optional.
 
     Returns:
         ``command``, ``commit``, ``seed``, ``data`` and ``environment``.
@@ -38,7 +38,7 @@ def provenance(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the clone, with ``-dirty`` after it if files were changed; otherwise the version."""
+    """Return the commit of the clone, with the suffix ``-dirty`` if files were changed; otherwise the version."""
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -49,12 +49,12 @@ def commit() -> str:
 
 
 def _command() -> str:
-    """Return the command as it was given, with the last part alone of absolute paths."""
+    """Return the command as given, with absolute paths shortened to their last part."""
     return shlex.join(["python", *map(_without_folder, sys.orig_argv[1:])])
 
 
 def _without_folder(word: str) -> str:
-    """Return an argument, or the value of an override, with the last part alone if it is an absolute path."""
+    """Return an argument, or the value of an override; an absolute path is shortened to its last part."""
     key, separator, value = word.partition("=") if "=" in word else ("", "", word)
     bare = value.strip("'\"")
     if Path(bare).is_absolute():

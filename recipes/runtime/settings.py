@@ -1,4 +1,4 @@
-"""Configurations as plain values, and back: OmegaConf's own functions return lists and text, too."""
+"""Conversion of configurations to plain values and back; OmegaConf's functions may also return lists and text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def resolved(config: DictConfig, **changes: Any) -> dict[str, Any]:
 
     Args:
         config: A mapping.
-        changes: Set before, so that what refers to them follows.
+        changes: Set before resolving, so that interpolations use them.
     """
     plain = OmegaConf.to_container(OmegaConf.merge(config, changes) if changes else config, resolve=True)
     return cast("dict[str, Any]", plain)
 
 
 def merged(*parts: DictConfig | Mapping[str, Any]) -> DictConfig:
-    """Return one configuration, in which later parts change earlier ones; plain values are welcome."""
+    """Return one configuration in which later parts override earlier ones; parts may be plain values."""
     return cast("DictConfig", OmegaConf.merge(*parts))

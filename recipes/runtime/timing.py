@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call."""
+"""Time and memory of a call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 T = TypeVar("T")
 
 
-# torch.utils.benchmark.Timer gives no result of the call, and starts loops of its own: ours are timed in turns.
+# torch.utils.benchmark.Timer does not return the result of the call, and runs its own loops; here calls alternate.
 def timed(call: Callable[[], T], device: torch.device, num_rounds: int = 1) -> tuple[T, float]:
-    """Return the result of a call and the median of the seconds that it took on the device in ``num_rounds`` calls."""
+    """Return the result of a call and its median time in seconds on the device over ``num_rounds`` calls."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else nullcontext
     times = []
     for _ in range(num_rounds):
@@ -32,7 +32,7 @@ def timed(call: Callable[[], T], device: torch.device, num_rounds: int = 1) -> t
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Return the bytes that ``call`` holds at most beyond those held before."""
+    """Return the peak number of bytes that ``call`` allocates."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before: int = torch.cuda.memory_allocated(device)
@@ -54,7 +54,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def silent_stderr() -> Generator[None, None, None]:
-    """Drop what native code writes there: the profiler of torch 2.14 announces each start and stop."""
+    """Discard output of native code to stderr: the profiler of torch 2.14 reports each start and stop."""
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)

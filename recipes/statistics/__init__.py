@@ -1,1 +1,1 @@
-"""Orders, correlations and their uncertainty."""
+"""Rank correlations and their uncertainty."""

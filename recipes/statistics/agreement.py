@@ -1,8 +1,8 @@
-"""How far two orders of networks agree, with bootstrap intervals and permutation tests.
+"""Agreement of two rankings of networks, with bootstrap intervals and permutation tests.
 
-Values are arrays ``(models, seeds)``, one pair for each group of networks that may be compared with one another (a data
-set, say). A statistic over several groups is its mean over them. The groups hold the same models in the same order, and
-are drawn and permuted together: what makes a model special in every group is one observation, not several.
+Values are arrays ``(models, seeds)``, one pair for each group of networks that can be compared (for example a data
+set). A statistic over several groups is its mean over them. The groups contain the same models in the same order, and
+are resampled and permuted together, since the results of one model in several groups are not independent.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Merge = Callable[[Array], Array]
 INTERVAL = (0.025, 0.975)
 SIGNIFICANCE = 0.05
 MIN_MODELS = 3
-"""Two models stand in the same order by chance every other time."""
-_BATCH = 2000  # permutations held at once
+"""By chance two models have the same order in half of the cases."""
+_BATCH = 2000  # permutations in memory at once
 
 
 def grid(rows: pd.DataFrame, column: str) -> Array:
@@ -40,7 +40,7 @@ def mean_over_seeds(values: Array) -> Array:
 
 
 def every_network(values: Array) -> Array:
-    """Return each network by itself, ``(..., models, seeds)`` to ``(..., models * seeds)``."""
+    """Return one value per network, ``(..., models, seeds)`` to ``(..., models * seeds)``."""
     return values.reshape(*values.shape[:-2], -1)
 
 
@@ -64,7 +64,7 @@ def _cosine(one: Array, other: Array) -> Array:
 
 
 def agreement(groups: Sequence[Pair], statistic: Statistic, merge: Merge) -> Array:
-    """Return the mean of the statistic over the groups where it is defined."""
+    """Return the mean of the statistic over the groups in which it is defined."""
     values = np.stack([statistic(merge(one), merge(other)) for one, other in groups])
     defined = np.isfinite(values)
     with np.errstate(invalid="ignore"):
@@ -72,7 +72,7 @@ def agreement(groups: Sequence[Pair], statistic: Statistic, merge: Merge) -> Arr
 
 
 def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> tuple[float, float]:
-    """Bootstrap models, and seeds within each; a draw of one and the same model has no order and is left out."""
+    """Bootstrap models, and seeds within each; a draw of only one model has no order and is left out."""
     generator = np.random.default_rng(0)
     draws = [_drawn(groups, generator) for _ in range(num_resamples)]
     stacked = [
@@ -85,7 +85,7 @@ def interval(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_res
 def _drawn(groups: Sequence[Pair], generator: np.random.Generator) -> list[Pair]:
     shape = groups[0][0].shape
     models = generator.integers(shape[0], size=shape[0])
-    seeds = generator.integers(shape[1], size=shape)  # the same for each draw of a model: such pairs tie
+    seeds = generator.integers(shape[1], size=shape)  # the same for each draw of a model, so that such pairs are ties
 
     def draw(part: Array) -> Array:
         return np.asarray(np.take_along_axis(part, seeds, 1)[models])
@@ -94,10 +94,10 @@ def _drawn(groups: Sequence[Pair], generator: np.random.Generator) -> list[Pair]
 
 
 def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resamples: int) -> float:
-    """Permute the models of the second order, in all groups alike and each with all its seeds.
+    """Permute the models of the second ranking, equally in all groups and each with all its seeds.
 
     Returns:
-        The two-sided p-value, exact where there are few models.
+        The two-sided p-value, exact for few models.
     """
     if np.isnan(agreement(groups, statistic, merge)):
         return math.nan
@@ -119,7 +119,7 @@ def p_value(groups: Sequence[Pair], statistic: Statistic, merge: Merge, num_resa
 
 
 def quantiles(values: Array) -> tuple[float, float]:
-    """Return the ends of the interval of bootstrapped values, NaN where none is defined."""
+    """Return the ends of the interval of bootstrapped values; NaN if none is defined."""
     defined = values[~np.isnan(values)]
     low, high = np.quantile(defined, INTERVAL) if len(defined) else (math.nan, math.nan)
     return float(low), float(high)

@@ -1,7 +1,7 @@
-"""The upper end of a law from maxima, by a reverse Weibull law, as in the release of CLEVER's authors.
+"""The upper end point of a distribution from maxima, by a reverse Weibull fit, as in the code of CLEVER's authors.
 
-The adversarial-robustness-toolbox fits it from one start, by moments, which places part of the sample outside the law:
-its ends often lie below the largest maximum, and at times far above.
+The adversarial-robustness-toolbox fits from one start by moments, for which part of the sample is outside the support:
+its end points are often below the largest maximum, and sometimes far above.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from recipes.statistics.simplex import Array, nelder_mead
 _SHAPES = (0.1, 1.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """Of the starts."""
 _SCALE_WEIGHT = 0.01
-"""Of the squared scale, which is added to the negative log-likelihood."""
+"""Weight of the squared scale in the penalised negative log-likelihood."""
 _MIN_P_VALUE = 0.001
 _MAX_NUMBERS = 2**18
-"""Maxima whose laws are fitted at once."""
+"""Number of maxima that are fitted together."""
 _OUTSIDE = 100 * math.log(np.finfo(float).max)
-"""Added to the negative log-likelihood, as scipy does, for each observation that the law excludes."""
+"""Penalty in the negative log-likelihood for each observation outside the support, as in scipy."""
 
 
 def upper_ends(maxima: Array) -> Array:
-    """Return the ends ``(M,)`` of the laws of ``M`` samples ``(M, n)``.
+    """Return the end points ``(M,)`` of the distributions of ``M`` samples ``(M, n)``.
 
-    Each sample is brought to [0, 1], a law is fitted from each start, and the one with the largest p-value of the
-    Kolmogorov-Smirnov test is taken; if none reaches 0.001, the largest maximum. Hundreds of maxima from one pool are
-    full of ties and end there. Samples without a spread beyond round-off are their own end.
+    Each sample is scaled to [0, 1], and a distribution is fitted from each start. The fit with the largest p-value of
+    the Kolmogorov-Smirnov test is used; if none reaches 0.001, the largest maximum. The latter is usual for hundreds of
+    maxima from one pool, which have many ties. For constant samples (up to rounding) the end point is their value.
     """
     ends: Array = maxima.max(1).astype(float)
     spread = np.ptp(maxima, axis=1) > 16 * np.finfo(maxima.dtype).eps * ends
@@ -55,7 +55,7 @@ def _fitted(maxima: Array) -> Array:
 def _start(sample: Array, shape: float) -> Array:
     """Return shape, location and scale ``(M, 3)`` by moments, as scipy did when CLEVER was published.
 
-    Unlike those of today's ``weibull_min.fit``, the laws contain the sample.
+    Unlike the starts of the current ``weibull_min.fit``, the support contains the sample.
     """
     scale, least = np.sqrt(sample.var(1)), sample.min(1)
     location = sample.mean(1) - scale
@@ -65,7 +65,7 @@ def _start(sample: Array, shape: float) -> Array:
 
 
 def _loss(sample: Array) -> Callable[[Array, Array], Array]:
-    """Return the penalised negative log-likelihood of Weibull laws for samples ``(M, n)``."""
+    """Return the penalised negative log-likelihood of Weibull distributions for samples ``(M, n)``."""
 
     def loss(parameters: Array, rows: Array) -> Array:
         shape, location, scale = parameters.T[..., None]

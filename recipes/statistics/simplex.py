@@ -1,4 +1,4 @@
-"""The downhill simplices of Nelder and Mead for many small problems at once."""
+"""The downhill simplex method of Nelder and Mead for many small problems together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Objective = Callable[[Array, Array], Array]
 
 _STEPS_PER_PARAMETER = 200
 _TOLERANCE = 1e-4
-"""Of parameters and values at convergence; both constants are those of ``scipy.optimize.fmin``."""
+"""Tolerance of parameters and values at convergence; both constants are those of ``scipy.optimize.fmin``."""
 
 
-# scipy.optimize.minimize takes 70 s for the 2,000 fits that CLEVER needs per network, where this takes 7.
+# scipy.optimize.minimize takes 70 s for the 2,000 fits that CLEVER needs per network; this takes 7 s.
 def nelder_mead(objective: Objective, start: Array) -> Array:
-    """Minimise ``M`` functions of ``d`` parameters, each on the path of scipy's ``minimize(method="Nelder-Mead")``.
+    """Minimise ``M`` functions of ``d`` parameters, with the same steps as scipy's ``minimize(method="Nelder-Mead")``.
 
     Args:
         objective: ``objective(parameters, rows)`` returns the values ``(m,)`` of the functions ``rows`` ``(m,)`` at
@@ -25,7 +25,7 @@ def nelder_mead(objective: Objective, start: Array) -> Array:
         start: ``(M, d)``.
 
     Returns:
-        The best corners ``(M, d)`` after at most ``200 d`` steps each.
+        The best vertices ``(M, d)`` after at most ``200 d`` steps each.
     """
     size = start.shape[1]
     corners = np.repeat(start[:, None], size + 1, 1)
@@ -67,7 +67,7 @@ def _replace_worst(objective: Objective, corners: Array, values: Array, rows: Ar
     again = expands | ~is_fair
     other_value[again] = objective(other[again], rows[again])
     bar = np.where(is_better, value, values[rows, -1])
-    # an outer contraction is taken when it is as good as the reflection, all else when it is better
+    # an outer contraction is accepted if it is at least as good as the reflection, all others only if better
     takes_other = again & ((other_value < bar) | (~expands & is_better & (other_value == bar)))
     replaced = takes_other | expands | is_fair
     corners[rows[replaced], -1] = np.where(takes_other[:, None], other, reflected)[replaced]

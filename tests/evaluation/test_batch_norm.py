@@ -99,7 +99,7 @@ def test_a_batch_norm_used_twice_has_the_statistics_of_each_call():
     model, x = Twice().train(), torch.randn(8, 6)
     function = trained(model, x)
     assert_close([function(x), function(x), function(x[:2])], [model(x), model(x), model(x)[:2]])
-    with pytest.raises(ValueError, match="called 2 times and has no one scale"):
+    with pytest.raises(ValueError, match="called 2 times and has no unique scale"):
         BoundPenalty()(model, x)
 
 
@@ -197,7 +197,7 @@ def test_synchronised_batch_norm_is_refused_in_a_process_group(monkeypatch):
 
 def test_batch_norm_inside_a_script_is_refused_in_training_only():
     scripted, x = torch.jit.script(_model("module")), torch.randn(8, 6)
-    with pytest.raises(ValueError, match="BatchNorm1d fixed inside a TorchScript module.*model.eval"):
+    with pytest.raises(ValueError, match="BatchNorm1d constant in a TorchScript module.*model.eval"):
         KLPenalty()(scripted, x)
     expected = KLPenalty()(_model("module").eval(), x)
     assert_close(KLPenalty()(scripted.eval(), x), expected)

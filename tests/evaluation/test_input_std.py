@@ -74,7 +74,7 @@ def test_numbers_that_fit_two_axes_are_refused_with_both_shapes(shape, std):
 def test_another_shape_is_refused_with_what_would_fit(std, given):
     with pytest.raises(ValueError, match=rf"{given} does not fit .*\(3, 8, 6\).* 3 numbers .*\(3, 1, 1\)"):
         standard_deviation(std, IMAGES)
-    with pytest.raises(ValueError, match=r"does not fit .*\(4,\)\. Give one number, 4 numbers for one per feature"):
+    with pytest.raises(ValueError, match=r"does not fit .*\(4,\)\. Pass one number, 4 numbers for one per feature"):
         standard_deviation(std, torch.zeros(1, 4))
 
 

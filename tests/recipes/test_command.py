@@ -107,10 +107,10 @@ def test_flags_and_sweeps_pass_through():
 
 def test_folders_of_a_sweep_are_named_by_what_is_swept():
     done = arguments.completed(
-        CONF, "train", ["-m", "data.num_train=300,400", "seed=1", "~callbacks", "hydra.verbose=true"]
+        CONF, "train", ["-m", "data.num_train=300,400", "seed=1", "~callbacks.monitor", "hydra.verbose=true"]
     )
-    assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks']"
-    assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks"]
+    assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks.monitor']"
+    assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks.monitor"]
     assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
 
 
@@ -137,7 +137,7 @@ def test_a_printed_command_means_the_same_after_the_shell_and_hydra():
 
 
 def test_the_folder_of_a_resumed_run_is_hydras_own(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no run.*Give the folder"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run.*Pass the folder"):
         in_folder("resume")([f"resume={tmp_path}"])
     (tmp_path / "config.yaml").touch()
     assert in_folder("resume")([f"resume={tmp_path}"])[1:] == [f"hydra.run.dir={tmp_path}", "hydra.output_subdir=null"]
@@ -154,7 +154,7 @@ def test_the_command_that_goes_on_with_a_training_is_quoted(tmp_path):
 
 def test_what_our_code_refuses_is_told_and_the_same_error_of_others_is_not(tmp_path):
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match="has a training already") as caught:
+    with pytest.raises(ValueError, match="already has a training") as caught:
         check_unused(tmp_path)
     assert message(caught.value) == str(caught.value)
     with pytest.raises(ValueError, match="could not convert") as caught:

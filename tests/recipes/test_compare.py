@@ -195,7 +195,7 @@ def _config(tmp_path, *overrides):
         (["models.ViT.patch_size=5"], "indivisible"),
         (["+models.VGG16={_target_:recipes.models.torchvision_model,name:vgg16}"], "takes RGB images"),
         (["effort.num_clever=0"], "num_clever must be at least 1; got 0"),
-        (["~models.ViT", "~trainings.pgd"], "An order needs at least 3 models with their trainings"),
+        (["~models.ViT", "~trainings.pgd"], "A rank correlation needs at least 3 pairs of model and training"),
         (["num_resamples=0"], "num_resamples must be at least 1; got 0"),
     ],
 )
@@ -308,7 +308,7 @@ def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_not
     assert distances.spread["lambda"] > 0.5
     texts = findings(found)
     said = next(text for text in texts if text.startswith("Which networks of a data set fall (nearness"))
-    assert "not to be told from chance" in said  # four networks are too few
+    assert "not significant" in said  # four networks are too few
     assert "| λ_max of F |" in markdown(found, texts)
     assert (metric_table(found.per_example, found.per_model, found.networks)["metric"] == TITLES).all()
 
@@ -435,17 +435,17 @@ def test_confident_images_are_compared_with_others_of_the_same_network():
     assert bins.num_examples.tolist() == [160, 80]
     networks, _ = _rows()
     said = [text for text in findings(analyse(networks, examples, ATTACKS, 5)) if text.startswith("Saturation")]
-    assert "as if the adversarial examples of the confident ones lay 1e+02 times as far" in said[0]
+    assert "By λ, the adversarial examples of the confident images should be 1e+02 times as far away" in said[0]
 
 
 def test_masked_images_are_said():
     networks, examples = _rows()
     examples.loc[:4, "masked_pgd"] = True
     texts = findings(analyse(networks, examples, ATTACKS, 20))
-    assert any(text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in texts)
+    assert any(text.startswith("pgd could not attack 5 images of 1 networks") for text in texts)
 
 
 def test_networks_that_know_nothing_are_said_to_order_nothing():
     networks, examples = _rows()
-    with pytest.raises(ValueError, match=r"Nothing can be ordered.*what has been done is kept"):
+    with pytest.raises(ValueError, match=r"Nothing can be ordered.*finished work is cached"):
         analyse(networks, examples.assign(correct=False), ATTACKS, 5)

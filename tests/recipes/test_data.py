@@ -84,9 +84,9 @@ def _npz(path, save=np.savez, **replaced):
         ({"y_test": np.eye(8, dtype=int)}, "There are 8 test images, but 64 labels"),
         ({"y_test": np.arange(8) % 4 - 1}, "The test labels must be integers from 0; got int64 from -1 to 2"),
         ({"y_train": np.arange(40) / 10}, "The train labels must be integers from 0; got float64 from 0.0 to 3.9"),
-        ({"y_train": np.full(40, 3)}, "train images show 1 of the 4 classes; there is none of 0, 1, 2. Add train"),
-        ({"y_test": np.full(8, 60)}, r"The train images show 4 of the 61 classes; there is none of 4, .*, 13, …\. Add"),
-        ({"y_test": np.arange(8) % 2}, "test images show 2 of the 4 classes; there is none of 2, 3. .*without gaps"),
+        ({"y_train": np.full(40, 3)}, "train images have 1 of the 4 classes; there is none of 0, 1, 2. Add train"),
+        ({"y_test": np.full(8, 60)}, r"The train images have 4 of the 61 classes; there is none of 4, .*, 13, …\. Add"),
+        ({"y_test": np.arange(8) % 2}, "test images have 2 of the 4 classes; there is none of 2, 3. .*without gaps"),
         (
             {"y_train": np.arange(40) // 39 * 3},
             r"A share of 0.1 of 40 images cannot be held out .* change val_fraction",
@@ -192,7 +192,9 @@ def test_images_stay_small_in_memory_and_are_resized_and_repeated_when_asked_for
 
 
 def test_channels_that_cannot_be_made_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_channels=2, but the images have 1; only one channel can be made three"):
+    with pytest.raises(
+        ValueError, match="num_channels=2, but the images have 1; only a single channel can be repeated to three"
+    ):
         Npz(_npz(tmp_path / "a.npz"), num_channels=2).setup()
     colour = {"x_train": np.zeros((40, 6, 6, 3)), "x_test": np.zeros((8, 6, 6, 3))}
     with pytest.raises(ValueError, match="num_channels=1, but the images have 3"):
@@ -229,7 +231,7 @@ def offline(monkeypatch):
 def test_a_failed_download_says_what_is_missing_and_where_the_files_belong(tmp_path, name):
     first = {"MNIST": "train-images-idx3-ubyte", "CIFAR10": "data_batch_1", "CIFAR100": "train"}[name]
     message = f"{name} is not in .*, which lacks .*/{first}, and could not be downloaded(.|\n)*data=digits"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(FileNotFoundError, match=message):
         TorchvisionArrays(name, str(tmp_path)).prepare_data()
 
 

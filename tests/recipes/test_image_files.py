@@ -96,7 +96,7 @@ def test_a_class_without_images_is_named(tmp_path, split):
     _folder(tmp_path)
     shutil.rmtree(tmp_path / split / "dog")
     (tmp_path / split / "dog").mkdir()
-    with pytest.raises(ValueError, match=rf"The {split} images show 1 of the 2 classes; there is none of 1 \(dog\)"):
+    with pytest.raises(ValueError, match=rf"The {split} images have 1 of the 2 classes; there is none of 1 \(dog\)"):
         ImageFolder(str(tmp_path)).setup()
 
 

@@ -23,16 +23,17 @@ def clock(monkeypatch):
     return clock
 
 
-def test_a_file_gets_a_line_with_the_time_left_at_most_every_30_seconds(clock, capsys):
+def test_a_file_gets_a_line_at_the_beginning_and_with_the_time_left_at_most_every_30_seconds(clock, capsys):
     with Progress("training", 12, done=2) as shown:
         for _ in range(10):
             clock.now += 10
             shown.advance("VGG")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "training: VGG, 3 of 12 after 0:00:10, about 0:01:30 left"
-    assert lines[1] == "training: VGG, 6 of 12 after 0:00:40, about 0:01:00 left"
+    assert lines[0] == "training: 2 of 12"
+    assert lines[1] == "training: VGG, 3 of 12 after 0:00:10, about 0:01:30 left"
+    assert lines[2] == "training: VGG, 6 of 12 after 0:00:40, about 0:01:00 left"
     assert lines[-1] == "training: VGG, 12 of 12 after 0:01:40, about 0:00:00 left"
-    assert len(lines) == 4
+    assert len(lines) == 5
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):

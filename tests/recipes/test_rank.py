@@ -77,10 +77,10 @@ def test_an_order_with_exchanged_neighbours_is_found_in_part():
     assert found.verdict.str.contains("in part by lambda_.*: about 89% of the pairs").all()
 
 
-def test_a_reversed_order_is_called_backwards():
+def test_a_reversed_order_is_called_opposite():
     found = _over_models(_rows(-np.arange(10)))
     assert found.tau.to_numpy() == pytest.approx(-np.ones(6))
-    assert found.verdict.str.contains("backwards").all()
+    assert found.verdict.str.contains("in the opposite order").all()
 
 
 def test_an_unrelated_order_is_not_called_a_ranking():
@@ -137,13 +137,13 @@ def test_few_models_allow_no_verdict_and_families_of_three_are_compared():
     few = found[found.over == "models of b"]
     assert (few.num_models == 4).all()
     assert few.tau.to_numpy() == pytest.approx(np.ones(6))
-    assert (few.verdict == "4 models are too few: no order of the models of b can be told from chance.").all()
+    assert (few.verdict == "4 models are too few: no ranking of the models of b can be significant.").all()
     assert set(correlations(_rows(np.arange(4), family="ab"), num_resamples=5).over) == {"models", "networks"}
 
 
 def test_one_seed_is_said_to_say_nothing_of_training():
     rows = _rows(np.arange(8), num_seeds=1)
-    assert _over_models(rows).verdict.str.contains("every pair in order").all()
+    assert _over_models(rows).verdict.str.contains("every pair in the same order").all()
     assert math.isnan(reproducibility(rows, "lambda_max"))
     assert any("One seed per model" in note for note in notes(rows))
     assert any("tau = 1.00 (lambda_median)" in note for note in notes(_rows(np.arange(8), noise=0.001)))
