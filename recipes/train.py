@@ -1,17 +1,18 @@
 r"""Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
 
-Leaves in Hydra's run folder: TensorBoard events, ``curves/metrics.csv``, ``bound_versus_empirical.png`` with its
-numbers in a CSV file of the same name, the checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the numbers of
-the final table, and what they depend on).
+The command writes into Hydra's run folder: TensorBoard events, ``curves/metrics.csv``, ``bound_versus_empirical.png``
+with its numbers in a CSV file of the same name, the checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the
+numbers of the final table, the settings and the provenance).
 
-``tensorboard --logdir outputs`` shows all runs, those of sweeps by short names such as ``vgg_kl_seed0``. The page
-HPARAMS has a row per finished run. By default the curves are few; ``callbacks.monitor.detailed=true
-penalty.detailed=true`` sends everything that is known.
+``tensorboard --logdir outputs`` shows all runs; the runs of sweeps have short names such as ``vgg_kl_seed0``. The page
+HPARAMS has a row per finished run. By default only the main curves are logged; ``callbacks.monitor.detailed=true
+penalty.detailed=true`` logs all of them.
 
 ``python -m recipes.train resume=FOLDER`` resumes a training that was stopped for any reason, with the same numbers as
 without the stop. ``python -m recipes.evaluate run=FOLDER`` audits the network.
 
-Sweeps are Hydra's, with its plugins (``pip install fisher-reg[sweeps]``), in a folder of ``outputs/train``, too::
+Sweeps use Hydra and its plugins (``pip install fisher-reg[sweeps]``). They also write into a folder of
+``outputs/train``::
 
     python -m recipes.train -m seed=0,1,2 penalty=none,kl hydra/launcher=joblib hydra.launcher.n_jobs=2
     python -m recipes.train -m hydra/sweeper=optuna 'penalty.weight=tag(log, interval(0.01, 1))'
@@ -107,11 +108,11 @@ def train(config: DictConfig) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) == 0:
             check_unused(folder)
         return _train(config, folder, Stopped())
-    folder = Path(config.resume).absolute()  # the command that is printed at the end works from any folder
+    folder = Path(config.resume).absolute()  # so that the command printed at the end works from any folder
     config = resumed_config(folder)
     summary = folder / "summary.json"
     if summary.is_file() and (result := json.loads(summary.read_text()))["status"] == FINISHED:
-        Console().print(f"This training was finished: {folder}", soft_wrap=True)
+        Console().print(f"This training is already finished: {folder}", soft_wrap=True)
         report(result, folder)
         return dict(result)
     return _train(config, folder, stopped_at(folder / "checkpoints"))
@@ -253,10 +254,10 @@ def report(summary: dict[str, Any], folder: Path) -> None:
     for name in ("mean", "median", "p95", "max"):
         table.add_row(f"largest Fisher eigenvalue, {name}", f"{summary[f'lambda_max_{name}']:.4g}")
     table.add_row("global upper bound", f"10^{summary['log10_bound']:.2f}")
-    table.add_row("gap: bound over the max, in decades", f"{summary['log10_gap']:.2f}")
+    table.add_row("ratio of the bound to the max", f"10^{summary['log10_gap']:.2f}")
     if "monitor_seconds" in summary:
         table.add_row("seconds spent on the monitor", f"{summary['monitor_seconds']:.1f}")
-    table.add_row("seconds in all", f"{summary['total_seconds']:.1f}")
+    table.add_row("seconds in total", f"{summary['total_seconds']:.1f}")
     console = Console()
     console.print(table)
     console.print(f"Files: {folder}", soft_wrap=True)

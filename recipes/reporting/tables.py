@@ -45,7 +45,7 @@ def with_error(mean: float, error: float) -> str:
     """Return ``mean ± error``: the error with one significant digit, and the mean rounded to the same place.
 
     An error of 0.01 or more whose first digit is 1 has two digits, because rounding to one digit could change it
-    by up to half. Without an error (NaN, for example for a single value) the result is the mean with three digits.
+    by up to a third. Without an error (NaN, for example for a single value) the result is the mean with three digits.
 
     Example:
         >>> [with_error(78.12, 12.4), with_error(0.5663, 0.0049), with_error(9.51, math.nan), with_error(24.0, 0.0)]

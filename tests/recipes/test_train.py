@@ -179,7 +179,7 @@ def test_a_finished_run_is_not_trained_again(run, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert _resumed(folder) == summary
     output = capsys.readouterr().out
-    assert "This training was finished" in output
+    assert "This training is already finished" in output
     assert f"{summary['log10_gap']:.2f}" in output
 
 
