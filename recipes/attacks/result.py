@@ -62,11 +62,11 @@ def attack_all(attack: Attack, network: nn.Module, images: Tensor, labels: Tenso
         )
     result = AttackResult(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     if bool(result.masked.any()):
-        advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, whose Square needs none"
+        advice = "" if isinstance(attack, AutoAttack) else "; try AutoAttack, which includes a search without gradients"
         warnings.warn(
-            f"{type(attack).__name__} had no effect on {int(result.masked.sum())} of the "
-            f"{int((~result.misclassified).sum())} images that survived it: the gradient is exactly zero there. Masked "
-            f"gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
+            f"{type(attack).__name__} could not attack {int(result.masked.sum())} of the "
+            f"{int((~result.misclassified).sum())} images that are still classified correctly: the gradient is exactly "
+            f"zero there. Masked gradients (a saturated softmax, rounding in the network) are not robustness{advice}.",
             stacklevel=2,
         )
     return result

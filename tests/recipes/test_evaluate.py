@@ -172,12 +172,12 @@ def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
     _npz(tmp_path / "grey.npz", num_channels=1)
     factory = ["~model", f"model._target_={__name__}.Brightness"]
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
-    with pytest.warns(UserWarning, match="ProjectedGradient had no effect on 6 of the 6 images"):
+    with pytest.warns(UserWarning, match="ProjectedGradient could not attack 6 of the 6 images"):
         _audit(tmp_path / "masked", *data, *factory, "model.scale=1e6")
     record, page = _check_files(tmp_path / "masked")
     assert record["attacks"]["pgd"]["num_masked"] == 6
-    assert "ProjectedGradient had no effect" in record["attacks"]["pgd"]["warnings"][0]
-    assert "ProjectedGradient had no effect" in page
+    assert "ProjectedGradient could not attack" in record["attacks"]["pgd"]["warnings"][0]
+    assert "ProjectedGradient could not attack" in page
     assert (
         "Masked gradients: 6 images are still classified correctly under pgd because their gradient is exactly zero"
         in page
