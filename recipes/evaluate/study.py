@@ -10,7 +10,7 @@ Any importable factory goes, with its own arguments (``~model`` drops those of t
         ~model model._target_=torchvision.models.resnet18 model.num_classes=10 \
         'normalize={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
 
-Leaves in Hydra's run folder ``audit.html`` (one page that needs nothing else), ``audit.json`` (every number of every
+Writes to Hydra's run folder ``audit.html`` (one page that needs nothing else), ``audit.json`` (every number of every
 image, as ``audit.schema.json`` describes it), ``audit.sarif`` (the verdicts for CI), ``model_card.yaml`` (for the
 Hugging Face hub) and TensorBoard events.
 
