@@ -37,7 +37,7 @@ def categorical_divergence(logits: Tensor, moved: Tensor, difference: Tensor | N
     log_p = logits.log_softmax(1)
     p, q = log_p.exp(), moved.softmax(1)
     is_possible = p > 0
-    # t = z' - z less its entry at the likeliest class; d = t - c with c = log sum_k p_k exp(t_k)
+    # t = z' - z minus its entry at the most probable class; d = t - c with c = log sum_k p_k exp(t_k)
     t = change(logits, moved) if difference is None else difference
     t = torch.where(is_possible, t - t.gather(1, likeliest), 0.0)
     log_raised = moved - moved.gather(1, likeliest) + log_p.gather(1, likeliest)

@@ -112,14 +112,14 @@ def test_an_attack_that_changes_nothing_is_told():
     network = _linear(weight)
     labels = network(images).argmax(1)
     saturated = ProjectedGradient(2, 0.05, 5)
-    with pytest.warns(UserWarning, match=r"ProjectedGradient could do nothing to \d+ of the \d+ images that survived"):
+    with pytest.warns(UserWarning, match=r"ProjectedGradient had no effect on \d+ of the \d+ images that survived"):
         masked = attack_all(saturated, network, images, labels)
     assert masked.masked.any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack_all(saturated, _linear(weight / 1e4), images, labels)
     constant = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Threshold(1e6, 0.0))
-    with pytest.warns(UserWarning, match="could do nothing to 10 of the 10 images"):
+    with pytest.warns(UserWarning, match="had no effect on 10 of the 10 images"):
         attack_all(CarliniWagner(), constant, images, torch.zeros(10, dtype=torch.long))
 
 

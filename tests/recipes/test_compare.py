@@ -177,7 +177,7 @@ def _config(tmp_path, *overrides):
         (["seeds=[]"], "There is nothing to compare"),
         (["num_images=361"], "num_images=361 must be between 1 and the 360 test images of digits"),
         (["noise=1"], "noise is a share .* got 1"),
-        (["~attacks.minimal"], "needs the attack minimal"),
+        (["~attacks.minimal"], "needs the distances of the attack minimal"),
         (["attacks.pgd.norm=3"], "norm must be 2 or infinity; got 3"),
         (["models.ViT.patch_size=5"], "indivisible"),
         (["+models.VGG16={_target_:recipes.models.torchvision_model,name:vgg16}"], "takes RGB images"),
@@ -294,7 +294,9 @@ def test_a_metric_that_knows_the_distance_orders_everything_and_a_random_one_not
     assert distances.c["lambda_tempered"] == pytest.approx(0.5)
     assert distances.spread["lambda"] > 0.5
     texts = findings(found)
-    said = next(text for text in texts if text.startswith("Which networks of a data set fall (nearness"))
+    said = next(
+        text for text in texts if text.startswith("Prediction of the least robust networks of a data set (nearness")
+    )
     assert "not significant" in said  # four networks are too few
     assert "| λ_max of F |" in markdown(found, texts)
     assert (metric_table(found.per_example, found.per_model, found.networks)["metric"] == TITLES).all()
@@ -422,14 +424,14 @@ def test_confident_images_are_compared_with_others_of_the_same_network():
     assert bins.num_examples.tolist() == [160, 80]
     networks, _ = _rows()
     said = [text for text in findings(analyse(networks, examples, ATTACKS, 5)) if text.startswith("Saturation")]
-    assert "as if the adversarial examples of the confident ones lay 1e+02 times as far" in said[0]
+    assert "predicts adversarial examples of the confident ones at 1e+02 times the distance" in said[0]
 
 
 def test_masked_images_are_said():
     networks, examples = _rows()
     examples.loc[:4, "masked_pgd"] = True
     texts = findings(analyse(networks, examples, ATTACKS, 20))
-    assert any(text.startswith("pgd could do nothing to 5 images that survived it, of 1 networks") for text in texts)
+    assert any(text.startswith("pgd had no effect on 5 images that survived it, of 1 networks") for text in texts)
 
 
 def test_networks_that_know_nothing_are_said_to_order_nothing():

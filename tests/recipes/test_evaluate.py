@@ -170,12 +170,12 @@ def test_masked_gradients_are_warned_of_on_the_page_and_in_the_record(tmp_path):
     _npz(tmp_path / "grey.npz", num_channels=1)
     factory = ["~model", f"model._target_={__name__}.Brightness"]
     data = ["data=npz", f"data.path={tmp_path / 'grey.npz'}"]
-    with pytest.warns(UserWarning, match="ProjectedGradient could do nothing to 6 of the 6 images"):
+    with pytest.warns(UserWarning, match="ProjectedGradient had no effect on 6 of the 6 images"):
         _audit(tmp_path / "masked", *data, *factory, "model.scale=1e6")
     record, page = _check_files(tmp_path / "masked")
     assert record["attacks"]["pgd"]["num_masked"] == 6
-    assert "ProjectedGradient could do nothing" in record["attacks"]["pgd"]["warnings"][0]
-    assert "ProjectedGradient could do nothing" in page
+    assert "ProjectedGradient had no effect on" in record["attacks"]["pgd"]["warnings"][0]
+    assert "ProjectedGradient had no effect on" in page
     assert "Masked gradients: 6 images survived pgd because the gradient is exactly zero" in page
     assert "λ is exactly zero at 9 of 9 images" in page
     assert record["num_saturated"] == 9
