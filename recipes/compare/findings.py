@@ -92,7 +92,7 @@ def _confident(found: Analysis) -> list[str]:
         name.removeprefix("confident_misclassified_") for name in table if name.startswith("confident_misclassified_")
     ]
     middle = table.drop(columns=NETWORK).median()
-    falls = ", ".join(
+    shares = ", ".join(
         f"{middle[f'confident_misclassified_{name}']:.0%} by {name} "
         f"(others {middle[f'other_misclassified_{name}']:.0%})"
         for name in attacks
@@ -111,7 +111,7 @@ def _confident(found: Analysis) -> list[str]:
 
 def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
     first, last = saturation.iloc[0], saturation.iloc[-1]
-    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
+    shares = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
     return (
         f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
         f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; of these images "
