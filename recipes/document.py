@@ -1,7 +1,7 @@
 """Write the tables of the documents from the files of results: ``python -m recipes.document``.
 
-Replaces in ``README.md`` and ``recipes/results/README.md`` of a clone what is between the lines ``<!-- name -->`` and
-``<!-- /name -->``, for each name in :data:`TABLES`. Takes a few seconds.
+Writes into ``README.md`` and ``recipes/results/README.md`` of a clone, between the lines ``<!-- name -->`` and
+``<!-- /name -->`` for each name in :data:`TABLES`. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from recipes.benchmark.table import performance
 from recipes.compare.report import short_markdown
 from recipes.penalties import report as penalties
 from recipes.reporting.tables import markdown_table
+from recipes.runtime.help import plain
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -35,7 +36,9 @@ _STEPS = {
 
 def main() -> None:
     """Read the command line."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=plain(__doc__ or ""), formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for path in DOCUMENTS:
         path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -1,11 +1,13 @@
-"""Draw figures and write tables anew from kept numbers: ``python -m recipes.redraw folder=FOLDER``.
+"""Draw figures and write tables again from kept numbers: ``python -m recipes.redraw folder=FOLDER``.
 
-For the files that recipes leave, under their own names or with a suffix (``penalties_vgg.csv``), as in
-``recipes/results``: ``benchmark.csv``, ``tightness.csv`` with ``segments.csv``, ``penalties*.csv`` with their JSON,
-``penalty_scale*.csv``, ``rank.csv`` with ``rank.json``, ``theory.csv`` with ``theory.json``,
-``bound_versus_empirical.csv``, and ``compare/networks.csv`` with ``compare/examples.csv.gz`` and
-``compare/compare.json``. Each part is drawn by the functions of its recipe. What is missing is left out and told; a
-record keeps the ``provenance`` of the run that measured.
+Writes into the folder the figures and Markdown tables of the files that are in it, under the names that the recipes
+give them, also with a suffix (``penalties_vgg.csv``): ``benchmark.csv``, ``tightness.csv`` with ``segments.csv``,
+``penalties*.csv`` with their JSON, ``penalty_scale*.csv``, ``rank.csv`` with ``rank.json``, ``theory.csv`` with
+``theory.json``, ``bound_versus_empirical.csv``, and ``compare/networks.csv`` with ``compare/examples.csv.gz`` and
+``compare/compare.json``. Each part is drawn by the functions of its recipe. Missing files are left out, with a message.
+A record keeps the ``provenance`` of the run that measured.
+
+Takes about a minute on two CPU cores, most of it for the statistics of ``recipes.compare``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Collect the runs of a sweep in one table: ``python -m recipes.summarize outputs/train/… results.csv``.
 
 Reads every ``summary.json`` below the folder and prints means and standard errors over seeds as a Markdown table.
-Leaves the CSV file, with one row per run. Takes a few seconds.
+Writes the CSV file, with one row per run. Takes a few seconds.
 """
 
 from __future__ import annotations

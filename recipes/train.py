@@ -1,6 +1,6 @@
 r"""Train a network with the Fisher callbacks: ``python -m recipes.train model=vit penalty=none``.
 
-The command writes into Hydra's run folder: TensorBoard events, ``curves/metrics.csv``, ``bound_versus_empirical.png``
+Writes to Hydra's run folder: TensorBoard events, ``curves/metrics.csv``, ``bound_versus_empirical.png``
 with its numbers in a CSV file of the same name, the checkpoints, ``config.yaml`` (resolved) and ``summary.json`` (the
 numbers of the final table, the settings and the provenance).
 

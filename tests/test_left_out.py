@@ -189,7 +189,7 @@ def test_what_has_no_meaning_is_refused():
     z[0, 1] = -torch.inf
     for likelihood in LIKELIHOODS:
         check_logits(z, 3, likelihood)
-    with pytest.raises(NonFiniteLogitsError, match=r"1 of 3 examples.*Gaussian outputs cannot be left out"):
+    with pytest.raises(NonFiniteLogitsError, match=r"1 of 3 examples.*Gaussian outputs cannot be excluded"):
         check_logits(z, 3, Gaussian())
     for bad in (torch.inf, torch.nan):
         with pytest.raises(NonFiniteLogitsError, match=r"1 of 3 examples.*number 2"):

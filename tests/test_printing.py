@@ -230,6 +230,6 @@ def test_an_estimate_by_queries_prints_its_errors_and_why_a_number_is_missing():
     found = blackbox_spectral_norm(lambda x: network(x).softmax(1), _inputs(2), estimator=BlackBox(num_queries=40))
     assert "standard error" in str(found)
     assert "40 queries each" in str(found)
-    with pytest.warns(UserWarning, match="no answer differs"):
+    with pytest.warns(UserWarning, match="no prediction differs"):
         missing = blackbox_spectral_norm(lambda x: torch.eye(3)[torch.zeros(len(x)).long()], _inputs(2))
-    assert "example 1: NaN, since no answer differs from the one at the input" in str(missing)
+    assert "example 1: NaN, since no prediction differs from the one at the input" in str(missing)

@@ -92,7 +92,7 @@ def _confident(found: Analysis) -> list[str]:
         name.removeprefix("confident_misclassified_") for name in table if name.startswith("confident_misclassified_")
     ]
     middle = table.drop(columns=NETWORK).median()
-    falls = ", ".join(
+    shares = ", ".join(
         f"{middle[f'confident_misclassified_{name}']:.0%} by {name} "
         f"(others {middle[f'other_misclassified_{name}']:.0%})"
         for name in attacks
@@ -104,18 +104,18 @@ def _confident(found: Analysis) -> list[str]:
         f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
         f"others, which predicts adversarial examples of the confident ones at {by_lambda:.2g} times the distance; the "
         f"actual ratio is {middle.confident_distance / middle.other_distance:.2g}, and λ at equal margins predicts "
-        f"{by_tempered:.2g}. Misclassified confident images: {falls}.",
+        f"{by_tempered:.2g}. Misclassified confident images: {shares}.",
         _pooled(found.saturation, attacks),
     ]
 
 
 def _pooled(saturation: pd.DataFrame, attacks: list[str]) -> str:
     first, last = saturation.iloc[0], saturation.iloc[-1]
-    falls = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
+    shares = ", ".join(f"{last[f'misclassified_{name}']:.0%} by {name}" for name in attacks)
     return (
         f"Over all networks and data sets, {last.num_examples} images have a confidence of {last.confidence} and a "
-        f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; of these images the "
-        f"attacks misclassify {falls}."
+        f"median λ of {last['lambda']:.2g}, against {first['lambda']:.2g} at {first.confidence}; of these images "
+        f"{shares} are misclassified."
     )
 
 

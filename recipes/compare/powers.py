@@ -80,14 +80,14 @@ def defined_rows(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def areas(score: Array, misclassified: Array, known: Array, draws: Array) -> Array:
     """Return the area under the ROC curve for each draw of images ``(R, n)``; NaN if a class is empty."""
     counts = np.stack([np.bincount(draw, minlength=len(score)) for draw in draws]).astype(float)
-    fell, stood = known & misclassified, known & ~misclassified
+    hit, robust = known & misclassified, known & ~misclassified
     if len(np.unique(score[known])) < 2:
         return np.full(len(draws), np.nan)
-    one, other = score[fell][:, None], score[stood]
+    one, other = score[hit][:, None], score[robust]
     wins = (one > other) + 0.5 * (one == other)
-    number = counts[:, fell].sum(1) * counts[:, stood].sum(1)
+    number = counts[:, hit].sum(1) * counts[:, robust].sum(1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.einsum("ra,ab,rb->r", counts[:, fell], wins, counts[:, stood], optimize=True) / number)
+        return np.asarray(np.einsum("ra,ab,rb->r", counts[:, hit], wins, counts[:, robust], optimize=True) / number)
 
 
 def rank_correlations(score: Array, nearness: Array, known: Array, draws: Array) -> Array:

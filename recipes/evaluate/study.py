@@ -10,7 +10,7 @@ The network can come from any importable factory, with its own arguments (``~mod
         ~model model._target_=torchvision.models.resnet18 model.num_classes=10 \
         'normalize={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
 
-The command writes into Hydra's run folder: ``audit.html`` (one self-contained page), ``audit.json`` (every number of
+Writes to Hydra's run folder: ``audit.html`` (one self-contained page), ``audit.json`` (every number of
 every image, as ``audit.schema.json`` describes it), ``audit.sarif`` (the verdicts for CI), ``model_card.yaml`` (for the
 Hugging Face hub) and TensorBoard events.
 

@@ -4,9 +4,10 @@ Reads the images of ``recipes.compare`` and relates λ, and λ at equal margins,
 adversarial example and to the accuracy under AutoAttack (:mod:`recipes.statistics.law`). The errors are those for
 networks of a family, or on a data set, that was not used in the fit. Audits of ``recipes.evaluate`` use the result.
 
-Leaves in Hydra's run folder ``reference.csv`` (predicted and observed accuracy, a row per network and attack),
-``reference.json`` (the law, its errors, and the undefended networks), ``reference.md`` and ``reference.png``. Takes a
-few seconds.
+Writes to Hydra's run folder ``reference.csv`` (predicted and observed accuracy, a row per network and attack),
+``reference.json`` (the law, its errors, and the undefended networks), ``reference.md`` and ``reference.png``.
+
+Takes a few seconds on two CPU cores.
 """
 
 from __future__ import annotations

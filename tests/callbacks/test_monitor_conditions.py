@@ -77,7 +77,7 @@ def test_a_probe_with_fewer_examples_than_asked_for_is_said_once_and_does_not_gr
     assert [len(part) for part in monitor._probe] == [4, 4, 2]
     values = [entry["fisher/lambda_max_mean"] for entry in monitor.history]
     assert values == [values[0]] * 3
-    assert sum("the 10 examples that it has found; num_samples asks for 16" in line for line in caplog.messages) == 1
+    assert sum("the 10 examples that it has found; num_samples is 16" in line for line in caplog.messages) == 1
 
 
 def test_all_of_the_validation_data_can_be_measured(tmp_path):

@@ -117,9 +117,9 @@ def test_safetensors_are_read(tmp_path):
         (_network(num_classes=7).state_dict(), r"has 7 classes, the network was built for 3: .* from '4.weight' on"),
         (
             {"model": _network().state_dict(), "args": argparse.Namespace(lr=1)},
-            r"argparse.Namespace was refused.*state_dict\(\)",
+            r"argparse.Namespace was rejected.*state_dict\(\)",
         ),
-        (_network(), r"torch.nn.modules.container.Sequential was refused"),
+        (_network(), r"torch.nn.modules.container.Sequential was rejected"),
         ({"epoch": 3}, r"must hold a state dict.* it holds a dict of \['epoch'\]"),
         (torch.ones(2), "it holds a Tensor"),
         (
@@ -155,7 +155,7 @@ def test_a_truncated_file_is_named(tmp_path, keep):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt; say where it is with checkpoint="):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt; set its path with checkpoint="):
         load_weights(_network(), tmp_path / "nowhere.pt")
 
 
@@ -181,9 +181,9 @@ def test_normalisation_comes_before_the_loaded_weights(tmp_path):
 
 
 def test_a_factory_of_something_else_or_with_other_arguments_is_refused():
-    with pytest.raises(ValueError, match=r"torch.nn.Linear refused the arguments \['layers'\](?s:.*)after ~model"):
+    with pytest.raises(ValueError, match=r"torch.nn.Linear rejected the arguments \['layers'\](?s:.*)after ~model"):
         built_network(_config("torch.nn.Linear", layers=3), SPEC)
-    with pytest.raises(ValueError, match=r"_not_a_module must make a torch.nn.Module; it made int"):
+    with pytest.raises(ValueError, match=r"_not_a_module must return a torch.nn.Module; it returned int"):
         built_network(_config(f"{__name__}._not_a_module"), SPEC)
 
 

@@ -64,9 +64,9 @@ def test_parameters_of_a_factory_are_those_of_the_one_that_was_chosen():
         ("+attack=pgd", "recipes.train has no attack. It has"),
         ("seeed=1", "recipes.train has no seeed. Did you mean seed\\? It has callbacks"),
         ("modle=vit", "recipes.train has no modle. Did you mean model\\?"),
-        ("callbacks.x=1", "callbacks has no x. It has checkpoint, monitor. Add one by \\+callbacks.x="),
+        ("callbacks.x=1", "callbacks has no x. It has checkpoint, monitor. Add one with \\+callbacks.x="),
         ("callbacks.monitr=null", "callbacks has no monitr. Did you mean callbacks.monitor"),
-        ("penalty.penalty.step=1", "no settings below penalty.penalty. .* give penalty.penalty._target_=… first"),
+        ("penalty.penalty.step=1", "no settings below penalty.penalty. .* set penalty.penalty._target_=… first"),
         ("seed.x=1", "seed.x cannot be set: the configuration has no settings below seed"),
         (
             "experiment=compare/cpu",

@@ -168,7 +168,7 @@ def test_another_attack_can_choose_the_finalists():
 def test_the_table_has_means_and_standard_errors():
     lines = markdown(summarize(_frame())).splitlines()
     assert lines[0] == "| model | method | strength | seeds | clean | PGD ℓ₂ 0.25 | seconds |"
-    assert lines[3] == "| VGG | kl | 0.1 | 2 | 0.795 ± 0.005 | 0.500 ± 0 | 10.0 ± 0 |"
+    assert lines[3] == "| VGG | kl | 0.1 | 2 | 0.795 ± 0.005 | 0.500 ± 0 | 10.1 ± 0 |"
 
 
 def test_the_figure_has_a_curve_for_each_method():

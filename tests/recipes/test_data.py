@@ -50,7 +50,7 @@ def test_npz_is_read_as_pixels(tmp_path, colour):
 
 
 def test_a_missing_or_incomplete_npz_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file .*nothing.npz; say where it is with data.path"):
+    with pytest.raises(FileNotFoundError, match="no file .*nothing.npz; set its path with data.path"):
         Npz(str(tmp_path / "nothing.npz"))
     np.savez(tmp_path / "a.npz", x_train=np.zeros(1))
     with pytest.raises(ValueError, match=r"lacks \['y_train', 'x_test', 'y_test'\]; it has \['x_train'\]"):
@@ -80,7 +80,7 @@ def _npz(path, save=np.savez, **replaced):
         ({"x_train": np.zeros((40, 3, 6, 6))}, r"The train images must be square, .* got \(40, 3, 6, 6\)"),
         ({"x_test": np.zeros((0, 6, 6)), "y_test": np.zeros(0, int)}, r"The test images must .* got \(0, 6, 6\)"),
         ({"x_test": np.zeros((8, 7, 7))}, r"test images have the shape \(7, 7\), but those of train \(6, 6\)"),
-        ({"y_test": np.arange(7)}, "There are 8 test images, but 7 labels; give one label per image"),
+        ({"y_test": np.arange(7)}, "There are 8 test images, but 7 labels; pass one label per image"),
         ({"y_test": np.eye(8, dtype=int)}, "There are 8 test images, but 64 labels"),
         ({"y_test": np.arange(8) % 4 - 1}, "The test labels must be integers from 0; got int64 from -1 to 2"),
         ({"y_train": np.arange(40) / 10}, "The train labels must be integers from 0; got float64 from 0.0 to 3.9"),

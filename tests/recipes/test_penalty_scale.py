@@ -21,7 +21,7 @@ def test_each_network_is_attacked_with_the_length_that_its_data_suggest(tmp_path
     small += ["num_probes=8", "+trainer.limit_train_batches=3", f"cache_dir={tmp_path}/cache"]
     penalty_scale(composed("penalty_scale", [f"output_dir={tmp_path}", *small]))
     frame = pd.read_csv(tmp_path / "penalty_scale.csv")
-    assert list(frame.method) == ["default", "from_batch", "none"] * 2
+    assert list(frame.method) == ["none", "default", "from_batch"] * 2
     own = frame[frame.method == "from_batch"].set_index("data")
     assert (own.step == own.radius).all()
     assert own.step["digits_16"] > 1.3 * own.step["digits_8"]
