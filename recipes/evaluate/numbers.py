@@ -170,9 +170,7 @@ _NUMBERS: dict[str, Callable[[Audit], Number]] = {
 }
 _OF_ATTACK: dict[str, Callable[[str, dict[str, Any]], Number]] = {
     "accuracy": lambda name, found: _share(f"accuracy under {name}", found["accuracy"], "attack"),
-    "success": lambda name, found: _share(
-        f"correctly classified images with an adversarial example found by {name}", found["success"], "attack"
-    ),
+    "success": lambda name, found: _share(f"adversarial example found by {name}", found["success"], "attack"),
     "median_distance": lambda name, found: _distance(
         f"distance of the adversarial examples of {name}, median", found["distance"]
     ),
