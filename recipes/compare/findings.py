@@ -42,7 +42,7 @@ def _masked(examples: pd.DataFrame) -> list[str]:
         masked = examples[examples[column]]
         if len(masked):
             texts.append(
-                f"{column.removeprefix('masked_')} had no effect on {len(masked)} images that survived it, of "
+                f"{column.removeprefix('masked_')} could not attack {len(masked)} images of "
                 f"{masked.groupby(NETWORK).ngroups} networks: the gradient is exactly zero there. Masked gradients are "
                 "not robustness."
             )
@@ -102,9 +102,9 @@ def _confident(found: Analysis) -> list[str]:
     return [
         f"Saturation: {len(table)} networks have images of confidence above {SATURATED} and others. Medians over these "
         f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
-        f"others, which predicts adversarial examples of the confident ones at {by_lambda:.2g} times the distance; the "
-        f"actual ratio is {middle.confident_distance / middle.other_distance:.2g}, and λ at equal margins predicts "
-        f"{by_tempered:.2g}. Misclassified confident images: {shares}.",
+        f"others. By λ, the adversarial examples of the confident images should be {by_lambda:.2g} times as far away as "
+        f"those of the others; they are {middle.confident_distance / middle.other_distance:.2g} times as far away. λ at "
+        f"equal margins predicts {by_tempered:.2g}. Misclassified confident images: {shares}.",
         _pooled(found.saturation, attacks),
     ]
 
