@@ -103,8 +103,8 @@ def _confident(found: Analysis) -> list[str]:
         f"Saturation: {len(table)} networks have images of confidence above {SATURATED} and others. Medians over these "
         f"networks: λ is {middle.confident_lambda:.2g} at the confident images and {middle.other_lambda:.2g} at the "
         f"others. By λ, the adversarial examples of the confident images should be {by_lambda:.2g} times as far away "
-        f"as those of the others; they are {middle.confident_distance / middle.other_distance:.2g} times as far away. λ "
-        f"at equal margins predicts {by_tempered:.2g}. Misclassified confident images: {shares}.",
+        f"as those of the others; they are {middle.confident_distance / middle.other_distance:.2g} times as far away. "
+        f"λ at equal margins predicts {by_tempered:.2g}. Misclassified confident images: {shares}.",
         _pooled(found.saturation, attacks),
     ]
 
