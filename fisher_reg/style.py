@@ -1,6 +1,6 @@
 """The style of the figures: a palette for colour-blind readers, one text size, legends outside the data.
 
-The functions are public, so that figures of other numbers can have the same style.
+Public: figures of other numbers in the same style.
 """
 
 from __future__ import annotations

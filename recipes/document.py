@@ -17,6 +17,7 @@ from recipes import penalty_cost, penalty_scale
 from recipes.benchmark.table import performance
 from recipes.compare.report import short_markdown
 from recipes.penalties import report as penalties
+from recipes.reference import study as reference
 from recipes.reporting.tables import markdown_table
 from recipes.runtime.help import plain
 
@@ -72,6 +73,12 @@ def _penalties() -> str:
     return "\n".join(penalties.markdown(penalties.summarize(_read(name))) for name in names)
 
 
+def _reference() -> str:
+    examples, radii = reference.read(RESULTS / "compare", ["auto_attack_near", "auto_attack"])
+    table = reference.short_table(examples, radii)
+    return markdown_table(table.drop(columns="λ: robust, ℓ₂ 0.25"))
+
+
 def _tightness() -> str:
     rows = _read("tightness.csv")
     bounds = rows[rows.level == "global"].pivot(index="step", columns="network", values="log10_bound")
@@ -88,6 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "penalty cost": lambda: penalty_cost.markdown(_read("penalty_cost.csv")),
     "penalties": _penalties,
     "penalty scale": lambda: penalty_scale.markdown(_read("penalty_scale_digits.csv")),
+    "reference": _reference,
     "tightness": _tightness,
 }
 """Markdown by the name of the place."""

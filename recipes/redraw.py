@@ -3,8 +3,8 @@
 Writes into the folder the figures and Markdown tables of the files that are in it, under the names that the recipes
 give them, also with a suffix (``penalties_vgg.csv``): ``benchmark.csv``, ``tightness.csv`` with ``segments.csv``,
 ``penalties*.csv`` with their JSON, ``penalty_scale*.csv``, ``rank.csv`` with ``rank.json``, ``theory.csv`` with
-``theory.json``, ``bound_versus_empirical.csv``, and ``compare/networks.csv`` with ``compare/examples.csv.gz`` and
-``compare/compare.json``. Each part is drawn by the functions of its recipe. Missing files are left out, with a message.
+``theory.json``, ``bound_versus_empirical.csv``, ``reference.csv``, and ``compare/networks.csv`` with
+``compare/examples.csv.gz`` and ``compare/compare.json``. Each part is drawn by the functions of its recipe. Missing files are left out, with a message.
 A record keeps the ``provenance`` of the run that measured.
 
 Takes about a minute on two CPU cores, most of it for the statistics of ``recipes.compare``.
@@ -32,6 +32,7 @@ from recipes.compare.report import write as write_comparison
 from recipes.penalties import report as penalties
 from recipes.penalties.training import attack_name
 from recipes.rank import agreement
+from recipes.reference import study as reference
 from recipes.reporting.files import write
 from recipes.runtime.command import command
 
@@ -109,6 +110,11 @@ def _training(folder: Path) -> None:
     write(folder, "bound_versus_empirical", {}, figure=bound_versus_empirical(history))
 
 
+def _reference(folder: Path) -> None:
+    predicted = pd.read_csv(folder / "reference.csv")
+    write(folder, "reference", {}, figure=reference.draw(predicted[predicted.left_out == "model"]))
+
+
 def _compare(folder: Path) -> None:
     """Analyse the rows anew; ``networks.csv`` has medians of the examples, which the analysis adds again."""
     folder = folder if (folder / "examples.csv.gz").exists() else folder / "compare"
@@ -128,6 +134,7 @@ PARTS: dict[str, Callable[[Path], None]] = {
     "rank": _rank,
     "theory": _theory,
     "bound_versus_empirical": _training,
+    "reference": _reference,
     "compare": _compare,
 }
 

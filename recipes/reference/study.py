@@ -128,6 +128,15 @@ def networks_table(examples: pd.DataFrame, metric: str, radii: Mapping[str, floa
     return pd.DataFrame(rows)
 
 
+def short_table(examples: pd.DataFrame, radii: Mapping[str, float]) -> pd.DataFrame:
+    """Return :func:`networks_table` of both metrics side by side: a row per range."""
+    parts = []
+    for metric, title in {"lambda": "λ", "lambda_tempered": "λ at equal margins"}.items():
+        table = networks_table(examples, metric, radii)
+        parts.append(table.drop(columns=[table.columns[0], "networks"]).add_prefix(f"{title}: "))
+    return pd.concat([table.iloc[:, 0].rename("median"), *parts], axis=1)
+
+
 def errors_table(predicted: pd.DataFrame) -> pd.DataFrame:
     """Return the errors in points of accuracy: a row per metric."""
     rows = []
