@@ -4,8 +4,8 @@ Writes into the folder the figures and Markdown tables of the files that are in 
 give them, also with a suffix (``penalties_vgg.csv``): ``benchmark.csv``, ``tightness.csv`` with ``segments.csv``,
 ``penalties*.csv`` with their JSON, ``penalty_scale*.csv``, ``rank.csv`` with ``rank.json``, ``theory.csv`` with
 ``theory.json``, ``bound_versus_empirical.csv``, ``reference.csv``, and ``compare/networks.csv`` with
-``compare/examples.csv.gz`` and ``compare/compare.json``. Each part is drawn by the functions of its recipe. Missing files are left out, with a message.
-A record keeps the ``provenance`` of the run that measured.
+``compare/examples.csv.gz`` and ``compare/compare.json``. Each part is drawn by the functions of its recipe. Missing
+files are left out, with a message. A record keeps the ``provenance`` of the run that measured.
 
 Takes about a minute on two CPU cores, most of it for the statistics of ``recipes.compare``.
 """
