@@ -96,6 +96,9 @@ def _zero_gradients(name: str, attacked: Attacked) -> Check:
         "sign": "These images have a gradient of exactly zero, so that no attack by gradients can succeed. This is not "
         "robustness.",
     }
+    if not num_survivors:
+        text = f"No image is still classified correctly after {name}."
+        return Check(f"zero gradients after {name}", "–", "not tested", text)
     sign: Sign = "sign" if num_masked else "no sign"
     return Check(
         f"zero gradients after {name}", f"{num_masked} of {num_survivors} images still correct", sign, texts[sign]

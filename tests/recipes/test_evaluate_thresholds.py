@@ -181,11 +181,12 @@ def test_attacks_that_disagree_are_signs_of_masked_gradients():
     checks = _checks(led=led, free=free, far=far)
     assert checks["free where led failed"].sign == "sign"
     assert checks["free where led failed"].value == "1 of 3 images still correct"
-    assert (
-        checks["missed by free"].value == "1 of 2 images still correct"
-    )  # the third image; the fourth is outside the ball
+    # the third image; the fourth is outside the ball
+    assert checks["missed by free"].value == "1 of 2 images still correct"
     assert checks["missed by led"].value == "2 of 3 images still correct"
     assert "a search without gradients" not in checks
+    assert checks["zero gradients after led"].sign == "no sign"
+    assert checks["zero gradients after far"].sign == "not tested"  # no image is left
     other_ball = _attacked(AutoProjectedGradient(2, 0.25), [True, False, False, False], [0.25] * 4)
     checks = _checks(led=other_ball, free=free)
     assert checks["a search without gradients"].sign == "not tested"
