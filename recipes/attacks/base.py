@@ -35,6 +35,17 @@ def check_ball(norm: float, epsilon: float) -> None:
         raise ValueError(f"epsilon must be a positive radius in pixel units, such as 8/255; got {epsilon}.")
 
 
+def check_at_least_one(**counts: int) -> None:
+    """Raise an error for an attack that would do nothing.
+
+    Raises:
+        ValueError: If a number of steps or queries is below 1.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, or the attack does nothing; got {count}.")
+
+
 def check_pixels(images: Tensor) -> None:
     """Raise an error for images that are not pixels.
 

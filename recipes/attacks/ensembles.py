@@ -15,7 +15,7 @@ from art.attacks.evasion import AutoProjectedGradientDescent, SquareAttack
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from recipes.attacks.base import attackable, check_ball
+from recipes.attacks.base import attackable, check_at_least_one, check_ball
 
 _CHUNK = 100
 
@@ -39,6 +39,7 @@ class AutoProjectedGradient:
 
     def __post_init__(self) -> None:
         check_ball(self.norm, self.epsilon)
+        check_at_least_one(num_steps=self.num_steps)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""
@@ -69,6 +70,7 @@ class AutoAttack:
 
     def __post_init__(self) -> None:
         check_ball(self.norm, self.epsilon)
+        check_at_least_one(num_steps=self.num_steps, num_queries=self.num_queries)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return images no further than ``epsilon`` from the given ones."""

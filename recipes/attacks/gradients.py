@@ -15,7 +15,7 @@ import foolbox
 import torch
 from torch import Tensor, nn
 
-from recipes.attacks.base import attackable, check_ball
+from recipes.attacks.base import attackable, check_at_least_one, check_ball
 
 _STEP = 2.5  # total length of all steps, in radii, as in Madry et al. (arXiv 1706.06083)
 
@@ -41,6 +41,7 @@ class ProjectedGradient:
 
     def __post_init__(self) -> None:
         check_ball(self.norm, self.epsilon)
+        check_at_least_one(num_steps=self.num_steps)
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive, or None for 2.5 radii over the steps; got {self.step_size}.")
 
@@ -72,6 +73,9 @@ class CarliniWagner:
     step_size: float = 0.01
     num_searches: int = 1
 
+    def __post_init__(self) -> None:
+        check_at_least_one(num_steps=self.num_steps, num_searches=self.num_searches)
+
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return the nearest adversarial examples that were found; the given images where none was found."""
         attack = foolbox.attacks.L2CarliniWagnerAttack(
@@ -96,6 +100,9 @@ class MinimalPerturbation:
     """
 
     num_steps: int = 100
+
+    def __post_init__(self) -> None:
+        check_at_least_one(num_steps=self.num_steps)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Return the nearest adversarial examples that were found; the given images where none was found."""

@@ -68,6 +68,8 @@ def audited_images(config: DictConfig, data: ImageData) -> Examples:
             f"1 <= num_shown={config.num_shown} <= num_images={config.num_images} <= {num_test} (the test images of "
             "the data) must hold; change the first two."
         )
+    if config.num_eigenvalues < 1:
+        raise ValueError(f"num_eigenvalues must be at least 1; got {config.num_eigenvalues}.")
     check_noise(config.noise)
     generator = torch.Generator().manual_seed(config.seed)
     indices = chosen_indices(data, config.num_images, generator)
@@ -79,7 +81,7 @@ def audited_images(config: DictConfig, data: ImageData) -> Examples:
 def audited(config: DictConfig, data: ImageData, network: nn.Module, examples: Examples) -> Audit:
     """Measure and attack the network at the images."""
     images, labels = examples.images, examples.labels
-    attacks: dict[str, Attack] = {name: instantiate(node) for name, node in (config.attacks or {}).items()}
+    attacks: dict[str, Attack] = {name: instantiate(node) for name, node in (config.attacks or {}).items() if node}
     effort = instantiate(config.effort)
     with Progress("audit", len(attacks) + 2) as progress:
         progress.describe("λ, bounds and baselines")

@@ -74,7 +74,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
             fit together.
     """
     config = with_run(config)
-    thresholds = parsed(config.thresholds, list(config.attacks or {}))
+    thresholds = parsed(config.thresholds, [name for name, node in (config.attacks or {}).items() if node])
     check_people(config)
     check_hub(config)
     data = prepared_data(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import ChoiceSweep, Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +29,10 @@ from recipes.runtime.values import check_default, check_hint, hints
 _ADDED = (OverrideType.ADD, OverrideType.FORCE_ADD)
 _OF_HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 _WITH_VALUE = ("-c", "--cfg", "-i", "--info", "-p", "--package", "--experimental-rerun")
-_OTHER_CONFIGURATION = ("-h", "--help", "--hydra-help", "-cn", "--config-name", "-cp", "--config-path", "-cd")
+_OTHER_CONFIGURATION = (
+    *("-h", "--help", "--hydra-help", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir"),
+    "hydra.searchpath",
+)
 
 
 def composed(conf: Path, config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -56,17 +60,18 @@ def completed(conf: Path, config_name: str, arguments: Sequence[str]) -> list[st
             value of another type, another recipe's experiment, or what Hydra cannot compose.
     """
     if any(argument.split("=")[0] in _OTHER_CONFIGURATION for argument in arguments):
-        return list(arguments)
+        return list(arguments)  # among them those of configurations of the user's own
     places = [place for place in range(len(arguments)) if _is_override(arguments, place)]
     if not places:
         return list(arguments)
     with initialize_config_dir(str(conf), version_base="1.3"):
-        texts = _completed(conf, config_name, [arguments[place] for place in places])
         is_sweep = bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments))
+        complete = _completed_for_all if is_sweep else _completed
+        texts = complete(conf, config_name, [arguments[place] for place in places])
         _check_composed(conf, config_name, texts, is_sweep)
     changed = dict(zip(places, texts, strict=True))
     done = [changed.get(place, text) for place, text in enumerate(arguments)]
-    return done + _without_constants(texts) if is_sweep else done
+    return [*done, *_without_constants(texts), *_numbered(texts)] if is_sweep else done
 
 
 def run_name(overrides: str, number: int, sweeper: str) -> str:
@@ -94,6 +99,8 @@ def _word(key: str, value: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", word).strip("-")
 
 
+_MOST_JOBS = 10_000
+_LONGEST_NAME = 150  # of a folder; file systems allow 255 bytes
 _ITEM = re.compile(r",(?=[\w+~@./]+=)")  # a comma that is no part of a value
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
@@ -109,6 +116,30 @@ def _without_constants(texts: Sequence[str]) -> list[str]:
     if not constant or any(one.key_or_group == option for one in parsed):
         return []
     return [f"{option}=[{','.join(repr(one.key_or_group) for one in constant)}]"]
+
+
+def _numbered(texts: Sequence[str]) -> list[str]:
+    """Return the setting that numbers the folders of a sweep, if :func:`run_name` would give one name twice."""
+    parsed = OverridesParser.create().parse_overrides(list(texts))
+    swept = [one for one in parsed if one.is_sweep_override()]
+    if any(one.key_or_group == "hydra.sweep.subdir" for one in parsed) or not all(map(_is_listed, swept)):
+        return []
+    choices = [[f"{one.key_or_group}={value}" for value in one.sweep_string_iterator()] for one in swept]
+    names = [run_name(",".join(job), 0, "basic") for job in itertools.islice(itertools.product(*choices), _MOST_JOBS)]
+    is_clear = len(set(names)) == len(names) and max(map(len, names)) <= _LONGEST_NAME
+    return [] if is_clear else ["hydra.sweep.subdir=${hydra.job.num}"]
+
+
+def _completed_for_all(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
+    """Return the overrides of a sweep so that they hold for each choice of each group: ``++`` if one job needs it."""
+    with told_in_a_line():
+        parsed = OverridesParser.create().parse_overrides(list(texts))
+    found = [_completed(conf, config_name, texts)]
+    for place, override in enumerate(parsed):
+        for value in _values(override)[1:] if (conf / str(override.key_or_group)).is_dir() else []:
+            job = [*texts[:place], f"{override.key_or_group}={value}", *texts[place + 1 :]]
+            found.append(_completed(conf, config_name, job))
+    return [next((text for text in column if text.startswith("++")), column[0]) for column in zip(*found, strict=True)]
 
 
 def _completed(conf: Path, config_name: str, texts: Sequence[str]) -> list[str]:
@@ -152,7 +183,7 @@ def _check_composed(conf: Path, config_name: str, texts: Sequence[str], is_sweep
     for override in parsed:
         path, _, name = str(override.key_or_group).rpartition(".")
         kind = OmegaConf.get_type(OmegaConf.select(config, path)) if override.is_hydra_override() else None
-        if is_dataclass(kind) and name not in kind.__dataclass_fields__:
+        if override.type in _ADDED and is_dataclass(kind) and name not in kind.__dataclass_fields__:
             raise ValueError(f"{path} has no {name}. It has {', '.join(kind.__dataclass_fields__)}.")
 
 
@@ -183,7 +214,12 @@ def _values(override: Override) -> list[Any]:
         return []
     if not override.is_sweep_override():
         return [override.value()]
-    return list(override.sweep_iterator()) if override.is_choice_sweep() else []
+    return list(override.sweep_iterator()) if _is_listed(override) else []
+
+
+def _is_listed(override: Override) -> bool:
+    """Whether it is a sweep with a list of values; ``glob``, ranges and intervals are not."""
+    return isinstance(override.value(), ChoiceSweep)
 
 
 def _check_names(conf: Path, recipe: str, overrides: Iterable[Override], known: set[str]) -> None:
@@ -222,7 +258,7 @@ def _first(override: Override) -> list[str]:
     text = str(override.input_line)
     if not override.is_sweep_override():
         return [text]
-    if not override.is_choice_sweep():
+    if not _is_listed(override):
         return []
     return [f"{text.partition('=')[0]}={next(iter(override.sweep_string_iterator()))}"]
 
@@ -230,9 +266,7 @@ def _first(override: Override) -> list[str]:
 def _knows_all(overrides: Iterable[Override]) -> bool:
     """Whether :func:`_one` has composed all choices of the command line."""
     chosen = [override for override in overrides if _is_choice(override)]
-    return all(override.key_or_group != "hydra.searchpath" for override in chosen) and all(
-        override.is_hydra_override() or override.is_delete() or bool(_one(override)) for override in chosen
-    )
+    return all(override.is_hydra_override() or override.is_delete() or bool(_one(override)) for override in chosen)
 
 
 def _check_place(config: DictConfig, override: Override) -> None:
@@ -250,7 +284,8 @@ def _check_place(config: DictConfig, override: Override) -> None:
         close = difflib.get_close_matches(name, map(str, node), 1)
         meant = f" Did you mean {path}.{close[0]}?" if close else ""
         raise ValueError(
-            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node)))}. Add one with +{path}.{name}=…."
+            f"{path} has no {name}.{meant} It has {', '.join(sorted(map(str, node))) or 'nothing'}. Add one with "
+            f"+{path}.{name}=…."
         )
 
 

@@ -147,3 +147,19 @@ def test_balls_that_mean_nothing_are_refused():
         AutoAttack(1, 0.5)
     with pytest.raises(ValueError, match=r"positive radius in pixel units, such as 8/255; got 0"):
         AutoProjectedGradient(2, 0.0)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ProjectedGradient(2, 0.5, num_steps=0),
+        lambda: CarliniWagner(num_steps=0),
+        lambda: CarliniWagner(num_searches=0),
+        lambda: MinimalPerturbation(num_steps=-1),
+        lambda: AutoProjectedGradient(2, 0.5, num_steps=0),
+        lambda: AutoAttack(2, 0.5, num_queries=0),
+    ],
+)
+def test_an_attack_that_would_do_nothing_is_refused(build):
+    with pytest.raises(ValueError, match="must be at least 1, or the attack does nothing"):
+        build()

@@ -101,8 +101,8 @@ def test_experiments_need_neither_a_folder_nor_a_plus(path):
 def test_flags_and_sweeps_pass_through():
     given = ["--multirun", "model=vgg,resnet", "data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
     done = ["--multirun", "model=vgg,resnet", "++data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
-    assert arguments.completed(CONF, "train", given) == done
-    assert arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
+    assert arguments.arguments.completed(CONF, "train", given) == done
+    assert arguments.arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
 
 
 def test_folders_of_a_sweep_are_named_by_what_is_swept():
@@ -111,7 +111,7 @@ def test_folders_of_a_sweep_are_named_by_what_is_swept():
     )
     assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks.monitor']"
     assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks.monitor"]
-    assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
+    assert arguments.arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
 
 
 @pytest.mark.parametrize(
@@ -195,3 +195,32 @@ def test_provenance_names_no_folder_and_holds_the_digest():
 )
 def test_the_recorded_command_has_no_folder_of_the_machine(word, kept):
     assert _without_folder(word) == kept
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["-m", "penalty=glob(k*)"], ["-m", "penalty=glob(k*)"]),
+        (["-m", "seed=range(3)"], ["-m", "seed=range(3)"]),
+        (["hydra.searchpath=[file://elsewhere]", "model=mine"], ["hydra.searchpath=[file://elsewhere]", "model=mine"]),
+        (["--config-dir", "elsewhere", "model=mine"], ["--config-dir", "elsewhere", "model=mine"]),
+        (["-m", "seed=0,1", "model=vgg,resnet"], ["-m", "seed=0,1", "model=vgg,resnet"]),
+        (["-m", "seed=0,1,0"], ["-m", "seed=0,1,0", "hydra.sweep.subdir=${hydra.job.num}"]),
+        (["-m", "optimizer.lr=1e-3,0.001"], ["-m", "optimizer.lr=1e-3,0.001", "hydra.sweep.subdir=${hydra.job.num}"]),
+        (["-m", "seed=0,0", "hydra.sweep.subdir=x"], ["-m", "seed=0,0", "hydra.sweep.subdir=x"]),
+    ],
+)
+def test_what_hydra_can_do_is_left_to_it_and_folders_of_a_sweep_differ(given, wanted):
+    assert arguments.completed(CONF, "train", given) == wanted
+
+
+@pytest.mark.parametrize("penalties", ["trace,kl", "kl,trace"])
+def test_an_option_that_some_choices_of_a_sweep_name_holds_for_all(penalties):
+    done = arguments.completed(CONF, "train", ["-m", f"penalty={penalties}", "penalty.every_n_steps=2"])
+    assert done[:3] == ["-m", f"penalty={penalties}", "++penalty.every_n_steps=2"]
+
+
+@pytest.mark.parametrize("penalties", ["none,kl", "kl,none"])
+def test_an_option_that_one_choice_of_a_sweep_cannot_have_is_refused(penalties):
+    with pytest.raises(ValueError, match="penalty has no weight. It has nothing"):
+        arguments.completed(CONF, "train", ["-m", f"penalty={penalties}", "penalty.weight=0.1"])
