@@ -15,6 +15,7 @@ from tests import trained as stored
 from tests.slow import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - hooks
 
 NAMES = ("lightning", "lightning.fabric", "lightning.pytorch", "lightning_fabric", "pytorch_lightning")
+NAMES += tuple(f"{name}.utilities.rank_zero" for name in NAMES)
 LEVELS = {name: logging.getLogger(name).level for name in NAMES}
 
 

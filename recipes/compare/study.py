@@ -114,7 +114,7 @@ def check(config: DictConfig, runs: list[Settings]) -> None:
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"A seed occurs twice in seeds={list(config.seeds)}; intervals would be too narrow.")
     if len(config.models) * len(config.trainings) < MIN_MODELS:
-        raise ValueError(f"An order needs at least {MIN_MODELS} models with their trainings; add more of either.")
+        raise ValueError(f"A rank correlation needs at least {MIN_MODELS} pairs of model and training; add some.")
     if config.num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1; got {config.num_resamples}.")
     check_noise(config.noise)

@@ -154,7 +154,7 @@ def _check(place, is_training):
 
 
 def _shown(place):
-    return str(fr.fisher_spectral_norm(*_taken(place, num_classes=4)))
+    return repr(fr.fisher_spectral_norm(*_taken(place, num_classes=4)))
 
 
 ROUGH = ("single_precision", "half_precision", "its_own_generator")

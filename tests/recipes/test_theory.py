@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     small = ["num_images=8", "num_repeats=40", "num_labels=[8,64,512]", "num_probes=[1,8]", "num_lengths=16"]
     with redirect_stdout(StringIO()) as output:
         check(composed("theory", ["trainer.max_epochs=2", *small, f"output_dir={folder}"]))
-    assert "what theory says" in output.getvalue()
+    assert "theory and measurement" in output.getvalue()
     return folder
 
 
