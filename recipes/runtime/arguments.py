@@ -277,8 +277,8 @@ def _check_place(config: DictConfig, override: Override) -> None:
         return
     if not isinstance(node, DictConfig):
         raise ValueError(
-            f"{path}.{name} cannot be set: the configuration has no settings below {path}. Write +{path}.{name}=… to add "
-            f"one; to build an object there, set {path}._target_=… first."
+            f"{path}.{name} cannot be set: the configuration has no settings below {path}. To add one, write "
+            f"+{path}.{name}=…; to build an object there, set {path}._target_=… first."
         )
     if name not in node.keys():  # noqa: SIM118 (`in` resolves the value)
         close = difflib.get_close_matches(name, map(str, node), 1)
