@@ -101,8 +101,8 @@ def test_experiments_need_neither_a_folder_nor_a_plus(path):
 def test_flags_and_sweeps_pass_through():
     given = ["--multirun", "model=vgg,resnet", "data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
     done = ["--multirun", "model=vgg,resnet", "++data.num_train=300,400", "hydra.sweep.dir=x", "trainer.max_epochs=1,2"]
-    assert arguments.arguments.completed(CONF, "train", given) == done
-    assert arguments.arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
+    assert arguments.completed(CONF, "train", given) == done
+    assert arguments.completed(CONF, "train", ["--help", "nonsense=1"]) == ["--help", "nonsense=1"]
 
 
 def test_folders_of_a_sweep_are_named_by_what_is_swept():
@@ -111,7 +111,7 @@ def test_folders_of_a_sweep_are_named_by_what_is_swept():
     )
     assert done[-1] == "hydra.job.config.override_dirname.exclude_keys=['seed','callbacks.monitor']"
     assert OverridesParser.create().parse_override(done[-1]).value() == ["seed", "callbacks.monitor"]
-    assert arguments.arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
+    assert arguments.completed(CONF, "train", ["-m", *done[1:]]) == done
 
 
 @pytest.mark.parametrize(
