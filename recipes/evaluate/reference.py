@@ -14,7 +14,6 @@ from recipes.statistics.law import Law
 FILE = Path(__file__).parents[1] / "results" / "reference.json"
 """The file is also in the wheel."""
 _NETWORKS = "VGG, ResNet, DenseNet, ViT, trained without defence, from recipes.compare"
-_FITTED = (0.25, 0.5)  # radii of the attacks that the law was fitted to
 
 
 def comparison(audit: Audit) -> list[str]:
@@ -39,7 +38,7 @@ def _rank(audit: Audit, undefended: dict[str, dict[str, list[float]]]) -> list[s
 def _expectation(audit: Audit, found: dict[str, Any]) -> str:
     law, error = Law(**found["laws"]["lambda_tempered"]), found["errors"]["lambda_tempered"]["model"]
     values, correct = audit.measurement.values["lambda_tempered"].numpy(), audit.correct.numpy()
-    expected = {radius: float((correct * law.survival(values, radius)).mean()) for radius in _FITTED}
+    expected = {radius: float((correct * law.survival(values, radius)).mean()) for radius in found["radii"].values()}
     texts = [f"{value:.0%} at a radius of {radius:g}" for radius, value in expected.items()]
     return (
         f"The accuracy under AutoAttack (ℓ₂) that λ at equal margins predicts is {' and '.join(texts)}. For families "
