@@ -1,13 +1,15 @@
 """What a value of λ means: the law, its error on other networks, and the place of a network among known ones."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.special import expit
 
-from recipes.evaluate.reference import FILE
+from recipes.evaluate.reference import FILE, comparison
 from recipes.reference.prediction import fitted, held_out
 from recipes.reference.study import errors, reference, undefended
 from recipes.runtime.command import composed
@@ -112,3 +114,36 @@ def test_the_kept_reference_is_that_of_the_kept_comparison(tmp_path):
         assert record[name] == kept[name]
     for metric, law in record["laws"].items():
         assert law == pytest.approx(kept["laws"][metric], rel=1e-3)
+
+
+def _audit(values, correct, data):
+    numbers = {metric: torch.tensor(values, dtype=torch.float64) for metric in ("lambda", "lambda_tempered")}
+    measurement = SimpleNamespace(values=numbers)
+    return SimpleNamespace(settings={"data": data}, measurement=measurement, correct=torch.tensor(correct))
+
+
+def test_an_audit_says_its_place_among_undefended_networks_and_the_predicted_accuracy():
+    kept = json.loads(FILE.read_text(encoding="utf-8"))
+    others = kept["undefended"]["digits"]
+    value = (others["lambda"][2] + others["lambda"][3]) / 2  # between the third and the fourth of eight
+    place, expected = comparison(_audit([value] * 4, [True, True, True, False], {"_target_": "recipes.data.Digits"}))
+    tempered = sum(other > value for other in others["lambda_tempered"])
+    assert f"the median λ ({value:.3g}) is smaller than that of 5 of the 8" in place
+    assert f"at equal margins ({value:.3g}) is smaller than that of {tempered} of the 8" in place
+    law = Law(**kept["laws"]["lambda_tempered"])
+    for radius in (0.25, 0.5):
+        share = 0.75 * float(law.survival(np.array([value]), radius)[0])
+        assert f"{share:.0%} at a radius of {radius:g}" in expected
+    assert f"mean error of this prediction is {kept['errors']['lambda_tempered']['model']['mean']:.0f}" in expected
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"_target_": "recipes.data.sources.TorchvisionArrays", "name": "CIFAR10"}, "on cifar10 "),
+        ({"_target_": "recipes.data.sources.TorchvisionArrays", "name": "MNIST"}, "on mnist "),
+        ({"_target_": "recipes.data.sources.Npz", "path": "images.npz"}, "no reference for these data"),
+    ],
+)
+def test_an_audit_is_compared_on_its_own_data_alone(data, name):
+    assert name in comparison(_audit([1.0], [True], data))[0]
